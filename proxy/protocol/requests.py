@@ -1,0 +1,88 @@
+"""What both HTTP engines ask their gate, and what the gate answers.
+
+A gate belongs to one client connection. It decides about one request at a time, synchronously when everything it needs is at hand;
+otherwise it returns `LATER` and calls the engine's ``proceed(token, verdict)`` once it knows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple, Protocol
+
+from proxy.rescue import Cause
+
+
+class RequestHead(Protocol):
+    """The parts of a request that decisions look at; the rest of it is never touched."""
+
+    method: bytes
+    target: bytes
+    """The request target in origin-form as received, query included (``:path`` in HTTP/2). Absolute-form was reduced to it."""
+    authority: bytes
+    """Host header or ``:authority`` as received, empty when there is none."""
+    grpc: bool
+    """The content type begins with ``application/grpc``: failures become a grpc-status."""
+    bodiless: bool
+    """No body follows, so the request can be sent again as long as nothing was answered."""
+
+    def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
+        """For each lower-case name, the value of the first field of that name, or None."""
+        ...
+
+
+class HeadEdit(NamedTuple):
+    """What is changed in a request head on its way: constant for a connection, so that it costs no decision per request.
+
+    strip: lower-case names whose fields are removed wherever they occur. add: fields appended, lower-case name and value.
+    """
+
+    strip: tuple[bytes, ...] = ()
+    add: tuple[tuple[bytes, bytes], ...] = ()
+
+
+class Forward(NamedTuple):
+    """Send the request to this upstream. exchange: the gate's own note about the request, handed back in `finished`."""
+
+    upstream: Any  # Http1Upstream or Http2Upstream, according to the engine
+    edit: HeadEdit
+    exchange: object
+
+
+class Answer(NamedTuple):
+    """Do not forward; the client gets what rescue.py says. explain: the client is meshed and may be told the cause."""
+
+    cause: Cause
+    explain: bool
+    exchange: object = None
+
+
+LATER: Final = None
+"""The gate will call the engine's ``proceed``; until then the engine holds the request."""
+
+Verdict = Forward | Answer
+
+
+class Gate(Protocol):
+    """Decides about the requests of one client connection."""
+
+    explain: bool
+    """The client is a verified meshed peer: answers made by the proxy may name their cause."""
+
+    def request(self, head: RequestHead, token: int) -> Verdict | None:
+        """Decide. token: the stream id under HTTP/2, a running number under HTTP/1; names the request in ``proceed``."""
+        ...
+
+    def retry(self, exchange: object, head: RequestHead, token: int) -> Verdict | None:
+        """The upstream died before a byte of its answer and the request can be sent again: where to, or which failure."""
+        ...
+
+    def finished(self, exchange: object, status: int, cause: Cause | None) -> None:
+        """The exchange ended. status: what the client saw, 0 if nothing. cause: why it failed, None for a complete response."""
+        ...
+
+    def refused(self, cause: Cause, detail: str) -> None:
+        """The engine answered or closed by itself (bad bytes, limits, timeouts), before any decision was asked for."""
+        ...
+
+    def cancelled(self, token: int) -> None:
+        """The client went away while the gate still owed a verdict; ``proceed`` for this token will be ignored."""
+        ...

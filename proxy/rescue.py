@@ -1,0 +1,128 @@
+"""From the cause of a failure to what the client sees, the metric label and the log level: the only such table.
+
+Everything that refuses, denies or fails raises or passes a `Cause`; protocol engines ask here what to answer. Pure.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+
+class Effect(NamedTuple):
+    """status: HTTP status. grpc: gRPC status code (HTTP status is then 200). level: log level. keep: may the client's connection live on."""
+
+    status: int
+    grpc: int
+    level: str
+    keep: bool
+
+
+class Cause(enum.Enum):
+    """Why a request or connection did not get through. The value is the metric label and the ``pillion-proxy-error`` text."""
+
+    BAD_REQUEST = "bad-request"  # the client broke a rule of the protocol, or the request has two readings
+    BAD_TARGET = "ambiguous-path"  # the path has two readings and a rule looks at paths
+    HEAD_TIMEOUT = "request-head-timeout"
+    HEAD_TOO_LARGE = "request-head-too-large"
+    TARGET_TOO_LONG = "request-target-too-long"
+    DENIED = "denied"
+    NO_ROUTE = "no-route"
+    NO_POLICY = "policy-unknown"  # fail closed: nobody told us yet who may
+    NO_IDENTITY = "identity-unknown"  # fail closed: we have no certificate yet
+    NO_ENDPOINTS = "no-endpoints"
+    PORT_UNDEFINED = "service-port-undefined"
+    CONNECT_REFUSED = "connect-refused"
+    CONNECT_TIMEOUT = "connect-timeout"
+    CONNECT_FAILED = "connect-failed"
+    PEER_IDENTITY = "peer-identity-mismatch"
+    TLS_FAILED = "tls-handshake-failed"
+    UPSTREAM_RESET = "upstream-reset"  # died before a response
+    UPSTREAM_PROTOCOL = "upstream-protocol"  # the response broke a rule of the protocol
+    UPSTREAM_TIMEOUT = "upstream-timeout"
+    LOOP = "loop-detected"
+    DRAINING = "draining"
+    OVERLOADED = "overloaded"
+    INTERNAL = "internal"
+
+
+_TABLE: dict[Cause, Effect] = {
+    Cause.BAD_REQUEST: Effect(400, 13, "info", False),
+    Cause.BAD_TARGET: Effect(400, 13, "info", True),
+    Cause.HEAD_TIMEOUT: Effect(408, 4, "info", False),
+    Cause.HEAD_TOO_LARGE: Effect(431, 8, "info", False),
+    Cause.TARGET_TOO_LONG: Effect(414, 8, "info", False),
+    Cause.DENIED: Effect(403, 7, "info", True),
+    Cause.NO_ROUTE: Effect(404, 12, "info", True),
+    Cause.NO_POLICY: Effect(503, 14, "warning", False),
+    Cause.NO_IDENTITY: Effect(503, 14, "warning", False),
+    Cause.NO_ENDPOINTS: Effect(503, 14, "info", True),
+    Cause.PORT_UNDEFINED: Effect(502, 14, "info", False),
+    Cause.CONNECT_REFUSED: Effect(502, 14, "info", True),
+    Cause.CONNECT_TIMEOUT: Effect(504, 14, "info", True),
+    Cause.CONNECT_FAILED: Effect(502, 14, "info", True),
+    Cause.PEER_IDENTITY: Effect(502, 14, "warning", True),
+    Cause.TLS_FAILED: Effect(502, 14, "warning", True),
+    Cause.UPSTREAM_RESET: Effect(502, 14, "info", True),
+    Cause.UPSTREAM_PROTOCOL: Effect(502, 14, "warning", True),
+    Cause.UPSTREAM_TIMEOUT: Effect(504, 4, "info", True),
+    Cause.LOOP: Effect(508, 10, "warning", False),
+    Cause.DRAINING: Effect(503, 14, "info", False),
+    Cause.OVERLOADED: Effect(503, 14, "warning", True),
+    Cause.INTERNAL: Effect(500, 13, "error", False),
+}
+
+_REASONS = {
+    400: b"Bad Request",
+    403: b"Forbidden",
+    404: b"Not Found",
+    408: b"Request Timeout",
+    414: b"URI Too Long",
+    431: b"Request Header Fields Too Large",
+    500: b"Internal Server Error",
+    502: b"Bad Gateway",
+    503: b"Service Unavailable",
+    504: b"Gateway Timeout",
+    508: b"Loop Detected",
+}
+
+
+class Failure(Exception):
+    """A cause with the sentence for the log; raised by code that waits, passed as a value by code that does not."""
+
+    def __init__(self, cause: Cause, detail: str = "") -> None:
+        super().__init__(detail or cause.value)
+        self.cause = cause
+        self.detail = detail
+
+
+def effect(cause: Cause) -> Effect:
+    """What a client of this cause is to see."""
+    return _TABLE[cause]
+
+
+def http1_answer(cause: Cause, *, close: bool, explain: bool, head_request: bool = False) -> bytes:
+    """A complete HTTP/1.1 response without a body (RFC 9112). explain: the peer is meshed and may know the reason."""
+    row = _TABLE[cause]
+    lines = [b"HTTP/1.1 %d %s" % (row.status, _REASONS[row.status]), b"content-length: 0"]
+    if explain:
+        lines.append(b"pillion-proxy-error: " + cause.value.encode())
+    if close or not row.keep:
+        lines.append(b"connection: close")
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def http2_answer(cause: Cause, *, grpc: bool, explain: bool) -> list[tuple[bytes, bytes]]:
+    """The header list of a complete HTTP/2 response without a body: a trailers-only one for gRPC (HTTP status 200)."""
+    row = _TABLE[cause]
+    headers = [(b":status", b"200" if grpc else b"%d" % row.status)]
+    if grpc:
+        headers.append((b"content-type", b"application/grpc"))
+        headers.append((b"grpc-status", b"%d" % row.grpc))
+        if explain:
+            headers.append((b"grpc-message", cause.value.encode()))
+    else:
+        headers.append((b"content-length", b"0"))
+    if explain:
+        headers.append((b"pillion-proxy-error", cause.value.encode()))
+    return headers
