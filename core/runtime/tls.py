@@ -1,0 +1,316 @@
+"""Mutual TLS between Pillion's processes: contexts made from credentials, peers known by their SPIFFE id, a trio stream over memory BIOs.
+
+Rules, the same everywhere: TLS 1.3 only, AES-128-GCM first, X25519MLKEM768 first in the groups when the linked OpenSSL has it, no session
+resumption, no renegotiation (TLS 1.3 has none). The chain is verified by OpenSSL against the trust bundle; the name inside is
+verified here: a leaf must carry exactly one SAN, a URI, that is a workload identity of our own trust domain. Whoever dials also
+names the identity it expects.
+
+The data path takes a connection over after `TlsStream.do_handshake` (see `detach`) and moves records itself; everything else
+(identity, policy) keeps using the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import trio
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from OpenSSL import SSL
+from OpenSSL._util import lib
+from OpenSSL.crypto import X509
+
+from core.credentials import Credentials
+from core.names import InvalidName, WorkloadId, parse_workload_id
+
+CIPHERSUITES = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
+_GROUPS_POST_QUANTUM = b"X25519MLKEM768:X25519:P-256:P-384"
+_GROUPS_CLASSIC = b"X25519:P-256:P-384"
+_MODE_ENABLE_PARTIAL_WRITE = 0x1  # pyOpenSSL switches it on: then one call writes one record of 16 KiB only
+_MODE_RELEASE_BUFFERS = 0x10  # an idle connection gives its 34 KiB of record buffers back
+_OP_NO_TICKET = 0x4000
+_OP_NO_RENEGOTIATION = 0x40000000
+_READ_BYTES = 65536
+_HANDSHAKE_BYTES_MAX = 256 * 1024  # far beyond any chain of ours; bounds what an unauthenticated peer makes us parse
+
+_VERIFY_REASONS = {
+    9: "not-yet-valid",
+    10: "expired",
+    18: "self-signed",
+    19: "unknown-issuer",
+    20: "unknown-issuer",
+    21: "unknown-issuer",
+    26: "wrong-purpose",
+}
+
+
+class HandshakeFailed(Exception):
+    """The peer could not be authenticated, or did not speak TLS 1.3 with us.
+
+    reason: a stable word for metrics: ``expired``, ``not-yet-valid``, ``unknown-issuer``, ``self-signed``, ``no-certificate``,
+    ``identity-mismatch``, ``foreign-trust-domain``, ``invalid-identity``, ``closed``, ``reset``, ``alert``, ``protocol``.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def server_context(credentials: Credentials, *, client: Literal["required", "optional"], alpn: Sequence[bytes]) -> SSL.Context:
+    """A context for accepting. alpn: what we speak, best first; a client that offers none of them is refused
+    after the handshake (pyOpenSSL cannot send the alert of RFC 7301 itself).
+
+    client: ``optional`` lets clients without a certificate in (their ``peer`` is None); a certificate that is shown must verify.
+    """
+    context = _context(credentials.bundle_pem)
+    _present(context, credentials)
+    verify = SSL.VERIFY_PEER | (SSL.VERIFY_FAIL_IF_NO_PEER_CERT if client == "required" else 0)
+    context.set_verify(verify, _remember_verify_error)
+    accepted = tuple(alpn)
+
+    def select(_: SSL.Connection, offered: list[bytes]) -> bytes | object:
+        return next((name for name in accepted if name in offered), SSL.NO_OVERLAPPING_PROTOCOLS)
+
+    context.set_alpn_select_callback(select)  # type: ignore[arg-type]
+    context.set_app_data(accepted)
+    return context
+
+
+def client_context(credentials: Credentials | None, bundle_pem: bytes, alpn: Sequence[bytes] = ()) -> SSL.Context:
+    """A context for dialling; without credentials we show no certificate (only the identity service accepts that)."""
+    context = _context(bundle_pem)
+    if credentials is not None:
+        _present(context, credentials)
+    context.set_verify(SSL.VERIFY_PEER, _remember_verify_error)
+    if alpn:
+        context.set_alpn_protos(list(alpn))
+    return context
+
+
+def _context(bundle_pem: bytes) -> SSL.Context:
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.set_min_proto_version(SSL.TLS1_3_VERSION)
+    context.set_tls13_ciphersuites(CIPHERSUITES)
+    if lib.SSL_CTX_set1_curves_list(context._context, _GROUPS_POST_QUANTUM) != 1:
+        lib.ERR_clear_error()
+        lib.SSL_CTX_set1_curves_list(context._context, _GROUPS_CLASSIC)
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_options(_OP_NO_TICKET | _OP_NO_RENEGOTIATION)
+    context.clear_mode(_MODE_ENABLE_PARTIAL_WRITE)
+    context.set_mode(_MODE_RELEASE_BUFFERS)
+    store = context.get_cert_store()
+    if store is None:
+        raise RuntimeError("OpenSSL gave no certificate store")
+    for anchor in x509.load_pem_x509_certificates(bundle_pem):
+        store.add_cert(X509.from_cryptography(anchor))
+    return context
+
+
+def _present(context: SSL.Context, credentials: Credentials) -> None:
+    leaf, *intermediates = x509.load_pem_x509_certificates(credentials.chain_pem)
+    context.use_certificate(leaf)
+    for certificate in intermediates:
+        context.add_extra_chain_cert(certificate)
+    context.use_privatekey(load_pem_private_key(credentials.key_pem, None))  # type: ignore[arg-type]
+
+
+def _remember_verify_error(connection: SSL.Connection, _: object, error: int, depth: int, ok: int) -> bool:
+    if not ok:
+        connection.set_app_data((error, depth))
+    return bool(ok)
+
+
+def peer_identity(connection: SSL.Connection, trust_domain: str) -> WorkloadId | None:
+    """Who the verified peer is, None when it showed no certificate; raises HandshakeFailed when its name is not one of ours."""
+    certificate = connection.get_peer_certificate(as_cryptography=True)
+    if certificate is None:
+        return None
+    der = certificate.public_bytes(Encoding.DER)
+    identity = _known_leaves.get(der)
+    if identity is None:
+        identity = _leaf_identity(certificate)
+        if len(_known_leaves) >= _KNOWN_LEAVES_MAX:
+            _known_leaves.clear()
+        _known_leaves[der] = identity
+    if identity.trust_domain != trust_domain:
+        raise HandshakeFailed("foreign-trust-domain", f"peer is {identity.uri}, our trust domain is {trust_domain}")
+    return identity
+
+
+# Reading a SAN costs as much as a third of a handshake, and the same few peers connect again and again. Only verified chains get here.
+_known_leaves: dict[bytes, WorkloadId] = {}
+_KNOWN_LEAVES_MAX = 1024
+
+
+def _leaf_identity(certificate: x509.Certificate) -> WorkloadId:
+    try:
+        names = list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+        raise HandshakeFailed("invalid-identity", "the certificate has no readable subject alternative name") from None
+    if len(names) != 1 or not isinstance(names[0], x509.UniformResourceIdentifier):
+        raise HandshakeFailed("invalid-identity", "the certificate must carry exactly one subject alternative name, a URI")
+    try:
+        return parse_workload_id(names[0].value)
+    except InvalidName as error:
+        raise HandshakeFailed("invalid-identity", str(error)) from None
+
+
+class TlsStream(trio.abc.HalfCloseableStream):
+    """TLS over any trio stream, by memory BIOs: call OpenSSL, then wait for exactly one thing, then again.
+
+    One task may send while another receives. close_notify is a real half-close: after `send_eof` the peer's bytes still arrive
+    (RFC 8446 section 6.1), and a peer that vanishes without it raises BrokenResourceError instead of ending the stream.
+    """
+
+    def __init__(self, transport: trio.abc.HalfCloseableStream, connection: SSL.Connection, expect: WorkloadId | None, trust_domain: str):
+        self.transport = transport
+        self.connection = connection
+        self.peer: WorkloadId | None = None
+        self.alpn = b""
+        self._expect = expect
+        self._trust_domain = trust_domain
+        self._send_lock = trio.StrictFIFOLock()
+
+    @classmethod
+    def client(
+        cls, transport: trio.abc.HalfCloseableStream, context: SSL.Context, server_name: str, expect: WorkloadId
+    ) -> TlsStream:
+        """The dialling end. expect: the identity discovery names for this endpoint; any other is refused."""
+        connection = SSL.Connection(context, None)
+        connection.set_connect_state()
+        connection.set_tlsext_host_name(server_name.encode("ascii"))
+        return cls(transport, connection, expect, expect.trust_domain)
+
+    @classmethod
+    def server(cls, transport: trio.abc.HalfCloseableStream, context: SSL.Context, trust_domain: str) -> TlsStream:
+        """The accepting end."""
+        connection = SSL.Connection(context, None)
+        connection.set_accept_state()
+        return cls(transport, connection, None, trust_domain)
+
+    async def do_handshake(self, already_received: bytes = b"") -> None:
+        """Run the handshake and learn `peer` and `alpn`; raises HandshakeFailed. already_received: bytes sniffed from the transport.
+
+        The caller bounds the time. On failure an alert was sent if TLS had one to send; the transport is left open.
+        """
+        received = len(already_received)
+        if already_received:
+            self.connection.bio_write(already_received)
+        while True:
+            try:
+                self.connection.do_handshake()
+                break
+            except SSL.WantReadError:
+                pass
+            except (SSL.Error, SSL.SysCallError) as error:
+                await self._flush_alert()
+                raise self._failure(error) from None
+            await self._flush()
+            try:
+                data = await self.transport.receive_some(_READ_BYTES)
+            except trio.BrokenResourceError:
+                raise HandshakeFailed("reset", "the peer reset the connection during the handshake") from None
+            received += len(data)
+            if not data or received > _HANDSHAKE_BYTES_MAX:
+                raise HandshakeFailed("closed" if not data else "protocol", "the peer ended the handshake early") from None
+            self.connection.bio_write(data)
+        try:
+            await self._flush()
+        except trio.BrokenResourceError:
+            raise HandshakeFailed("reset", "the peer reset the connection during the handshake") from None
+        self._check_peer()
+
+    def _check_peer(self) -> None:
+        self.alpn = self.connection.get_alpn_proto_negotiated()
+        if not self.alpn and self.connection.get_context().get_app_data():
+            raise HandshakeFailed("protocol", "the client offers no application protocol that is spoken here")
+        self.peer = peer_identity(self.connection, self._trust_domain)
+        if self._expect is not None and self.peer != self._expect:
+            raise HandshakeFailed("identity-mismatch", f"expected {self._expect.uri}, the peer is {self.peer.uri if self.peer else 'nobody'}")
+
+    def _failure(self, error: SSL.Error) -> HandshakeFailed:
+        seen = self.connection.get_app_data()
+        if isinstance(seen, tuple):
+            code, depth = seen
+            return HandshakeFailed(_VERIFY_REASONS.get(code, "unverified"), f"certificate at depth {depth}: X.509 verify error {code}")
+        parts = error.args[0] if error.args and isinstance(error.args[0], list) else []
+        text = "; ".join(part[2] for part in parts if len(part) > 2) or "connection closed"
+        if "peer did not return a certificate" in text:
+            return HandshakeFailed("no-certificate", text)
+        return HandshakeFailed("alert" if "alert" in text else "protocol", text)
+
+    async def _flush_alert(self) -> None:
+        try:
+            await self._flush()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return  # the peer is gone already; the cause we report is the handshake's
+
+    async def _flush(self) -> None:
+        async with self._send_lock:
+            while (data := self._encrypted()) is not None:
+                await self.transport.send_all(data)
+
+    def _encrypted(self) -> bytes | None:
+        try:
+            return self.connection.bio_read(_READ_BYTES)
+        except SSL.WantReadError:
+            return None
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Encrypt and send everything; on cancellation an unknown part was sent and the stream is unusable."""
+        await trio.lowlevel.checkpoint()
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self.connection.send(view[:_READ_BYTES]) :]
+            except SSL.Error as error:
+                raise trio.BrokenResourceError("TLS connection is unusable") from error
+            await self._flush()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """As the transport's."""
+        await self.transport.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Up to ``max_bytes`` decrypted bytes, ``b""`` after the peer's close_notify; BrokenResourceError when it was cut off."""
+        await trio.lowlevel.checkpoint()
+        while True:
+            try:
+                return self.connection.recv(max_bytes or _READ_BYTES)
+            except SSL.WantReadError:
+                pass
+            except SSL.ZeroReturnError:
+                return b""
+            except SSL.Error as error:
+                await self._flush_alert()
+                raise trio.BrokenResourceError(f"TLS: {self._failure(error)}") from error
+            await self._flush()  # key updates are answered by reading
+            data = await self.transport.receive_some(_READ_BYTES)
+            if not data:
+                raise trio.BrokenResourceError("the peer closed the connection without close_notify")
+            self.connection.bio_write(data)
+
+    async def send_eof(self) -> None:
+        """close_notify: nothing more comes from us; receiving goes on."""
+        try:
+            self.connection.shutdown()
+        except SSL.Error as error:
+            raise trio.BrokenResourceError("TLS connection is unusable") from error
+        await self._flush()
+
+    async def aclose(self) -> None:
+        """Send close_notify if the peer still takes it, then close the transport."""
+        try:
+            with trio.move_on_after(1):
+                await self.send_eof()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
+            pass  # closing a dead connection: nobody is left to tell
+        finally:
+            await self.transport.aclose()
+
+    def detach(self) -> SSL.Connection:
+        """Give the connection to the relay loop, which reads and writes the BIOs itself from now on."""
+        return self.connection
+
