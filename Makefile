@@ -1,0 +1,56 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Each prepares .venv by itself (tools/prepare.py).
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: demo demo-keep test test-unit test-netns test-cluster check lint bench bench-quick architecture lock venv clean help
+
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+demo: venv ## three workloads on this machine: mTLS, authorization, live policy, rotation under load; cleans up
+	$(BIN)/python -m local.demo
+
+demo-keep: venv ## the demo, left running to look around in (ends with: .venv/bin/pillion local down)
+	$(BIN)/python -m local.demo --keep
+
+test: venv ## every test this machine can run; says which it skips and why
+	$(PYTEST) -m "not cluster"
+
+test-unit: venv ## tests without root, namespaces or a cluster
+	$(PYTEST) -m "not netns and not cluster and not slow"
+
+test-netns: venv ## tests in network namespaces (root)
+	$(PYTEST) -m netns
+
+test-cluster: venv ## tests on a Kubernetes cluster
+	$(PYTEST) -m cluster
+
+lint: venv ## ruff, mypy --strict, import contracts, architecture page against the tree
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/check_architecture.py
+
+check: lint test ## lint, then test
+
+bench: venv ## the full measurements (minutes; needs a quiet machine)
+	$(BIN)/python -m bench
+
+bench-quick: venv ## the same in seconds, to see that nothing fell over
+	$(BIN)/python -m bench --quick
+
+architecture: venv ## write the list of modules in ARCHITECTURE.md anew
+	$(BIN)/python tools/check_architecture.py --write
+
+lock: ## write requirements.lock anew from the ranges in setup.cfg
+	tools/lock.sh
+
+venv: ## prepare .venv with everything, the command .venv/bin/pillion included
+	@python3 tools/prepare.py
+
+clean: ## remove what make made; nothing outside this folder
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist pillion.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
