@@ -1,0 +1,89 @@
+"""Opaque bytes: two connections joined, each end of one passed on as the end of the other. RST is carried as RST.
+
+A slow reader stops its writer: while one side is blocked the other is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from proxy.protocol.sides import Sink
+
+
+class Half:
+    """The receiver of one connection of a splice; what arrives goes to ``peer``'s connection."""
+
+    __slots__ = ("_ended", "_splice", "peer", "sink")
+
+    peer: Half
+
+    def __init__(self, splice: Splice, sink: Sink) -> None:
+        self._splice = splice
+        self.sink = sink
+        self._ended = False
+
+    def received(self, data: bytes) -> None:
+        """Pass on; stop reading here while the other side cannot take more."""
+        other = self.peer.sink
+        other.write(data)
+        self._splice.touched()
+        if other.blocked:
+            self.sink.pause()
+
+    def ended(self) -> None:
+        """Half-close: the other direction lives on."""
+        self._ended = True
+        self.peer.sink.end()
+        if self.peer._ended:
+            self._splice.finish("")
+
+    def lost(self, reset: bool) -> None:
+        """A reset here is a reset there; so is a stream cut off without its proper end."""
+        self.peer.sink.abort()
+        self._splice.finished("reset" if reset else "truncated")
+
+    def drained(self) -> None:
+        """We took everything: let the other side be read again."""
+        self.peer.sink.resume()
+
+    def expired(self) -> None:
+        """Nothing moved for the idle time."""
+        self._splice.cut("idle")
+
+
+class Splice:
+    """Two joined connections. on_finished is called exactly once, with ``""`` for an orderly end or the cause."""
+
+    __slots__ = ("_done", "_idle_s", "_on_finished", "client", "upstream")
+
+    def __init__(self, client: Sink, upstream: Sink, on_finished: Callable[[str], None], idle_s: float | None = None) -> None:
+        self.client = Half(self, client)
+        self.upstream = Half(self, upstream)
+        self.client.peer, self.upstream.peer = self.upstream, self.client
+        self._on_finished = on_finished
+        self._idle_s = idle_s
+        self._done = False
+        self.touched()
+
+    def touched(self) -> None:
+        """Bytes moved: the idle time starts again."""
+        if self._idle_s is not None:
+            self.client.sink.expire_after(self._idle_s)
+
+    def finish(self, cause: str) -> None:
+        """Both directions ended in order."""
+        self.client.sink.close()
+        self.upstream.sink.close()
+        self.finished(cause)
+
+    def cut(self, cause: str) -> None:
+        """Reset both ends: policy withdrew its permit, or nothing moved for too long."""
+        self.client.sink.abort()
+        self.upstream.sink.abort()
+        self.finished(cause)
+
+    def finished(self, cause: str) -> None:
+        """Report once."""
+        if not self._done:
+            self._done = True
+            self._on_finished(cause)

@@ -1,0 +1,552 @@
+"""The relay loop: one level-triggered epoll of our own that carries every connection whose next step waits for nothing.
+
+Theory of operation. A trio task that waits for each read costs an epoll_ctl, a wake-up through the scheduler and a read that fails;
+measured, that doubles the CPU of a small request. So established connections leave trio: a `Link` owns a non-blocking socket, and
+when the socket is ready the loop reads once and hands the bytes to the link's `Receiver` (an HTTP engine, an opaque splice), which
+answers by calling sinks. Nothing here awaits. What needs to wait (dialling, a handshake, a policy) is a trio task that ends in a
+call into an engine, inside `Relay.batch`.
+
+* One pass handles at most `_EVENTS_PER_PASS` connections and one read of each, then trio runs: control work never starves.
+* Writes go out at once (`write`) or together at the end of the pass (`queue`). What the socket does not take is held by the link,
+  `blocked` says so, and the receiver on the other side stops its source: memory is bounded by one read per connection.
+* A link that dies inside a call tells its receiver after the call returned, never from within.
+* An exception from a receiver is a bug of ours: it aborts that link's connections only, and is reported with its traceback.
+* Deadlines live in a wheel of one-second slots. Moving a deadline later is one attribute assignment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import trio
+
+from proxy.protocol.sides import Receiver
+from proxy.transport.tls_bio import READ_MAX, RECEIVE_BUFFER, Records, TlsBroken
+
+_EVENTS_PER_PASS: Final = 128
+_READ_START: Final = 16 * 1024  # one TLS record or a typical request; grows while reads come back full
+_LINGER_S: Final = 2.0  # how long a closed connection may still drain, so that our last bytes are not lost to an RST
+_READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
+_DEAD = select.EPOLLERR | select.EPOLLHUP
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+_NEVER = float("inf")
+_UNWATCHED: Final = -1
+
+
+class Link:
+    """One plaintext connection under the relay's care; a `Sink` for its engine. Made by `Relay.adopt`.
+
+    read_bytes, written_bytes: application bytes so far, for metrics.
+    """
+
+    __slots__ = (
+        "_closing", "_dead", "_ended", "_fd", "_held", "_mask", "_paused", "_queued", "_read_size", "_recv", "_relay", "_send",
+        "_shut", "blocked", "bucket", "deadline", "read_bytes", "receiver", "sock", "written_bytes",
+    )  # fmt: skip
+
+    def __init__(self, relay: Relay, sock: socket.socket, receiver: Receiver) -> None:
+        self._relay = relay
+        self.sock = sock
+        self.receiver = receiver
+        self._recv, self._send = sock.recv, sock.send
+        self._fd = sock.fileno()
+        self._read_size = _READ_START
+        self._mask = _UNWATCHED
+        self._held: list[memoryview] = []
+        self._queued: list[bytes] = []
+        self.bucket = 0
+        self.deadline = _NEVER
+        self.blocked = self._paused = self._ended = self._shut = self._closing = self._dead = False
+        self.read_bytes = self.written_bytes = 0
+
+    # --- what the loop calls -------------------------------------------------------------------------------------------
+
+    def readable(self) -> None:
+        """Read once and deliver."""
+        try:
+            data = self._recv(self._read_size)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._lose(reset=True)
+            return
+        if not data:
+            self._end_of_input()
+            return
+        n = len(data)
+        self.read_bytes += n
+        if n == self._read_size and n < READ_MAX:
+            self._read_size = min(n * 4, READ_MAX)
+        self.receiver.received(data)
+
+    def writable(self) -> None:
+        """Send what is held; tell the receiver when all of it is gone."""
+        held = self._held
+        while held:
+            n = self._transmit(held[0])
+            if n < 0:
+                return
+            if n < len(held[0]):
+                held[0] = held[0][n:]
+                return
+            del held[0]
+        self.blocked = False
+        if self._closing:
+            self._finish_close()
+            return
+        if self._shut:
+            self._shutdown_socket()
+        self._watch()
+        self.receiver.drained()
+
+    def hung_up(self) -> None:
+        """EPOLLERR or EPOLLHUP while we were not reading: find out what happened without consuming bytes."""
+        if self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._lose(reset=True)
+        else:  # both directions are closed but bytes wait to be read: watch again when reading is resumed
+            self._relay.epoll.unregister(self._fd)
+            self._mask = _UNWATCHED
+
+    def flush(self) -> None:
+        """Write what was queued during the pass."""
+        queued = self._queued
+        if not queued:
+            return
+        data = queued[0] if len(queued) == 1 else b"".join(queued)
+        queued.clear()
+        self.write(data)
+
+    # --- Sink ------------------------------------------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        if self._queued:
+            self._queued.append(data)
+            return
+        if self._held:
+            self._held.append(memoryview(data))
+            return
+        if self._dead or self._shut:
+            return
+        n = self._transmit(data)
+        if 0 <= n < len(data):
+            self._hold(memoryview(data)[n:])
+
+    def queue(self, data: bytes) -> None:
+        if not self._queued:
+            if not self._relay.in_pass:
+                self.write(data)
+                return
+            self._relay.dirty.append(self)
+        self._queued.append(data)
+
+    def pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._watch()
+
+    def resume(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._watch()
+
+    def end(self) -> None:
+        self.flush()
+        if self._shut or self._dead:
+            return
+        self._shut = True
+        self._say_goodbye()
+        if not self._held:
+            self._shutdown_socket()
+
+    def close(self) -> None:
+        self.flush()
+        if self._dead or self._closing:
+            return
+        self._closing = True
+        self.receiver = _DISCARD
+        if not self._shut:
+            self._shut = True
+            self._say_goodbye()
+        self.deadline = _NEVER
+        if self._held:
+            self.expire_after(_LINGER_S * 15)  # a peer that does not take our last bytes does not keep the socket for ever
+        else:
+            self._finish_close()
+
+    def abort(self) -> None:
+        if not self._dead:
+            with contextlib.suppress(OSError):
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            self._drop()
+
+    def expire_after(self, seconds: float | None) -> None:
+        if seconds is None:
+            self.deadline = _NEVER
+            return
+        self.deadline = deadline = self._relay.now + seconds
+        if not self.bucket or deadline < self.bucket - 1:
+            self._relay.schedule(self, deadline)
+
+    # --- inside ----------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to deliver; called once by `Relay.adopt`, after the creator stored the link."""
+        self._watch()
+
+    def _transmit(self, data: bytes | memoryview) -> int:
+        """Send; the number of bytes taken, 0 when the socket is full, -1 when it is dead (the receiver hears of it later)."""
+        try:
+            n = self._send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self._relay.doom(self)
+            return -1
+        self.written_bytes += n
+        return n
+
+    def _hold(self, rest: memoryview) -> None:
+        self._held.append(rest)
+        self.blocked = True
+        self._watch()
+
+    def _say_goodbye(self) -> None:
+        """What a protocol below the application wants to send before FIN."""
+
+    def _shutdown_socket(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+
+    def _end_of_input(self) -> None:
+        self._ended = True
+        if self._closing:
+            if not self._held:
+                self._drop()
+            return
+        self._watch()
+        self.receiver.ended()
+
+    def _finish_close(self) -> None:
+        self._shutdown_socket()
+        if self._ended:
+            self._drop()
+            return
+        self._paused = False
+        self._watch()
+        self.expire_after(_LINGER_S)
+
+    def _lose(self, reset: bool) -> None:
+        if not self._dead:
+            self._drop()
+            if not self._closing:
+                self.receiver.lost(reset)
+
+    def doomed(self) -> None:
+        """The loop's turn to tell the receiver that a send failed."""
+        self._lose(reset=True)
+
+    def timed_out(self) -> None:
+        """The wheel reached our deadline."""
+        self.deadline = _NEVER
+        if self._closing:
+            self.abort()
+        else:
+            self.receiver.expired()
+
+    def _drop(self) -> None:
+        self._dead = True
+        self.blocked = False
+        self._held.clear()
+        self._queued.clear()
+        self.deadline = _NEVER
+        if self._mask != _UNWATCHED:
+            self._relay.epoll.unregister(self._fd)
+        self._relay.release(self._fd)
+        self.sock.close()
+
+    def _watch(self) -> None:
+        if self._dead:
+            return
+        mask = (0 if self._paused or self._ended else _READ) | (_WRITE if self._held else 0)
+        if mask == self._mask:
+            return
+        if self._mask != _UNWATCHED:
+            self._relay.epoll.modify(self._fd, mask)
+        elif mask:
+            self._relay.epoll.register(self._fd, mask)
+        else:
+            return
+        self._mask = mask
+
+    @property
+    def wants_read(self) -> bool:
+        """Whether readiness to read is to be acted upon (it may have been switched off earlier in the same pass)."""
+        return not (self._paused or self._ended or self._dead)
+
+    def detach_receiver(self, receiver: Receiver) -> None:
+        """Hand the connection to another receiver (a pool, another engine)."""
+        self.receiver = receiver
+
+
+class TlsLink(Link):
+    """A connection whose bytes are TLS records; its receiver sees plaintext."""
+
+    __slots__ = ("_recv_into", "_records")
+
+    def __init__(self, relay: Relay, sock: socket.socket, receiver: Receiver, records: Records) -> None:
+        super().__init__(relay, sock, receiver)
+        self._records = records
+        self._recv_into = sock.recv_into
+
+    def start(self) -> None:
+        self._watch()
+        self._relay.later(self._deliver_leftover)
+
+    def readable(self) -> None:
+        size = self._read_size
+        try:
+            n = self._recv_into(RECEIVE_BUFFER, size)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._lose(reset=True)
+            return
+        if not n:
+            if self._records.ended:
+                self._ended = True
+                self._watch()
+                return
+            self._ended = True
+            self._lose(reset=False)  # cut off without close_notify: what we have is not all there was
+            return
+        if n == size and n < READ_MAX:
+            self._read_size = min(n * 4, READ_MAX)
+        self._decrypted(n)
+
+    def _decrypted(self, length: int) -> None:
+        try:
+            data = self._records.decrypt(length)
+        except TlsBroken:
+            if alert := self._records.output():
+                self._put_on_wire(alert)
+            self._lose(reset=True)
+            return
+        if len(data) + 22 != length and (answer := self._records.output()):
+            self._put_on_wire(answer)
+        if data:
+            self.read_bytes += len(data)
+            self.receiver.received(data)
+        if self._records.ended and not self._ended and not self._dead:
+            self._end_of_input()
+
+    def _deliver_leftover(self) -> None:
+        if not self._dead:
+            self._decrypted(0)
+
+    def write(self, data: bytes) -> None:
+        if self._queued:
+            self._queued.append(data)
+            return
+        if self._dead or self._shut:
+            return
+        self.written_bytes += len(data)
+        try:
+            if len(data) <= READ_MAX:
+                self._put_on_wire(self._records.encrypt(data))
+                return
+            view = memoryview(data)
+            while view:
+                self._put_on_wire(self._records.encrypt(view[:READ_MAX]))
+                view = view[READ_MAX:]
+        except TlsBroken:
+            self._relay.doom(self)
+
+    def _put_on_wire(self, records: bytes | memoryview) -> None:
+        if self._held:
+            self._held.append(memoryview(bytes(records)))
+            return
+        n = self._transmit(records)
+        if 0 <= n < len(records):
+            self._hold(memoryview(bytes(records[n:])))
+
+    def _transmit(self, data: bytes | memoryview) -> int:
+        try:
+            return self._send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self._relay.doom(self)
+            return -1
+
+    def _say_goodbye(self) -> None:
+        if not self._dead and (record := self._records.close_notify()):
+            self._put_on_wire(record)
+
+
+class _Discard:
+    """The receiver of a closing connection: what still arrives is of no interest to anybody."""
+
+    def received(self, data: bytes) -> None: ...
+    def ended(self) -> None: ...
+    def lost(self, reset: bool) -> None: ...
+    def drained(self) -> None: ...
+    def expired(self) -> None: ...
+
+
+_DISCARD: Final[Receiver] = _Discard()
+
+
+class Relay:
+    """All links of a process. `run` is a task; everything else is synchronous and belongs to the same thread."""
+
+    def __init__(self, report: Callable[[BaseException], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self.epoll = select.epoll()
+        self._links: dict[int, Link] = {}
+        self._wheel: dict[int, list[Link]] = {}
+        self._reached = int(clock())
+        self._clock = clock
+        self._report = report
+        self._doomed: list[Link] = []
+        self._later: list[Callable[[], None]] = []
+        self.dirty: list[Link] = []
+        self.in_pass = False
+        self.now = clock()
+
+    def adopt(self, sock: socket.socket, receiver: Receiver, records: Records | None = None) -> Link:
+        """Take over a connected non-blocking socket; with records, after its TLS handshake. Delivery starts with `Link.start`."""
+        link = Link(self, sock, receiver) if records is None else TlsLink(self, sock, receiver, records)
+        self._links[sock.fileno()] = link
+        return link
+
+    @property
+    def open_links(self) -> int:
+        """How many connections the loop carries."""
+        return len(self._links)
+
+    async def run(self) -> None:
+        """Carry bytes until cancelled; then every connection is reset."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._turn_wheel)
+            try:
+                while True:
+                    await trio.lowlevel.wait_readable(self.epoll.fileno())
+                    self.carry(self.epoll.poll(0, _EVENTS_PER_PASS))
+            finally:
+                for link in list(self._links.values()):
+                    link.abort()
+                self.epoll.close()
+
+    def carry(self, events: list[tuple[int, int]]) -> None:
+        """One pass over ready connections."""
+        self.now = self._clock()
+        self.in_pass = True
+        links = self._links
+        for fd, event in events:
+            link = links.get(fd)
+            if link is None:
+                continue
+            try:
+                if event & _WRITE:
+                    link.writable()
+                if event & _READ:
+                    if link.wants_read:
+                        link.readable()
+                elif event & _DEAD:
+                    if link.wants_read:
+                        link.readable()
+                    else:
+                        link.hung_up()
+            except Exception as error:
+                self._crashed(link, error)
+        self._settle()
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[None]:
+        """For tasks that call into engines: what the calls queue leaves in one send, as at the end of a pass."""
+        self.now = self._clock()
+        if self.in_pass:
+            yield
+            return
+        self.in_pass = True
+        try:
+            yield
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Flush what was queued, and tell receivers of links that died meanwhile, until nothing is left to tell."""
+        while self.dirty or self._doomed or self._later:
+            dirty, self.dirty = self.dirty, []
+            doomed, self._doomed = self._doomed, []
+            later, self._later = self._later, []
+            for link in dirty:
+                self._guarded(link.flush, link)
+            for link in doomed:
+                self._guarded(link.doomed, link)
+            for call in later:
+                self._guarded(call, None)
+        self.in_pass = False
+
+    def _guarded(self, call: Callable[[], None], link: Link | None) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._crashed(link, error)
+
+    def _crashed(self, link: Link | None, error: Exception) -> None:
+        self._report(error)
+        if link is not None:
+            receiver = link.receiver
+            link.abort()
+            with contextlib.suppress(Exception):  # the engine is in an unknown state already and was reported
+                receiver.lost(True)
+
+    def later(self, call: Callable[[], None]) -> None:
+        """Run ``call`` at the end of the current pass or batch, or at once when there is none."""
+        self._later.append(call)
+        if not self.in_pass:
+            self.in_pass = True
+            self._settle()
+
+    def doom(self, link: Link) -> None:
+        """A send failed inside somebody's call: its receiver will be told when the call is over."""
+        self._doomed.append(link)
+        if not self.in_pass:
+            self.later(_nothing)
+
+    def release(self, fd: int) -> None:
+        """A link closed its socket."""
+        del self._links[fd]
+
+    def schedule(self, link: Link, deadline: float) -> None:
+        """Look at the link again when its deadline has passed."""
+        link.bucket = slot = max(int(deadline) + 1, self._reached + 1)
+        self._wheel.setdefault(slot, []).append(link)
+
+    async def _turn_wheel(self) -> None:
+        while True:
+            await trio.sleep(1)
+            with self.batch():
+                self.expire(int(self.now))
+
+    def expire(self, slot: int) -> None:
+        """Let everything expire whose deadline lies before second ``slot``."""
+        while self._reached < slot:
+            self._reached += 1
+            for link in self._wheel.pop(self._reached, ()):
+                if link.bucket != self._reached:
+                    continue  # the deadline was moved earlier and fired from another slot
+                link.bucket = 0
+                if link.deadline <= self._reached:
+                    self._guarded(link.timed_out, link)
+                elif link.deadline != _NEVER:
+                    self.schedule(link, link.deadline)
+
+
+def _nothing() -> None: ...

@@ -1,0 +1,179 @@
+"""TLS records for the relay loop: ciphertext in, plaintext out and back, through OpenSSL's memory BIOs, without a wait anywhere.
+
+The relay reads a socket once into `RECEIVE_BUFFER` and asks `decrypt` for what was inside; it asks `encrypt` for the records of
+what is to be sent. Two implementations with one behaviour:
+
+* `FastRecords` calls the library functions below pyOpenSSL's methods, which allocate a buffer of the maximum size for each call.
+  Measured on the HTTP/1.1 pair: 0.88x the requests per second without it.
+* `PortableRecords` uses pyOpenSSL's public methods only. It is what runs when the names below are gone from a later pyOpenSSL.
+
+A connection arrives here after its handshake. Bytes that came with the handshake's last flight are still in the BIO: callers ask
+`decrypt(0)` once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Protocol
+
+from OpenSSL import SSL
+from OpenSSL import _util as _openssl
+
+READ_MAX: Final = 256 * 1024
+"""The most that one read of a socket takes; also the most plaintext that one `encrypt` accepts."""
+
+_RECORD_OVERHEAD = 22  # header 5, content type 1, tag 16 (RFC 8446 section 5.2)
+_RECORD_PLAINTEXT = 16384
+_SEND_BYTES = READ_MAX + (READ_MAX // _RECORD_PLAINTEXT + 2) * _RECORD_OVERHEAD
+
+_SSL_ERROR_WANT_READ = 2
+_SSL_ERROR_ZERO_RETURN = 6
+
+
+class TlsBroken(Exception):
+    """A record that does not verify, an alert, or a call on a dead connection: nothing more can be read or written."""
+
+
+class Records(Protocol):
+    """One connection's records. ``ended`` is True once the peer's close_notify was read."""
+
+    ended: bool
+
+    def decrypt(self, length: int) -> bytes:
+        """The plaintext of everything readable now, given that ``length`` new bytes lie in RECEIVE_BUFFER; raises TlsBroken."""
+        ...
+
+    def encrypt(self, data: bytes | memoryview) -> bytes | memoryview:
+        """The records that carry ``data`` (at most READ_MAX bytes). The result is valid until the next call; raises TlsBroken."""
+        ...
+
+    def close_notify(self) -> bytes:
+        """The record that ends our direction."""
+        ...
+
+    def output(self) -> bytes:
+        """What OpenSSL wants sent by itself (answers to key updates, alerts); mostly nothing."""
+        ...
+
+
+_ffi: Any = _openssl.ffi
+_lib: Any = _openssl.lib
+_receive: Any = _ffi.new("char[]", READ_MAX)
+_plain: Any = _ffi.new("char[]", READ_MAX)
+_send: Any = _ffi.new("char[]", _SEND_BYTES)
+_plain_view: Any = _ffi.buffer(_plain, READ_MAX)
+
+RECEIVE_BUFFER: Final[memoryview] = memoryview(_ffi.buffer(_receive, READ_MAX))
+_SEND_VIEW: Final[memoryview] = memoryview(_ffi.buffer(_send, _SEND_BYTES))
+
+# Bound once: attribute look-ups on cffi's lib object cost as much as the calls.
+_SSL_read, _SSL_write, _SSL_get_error = _lib.SSL_read, _lib.SSL_write, _lib.SSL_get_error
+_BIO_read, _BIO_write, _ERR_clear_error = _lib.BIO_read, _lib.BIO_write, _lib.ERR_clear_error
+
+
+class FastRecords:
+    """Records by direct calls of SSL_read, SSL_write, BIO_read and BIO_write on process-wide buffers."""
+
+    __slots__ = ("_connection", "_into", "_out", "_ssl", "ended")
+
+    def __init__(self, connection: SSL.Connection) -> None:
+        raw: Any = connection
+        self._connection = connection  # owns what the three pointers point to
+        self._ssl = raw._ssl
+        self._into = raw._into_ssl
+        self._out = raw._from_ssl
+        self.ended = False
+
+    def decrypt(self, length: int) -> bytes:
+        ssl = self._ssl
+        if length:
+            _BIO_write(self._into, _receive, length)
+        n = _SSL_read(ssl, _plain, READ_MAX)
+        if n > 0 and n + _RECORD_OVERHEAD == length:
+            return _plain_view[:n]  # type: ignore[no-any-return]  # exactly one record: another read would only say "want read"
+        parts = []
+        while n > 0:
+            parts.append(_plain_view[:n])
+            n = _SSL_read(ssl, _plain, READ_MAX)
+        error = _SSL_get_error(ssl, n)
+        if error == _SSL_ERROR_ZERO_RETURN:
+            self.ended = True
+        elif error != _SSL_ERROR_WANT_READ:
+            _ERR_clear_error()
+            if not parts:
+                raise TlsBroken("TLS record refused")
+        return b"".join(parts)
+
+    def encrypt(self, data: bytes | memoryview) -> bytes | memoryview:
+        source = data if type(data) is bytes else _ffi.from_buffer(data)
+        if _SSL_write(self._ssl, source, len(data)) <= 0:
+            _ERR_clear_error()
+            raise TlsBroken("TLS connection takes no more data")
+        n = _BIO_read(self._out, _send, _SEND_BYTES)
+        return _SEND_VIEW[:n]
+
+    def close_notify(self) -> bytes:
+        return _close_notify(self._connection)
+
+    def output(self) -> bytes:
+        n = _BIO_read(self._out, _send, _SEND_BYTES)
+        return bytes(_SEND_VIEW[:n]) if n > 0 else b""
+
+
+class PortableRecords:
+    """Records by pyOpenSSL's public methods."""
+
+    __slots__ = ("_connection", "ended")
+
+    def __init__(self, connection: SSL.Connection) -> None:
+        self._connection = connection
+        self.ended = False
+
+    def decrypt(self, length: int) -> bytes:
+        if length:
+            self._connection.bio_write(bytes(RECEIVE_BUFFER[:length]))
+        parts: list[bytes] = []
+        try:
+            while True:
+                parts.append(self._connection.recv(READ_MAX))
+        except SSL.WantReadError:
+            pass
+        except SSL.ZeroReturnError:
+            self.ended = True
+        except SSL.Error as error:
+            if not parts:
+                raise TlsBroken("TLS record refused") from error
+        return b"".join(parts)
+
+    def encrypt(self, data: bytes | memoryview) -> bytes | memoryview:
+        try:
+            self._connection.sendall(bytes(data))
+        except SSL.Error as error:
+            raise TlsBroken("TLS connection takes no more data") from error
+        return self.output()
+
+    def close_notify(self) -> bytes:
+        return _close_notify(self._connection)
+
+    def output(self) -> bytes:
+        try:
+            return self._connection.bio_read(_SEND_BYTES)
+        except SSL.WantReadError:
+            return b""
+
+
+def _close_notify(connection: SSL.Connection) -> bytes:
+    try:
+        connection.shutdown()
+    except SSL.Error:
+        return b""  # already broken: RST or FIN says the rest
+    try:
+        return connection.bio_read(_SEND_BYTES)
+    except SSL.WantReadError:
+        return b""
+
+
+def records(connection: SSL.Connection) -> Records:
+    """The records of an established connection, by the fastest way this pyOpenSSL offers."""
+    if all(hasattr(connection, name) for name in ("_ssl", "_into_ssl", "_from_ssl")):
+        return FastRecords(connection)
+    return PortableRecords(connection)
