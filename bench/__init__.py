@@ -1,0 +1,1 @@
+"""Side-by-side measurements of Pillion, Envoy and HAProxy in one interleaved run on one machine: `python -m bench`."""

@@ -1,0 +1,102 @@
+"""`python -m bench [--quick] [--rows P1,P2]`: measure, print ratios, write bench/results/latest.json, charts and docs/performance.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench import certs, peers, report
+from bench.contestants.base import Contestant, Context
+from bench.contestants.envoy import Envoy
+from bench.contestants.haproxy import Haproxy
+from bench.contestants.none import NoProxy
+from bench.measure import Series, results
+from bench.scenarios import FULL, QUICK, SCENARIOS, Bench
+from bench.stage import PROXY_UID, Pinning
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """Read the command line; wrong rows or contestants end with exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Pillion beside Envoy and HAProxy, one interleaved run")
+    parser.add_argument("--quick", action="store_true", help="two short rounds of everything: does every contestant answer?")
+    parser.add_argument("--rows", default=",".join(SCENARIOS), help=f"comma list of {', '.join(SCENARIOS)}")
+    parser.add_argument("--contestants", default="", help="comma list; default all that are installed")
+    parser.add_argument("--rounds", type=int, help="rounds of each contestant (5, quick 2)")
+    parser.add_argument("--seconds", type=float, help="seconds of a round (4, quick 1)")
+    parser.add_argument("--pin", choices=("split", "none"), default="split", help="proxies on a core of their own (default), or none")
+    parser.add_argument("--no-install", action="store_true", help="use what is installed, install nothing")
+    parser.add_argument("--out", type=Path, help="the JSON file; default bench/results/latest.json, quick runs quick.json")
+    chosen = parser.parse_args(argv)
+    if unknown := set(chosen.rows.split(",")) - set(SCENARIOS):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}")
+    return chosen
+
+
+def contestants(found: peers.Peers, wanted: str) -> list[Contestant]:
+    """Everyone who is installed, in the order of the table."""
+    everyone: list[Contestant] = [NoProxy()]
+    if found.envoy:
+        everyone += [Envoy(), Envoy("envoy-h2", between="http2")]
+    if found.haproxy:
+        everyone.append(Haproxy())
+    names = set(wanted.split(",")) if wanted else {one.name for one in everyone}
+    return [one for one in everyone if one.name in names]
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 when every round of every contestant succeeded, 1 when one failed or nothing could be measured, 2 for usage."""
+    chosen = arguments(argv)
+    if os.geteuid() != 0:
+        print(
+            "bench: needs root (CAP_SYS_ADMIN, CAP_NET_ADMIN) to make network namespaces",
+            file=sys.stderr,
+        )
+        return 1
+    # A terminated run must unwind like an interrupted one, so that every pod is closed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    found = peers.prepare(install=not chosen.no_install)
+    for line in found.missing():
+        print(f"bench: missing: {line}", file=sys.stderr)
+    if not (found.wrk and found.nginx):
+        return 1
+    plan = QUICK if chosen.quick else FULL
+    plan = type(plan)(chosen.rounds or plan.rounds, chosen.seconds or plan.seconds, plan.warmup_s, plan.quick)
+    pinning = Pinning.split() if chosen.pin == "split" else Pinning(None, None)
+    started = time.time()
+    with tempfile.TemporaryDirectory(prefix="pillion-bench-") as folder:
+        workdir = Path(folder)
+        workdir.chmod(0o755)
+        context = Context(found, certs.make(workdir / "certs", owner_uid=PROXY_UID), workdir, pinning)
+        bench = Bench(context, contestants(found, chosen.contestants), plan, lambda text: print(text, file=sys.stderr, flush=True), [])
+        for row in chosen.rows.split(","):
+            SCENARIOS[row](bench)
+        series: list[Series] = bench.series
+    facts = report.Facts(
+        machine=peers.machine(),
+        versions=found.versions,
+        commit=peers.commit(),
+        pinning=pinning.describe(),
+        rounds=plan.rounds,
+        seconds=plan.seconds,
+        quick=plan.quick,
+        started=started,
+        took_s=time.time() - started,
+    )
+    rows = results(series)
+    report.publish(facts, rows, chosen.out)
+    failed = [one for one in series if one.failed_rounds]
+    for one in failed:
+        print(
+            f"bench: {one.row} {one.work} {one.contestant}: {one.failed_rounds} failed: {'; '.join(dict.fromkeys(one.notes))}",
+            file=sys.stderr,
+        )
+    return 1 if failed or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
