@@ -67,7 +67,7 @@ class ValueMatch(msgspec.Struct, frozen=True):
     value: str
 
 
-class HttpMatch(msgspec.Struct, frozen=True, tag="http"):
+class HttpMatch(msgspec.Struct, frozen=True, tag_field="kind", tag="http"):
     """HTTPRouteMatch: every part must hold; ``method`` None matches all."""
 
     path: PathMatch = PathMatch("PathPrefix", "/")
@@ -76,7 +76,7 @@ class HttpMatch(msgspec.Struct, frozen=True, tag="http"):
     method: str | None = None
 
 
-class GrpcMatch(msgspec.Struct, frozen=True, tag="grpc"):
+class GrpcMatch(msgspec.Struct, frozen=True, tag_field="kind", tag="grpc"):
     """GRPCRouteMatch: ``service`` and ``method`` None match all; regular expressions cover the whole name."""
 
     type: Literal["Exact", "RegularExpression"] = "Exact"

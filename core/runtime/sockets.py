@@ -1,0 +1,119 @@
+"""A trio stream directly on a non-blocking standard-library socket: what a connection is before the relay loop takes it over.
+
+trio's own SocketStream would do, but its socket object cannot be handed over without a detour, and a sidecar wraps every connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import struct
+
+import trio
+
+from core.addrs import Addr
+
+_READ_BYTES = 65536
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+_KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 10, 10, 3  # Linkerd's 10 s; a dead peer is noticed within 40 s
+_USER_TIMEOUT_MS = 30_000  # Linkerd: unacknowledged bytes this old mean a dead peer
+
+
+class RawStream(trio.abc.HalfCloseableStream):
+    """A connected TCP socket as a stream; `release` gives the socket to somebody else."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self._released = False
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send everything; on cancellation an unknown part was sent."""
+        await trio.lowlevel.checkpoint()
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self.sock.send(view) :]
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self.sock)
+            except OSError as error:
+                raise self._broken(error) from error
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until the kernel has room."""
+        await trio.lowlevel.wait_writable(self.sock)
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Up to ``max_bytes`` bytes, ``b""`` at the peer's FIN; raises BrokenResourceError on reset."""
+        while True:
+            await trio.lowlevel.wait_readable(self.sock)
+            try:
+                return self.sock.recv(max_bytes or _READ_BYTES)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise self._broken(error) from error
+
+    async def send_eof(self) -> None:
+        """FIN."""
+        await trio.lowlevel.checkpoint()
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise self._broken(error) from error
+
+    async def aclose(self) -> None:
+        """Close; does not wait."""
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+    def close(self) -> None:
+        """Close in order (FIN) and wake whoever waits on the socket."""
+        if not self._released and self.sock.fileno() != -1:
+            trio.lowlevel.notify_closing(self.sock)
+            self.sock.close()
+
+    def abort(self) -> None:
+        """Close by RST."""
+        if not self._released and self.sock.fileno() != -1:
+            with contextlib.suppress(OSError):
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            self.close()
+
+    def release(self) -> socket.socket:
+        """The socket, which is the caller's from now on: closing this stream does nothing any more."""
+        self._released = True
+        return self.sock
+
+    def _broken(self, error: OSError) -> trio.BrokenResourceError | trio.ClosedResourceError:
+        if error.errno == errno.EBADF:
+            return trio.ClosedResourceError("this end closed the connection")
+        return trio.BrokenResourceError(str(error))
+
+
+def tune(sock: socket.socket) -> None:
+    """No Nagle (we send whole messages), keep-alive probes, and a bound on unacknowledged data."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+
+
+async def connect(addr: Addr) -> RawStream:
+    """Connect to an IP address; raises OSError with the kernel's errno. The caller bounds the time."""
+    sock = socket.socket(socket.AF_INET6 if ":" in addr.ip else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        tune(sock)
+        try:
+            sock.connect((addr.ip, addr.port))
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(sock)
+            if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise OSError(code, errno.errorcode.get(code, "connect failed")) from None
+    except BaseException:
+        sock.close()
+        raise
+    return RawStream(sock)

@@ -1,0 +1,81 @@
+"""Which endpoint gets the next request: power of two choices over peak-EWMA latency times requests in flight.
+
+Two endpoints are drawn at random and the one with the smaller cost wins (linkerd2-proxy's default balancer). The latency average
+jumps up at once with a slow answer and decays over time, so that a stalled endpoint loses its traffic within one answer and gets
+another chance later. Pure: randomness and time are arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import exp
+
+from policy.wire import Endpoint
+
+DEFAULT_RTT_S = 0.030  # Linkerd's default_rtt: what an endpoint is assumed to cost before it answered once
+DECAY_S = 10.0  # Linkerd's decay: an average loses 63 % of its distance to newer samples in this time
+FAILURE_COST_S = 5.0  # what a failed connection counts as, so that the next picks go elsewhere
+
+
+class EndpointLoad:
+    """One endpoint and what it costs to use it now. active: exchanges in flight."""
+
+    __slots__ = ("_cost_s", "_stamp", "active", "endpoint", "gone")
+
+    def __init__(self, endpoint: Endpoint, now: float) -> None:
+        self.endpoint = endpoint
+        self.active = 0
+        self.gone = False
+        self._cost_s = DEFAULT_RTT_S
+        self._stamp = now
+
+    def cost(self, now: float) -> float:
+        """Expected wait: the decayed peak latency times what is in flight already, plus this one."""
+        return self._cost_s * exp((self._stamp - now) / DECAY_S) * (self.active + 1)
+
+    def observe(self, rtt_s: float, now: float) -> None:
+        """An answer took this long: rise to it at once, or move towards it by what time allows."""
+        if rtt_s >= self._cost_s:
+            self._cost_s = rtt_s
+        else:
+            weight = exp((self._stamp - now) / DECAY_S)
+            self._cost_s = self._cost_s * weight + rtt_s * (1.0 - weight)
+        self._stamp = now
+
+    def failed(self, now: float) -> None:
+        """It could not be reached."""
+        self.observe(max(FAILURE_COST_S, self._cost_s), now)
+
+
+class Balancer:
+    """The ready endpoints of one destination. A replaced list keeps the averages of the endpoints that stay."""
+
+    def __init__(self, random: Callable[[], float]) -> None:
+        self._random = random
+        self._loads: list[EndpointLoad] = []
+
+    def __len__(self) -> int:
+        return len(self._loads)
+
+    def replace(self, endpoints: Iterable[Endpoint], now: float) -> None:
+        """From now on choose among these. An endpoint whose identity changed is another endpoint."""
+        known = {load.endpoint: load for load in self._loads}
+        wanted = dict.fromkeys(endpoints)
+        self._loads = [known.get(endpoint) or EndpointLoad(endpoint, now) for endpoint in wanted]
+        for endpoint, load in known.items():
+            load.gone = endpoint not in wanted
+
+    def choose(self, now: float, *, avoid: frozenset[str] = frozenset()) -> EndpointLoad | None:
+        """The endpoint for the next exchange, None when there is none. avoid: addresses that just failed this exchange."""
+        loads = self._loads
+        if avoid:
+            loads = [load for load in loads if load.endpoint.addr not in avoid]
+        count = len(loads)
+        if count < 2:
+            return loads[0] if loads else None
+        first = int(self._random() * count)
+        second = int(self._random() * (count - 1))
+        if second >= first:
+            second += 1
+        a, b = loads[first], loads[second]
+        return a if a.cost(now) <= b.cost(now) else b

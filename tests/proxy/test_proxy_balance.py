@@ -1,0 +1,85 @@
+"""The balancer: spread, latency, load, failures, changing endpoints. Randomness is a seeded generator."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from policy.wire import Endpoint
+from proxy.outbound.balance import Balancer
+
+ENDPOINTS = [Endpoint(f"10.0.0.{n}:80") for n in range(1, 5)]
+
+
+def balancer(endpoints=ENDPOINTS) -> Balancer:
+    made = Balancer(random.Random(7).random)
+    made.replace(endpoints, 0.0)
+    return made
+
+
+def shares(made: Balancer, now: float = 0.0, rounds: int = 4000) -> Counter:
+    return Counter(made.choose(now).endpoint.addr for _ in range(rounds))
+
+
+def test_without_endpoints_nothing_is_chosen():
+    assert balancer([]).choose(0.0) is None
+
+
+def test_equal_endpoints_share_alike():
+    assert all(800 < count < 1200 for count in shares(balancer()).values())
+
+
+def test_the_slowest_of_all_is_never_preferred_and_a_fast_one_gets_half():
+    made = balancer()
+    for _ in range(40):
+        load = made.choose(0.0)
+        load.observe(1.0 if load.endpoint is ENDPOINTS[0] else 0.001, 0.0)
+    counts = shares(made)
+    assert counts[ENDPOINTS[0].addr] == 0
+
+
+def test_what_is_in_flight_counts():
+    made = balancer(ENDPOINTS[:2])
+    first = made.choose(0.0)
+    first.active += 1
+    assert all(made.choose(0.0) is not first for _ in range(50))
+
+
+def test_a_slow_endpoint_gets_another_chance_after_some_time():
+    made = balancer(ENDPOINTS[:2])
+    slow = made.choose(0.0)
+    slow.observe(2.0, 0.0)
+    assert all(made.choose(0.0) is not slow for _ in range(50))
+    other = made.choose(0.0)
+    other.observe(0.030, 60.0)
+    assert any(made.choose(60.0) is slow for _ in range(50))
+
+
+def test_a_failed_endpoint_is_left_alone_at_first():
+    made = balancer(ENDPOINTS[:2])
+    failed = made.choose(0.0)
+    failed.failed(0.0)
+    assert all(made.choose(1.0) is not failed for _ in range(50))
+
+
+def test_an_endpoint_to_avoid_is_not_chosen_even_when_it_is_the_last():
+    made = balancer(ENDPOINTS[:1])
+    assert made.choose(0.0, avoid=frozenset([ENDPOINTS[0].addr])) is None
+
+
+def test_a_replaced_list_keeps_averages_and_marks_the_gone():
+    made = balancer(ENDPOINTS[:2])
+    kept = next(load for load in iter(lambda: made.choose(0.0), None) if load.endpoint is ENDPOINTS[0])
+    gone = next(load for load in iter(lambda: made.choose(0.0), None) if load.endpoint is ENDPOINTS[1])
+    made.replace([ENDPOINTS[0], ENDPOINTS[2]], 1.0)
+    assert gone.gone and not kept.gone
+    assert {made.choose(1.0).endpoint.addr for _ in range(50)} == {ENDPOINTS[0].addr, ENDPOINTS[2].addr}
+    assert any(made.choose(1.0) is kept for _ in range(50))
+
+
+def test_an_endpoint_that_changes_its_identity_is_another_one():
+    made = balancer(ENDPOINTS[:1])
+    before = made.choose(0.0)
+    made.replace([Endpoint(ENDPOINTS[0].addr, "spiffe://cluster.local/ns/a/sa/b")], 0.0)
+    assert before.gone
+    assert made.choose(0.0) is not before
