@@ -202,8 +202,8 @@ ToSidecar = PortPolicy | DestinationState | Refused
 MAX_LINE_BYTES = 4 << 20  # a destination with some 10,000 endpoints is about 1.5 MiB
 
 _encoder = msgspec.json.Encoder()
-_to_controller = msgspec.json.Decoder(ToController)
-_to_sidecar = msgspec.json.Decoder(ToSidecar)
+_to_controller: msgspec.json.Decoder[ToController] = msgspec.json.Decoder(ToController)
+_to_sidecar: msgspec.json.Decoder[ToSidecar] = msgspec.json.Decoder(ToSidecar)
 
 
 class WireError(ValueError):
