@@ -1,0 +1,134 @@
+"""What stands behind a dialled address: a Service's ready endpoints, a pod, nothing of the mesh, or a port that is not there. Pure.
+
+An endpoint has an identity only when its sidecar is known to be there (the injector's annotation) and to take the port. Then the
+dialling sidecar demands that identity, so a stale answer can fail a connection but never send it to somebody else in plaintext.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from core.addrs import Addr, InvalidAddr, canonical_ip, parse_addr
+from core.k8s.objects import EndpointSlice, Pod, Service, ServicePort, SliceEndpoint
+from policy import wire
+from policy.index import inbound, options
+from policy.index.settings import IndexSettings
+from policy.index.store import Store
+
+_APP_PROTOCOLS: dict[str, wire.Protocol] = {
+    "http": "http1",
+    "kubernetes.io/ws": "http1",
+    "http2": "http2",
+    "h2c": "http2",
+    "kubernetes.io/h2c": "http2",
+    "grpc": "grpc",
+    "https": "tls",
+    "kubernetes.io/wss": "tls",
+    "tls": "tls",
+    "tcp": "opaque",
+    "pillion.dev/opaque": "opaque",
+    "pillion.dev/tcp": "opaque",
+}
+"""Service.spec.ports[].appProtocol. Linkerd makes every value it does not know opaque, ``grpc`` included; here such a port is detected."""
+
+
+def resolve(store: Store, addr: str, settings: IndexSettings) -> wire.Destination:
+    """What stands behind ``ip:port``; raises core.addrs.InvalidAddr."""
+    dialled = parse_addr(addr)
+    service = store.service_at(dialled.ip)
+    if service is not None:
+        return _service(store, service, dialled, settings)
+    pod = store.pod_at(dialled.ip)
+    if pod is None:
+        return wire.Destination("external", None, _external_protocol(dialled.port, settings))
+    protocol = inbound.port_protocol(store, pod, dialled.port, settings)
+    return wire.Destination("pod", pod.ref, protocol, (_endpoint(store, dialled, pod, settings),))
+
+
+def _external_protocol(port: int, settings: IndexSettings) -> wire.Protocol:
+    return "opaque" if options.read_port_list(settings.opaque_ports).holds(port) else "detect"
+
+
+def _service(store: Store, service: Service, dialled: Addr, settings: IndexSettings) -> wire.Destination:
+    port = next((entry for entry in service.spec.ports if entry.port == dialled.port and entry.protocol == "TCP"), None)
+    if port is None:
+        return wire.Destination("refused", service.ref, "detect")
+    ready = _ready(store, service, port, ":" in dialled.ip)
+    endpoints = tuple(_endpoint(store, addr, ready[addr], settings) for addr in sorted(ready))
+    return wire.Destination("service", service.ref, _service_protocol(store, service, port, ready, settings), endpoints)
+
+
+def _ready(store: Store, service: Service, port: ServicePort, ipv6: bool) -> dict[Addr, Pod | None]:
+    """Ready endpoints of a Service port with their pods: of the dialled address's family, else of the other one."""
+    slices = store.slices.get((service.metadata.namespace, service.metadata.name), {}).values()
+    family, other = ("IPv6", "IPv4") if ipv6 else ("IPv4", "IPv6")
+    for wanted in (family, other):
+        found = {
+            addr: _target(store, endpoint, service.metadata.namespace)
+            for slice_ in slices
+            if slice_.address_type == wanted
+            for endpoint, addr in _slice_addrs(slice_, port)
+        }
+        if found:
+            return found
+    return {}
+
+
+def _slice_addrs(slice_: EndpointSlice, port: ServicePort) -> Iterator[tuple[SliceEndpoint, Addr]]:
+    """A slice's port has the name of the Service's; without a number it stands for the Service's target."""
+    listed = next((entry for entry in slice_.ports if entry.name == port.name and entry.protocol == "TCP"), None)
+    if listed is None:
+        return
+    target = listed.port or (port.target_port if isinstance(port.target_port, int) else port.port)
+    for endpoint in slice_.endpoints:
+        if endpoint.conditions.ready is False or not endpoint.addresses:
+            continue
+        try:
+            yield endpoint, Addr(canonical_ip(endpoint.addresses[0]), target)
+        except InvalidAddr:
+            continue  # an address nobody can dial is no endpoint; the API server validates these
+
+
+def _target(store: Store, endpoint: SliceEndpoint, namespace: str) -> Pod | None:
+    ref = endpoint.target_ref
+    if ref is None or ref.kind != "Pod":
+        return None
+    return store.pods.get(ref.namespace or namespace, {}).get(ref.name)
+
+
+def _endpoint(store: Store, addr: Addr, pod: Pod | None, settings: IndexSettings) -> wire.Endpoint:
+    if pod is None:
+        return wire.Endpoint(str(addr))
+    return wire.Endpoint(str(addr), _identity(store, pod, addr.port, settings), pod.ref)
+
+
+def _identity(store: Store, pod: Pod, port: int, settings: IndexSettings) -> str | None:
+    if not meshed(pod) or inbound.port_in_list(store, pod, port, options.SKIP_INBOUND_PORTS):
+        return None
+    return inbound.identity(settings, pod.metadata.namespace, pod.spec.service_account_name)
+
+
+def meshed(pod: Pod) -> bool:
+    """Does the pod have a sidecar? The injector's patch says so, not the wish in its annotations."""
+    return pod.metadata.annotations.get(options.STATUS) == options.INJECTED
+
+
+def _service_protocol(
+    store: Store, service: Service, port: ServicePort, ready: Mapping[Addr, Pod | None], settings: IndexSettings
+) -> wire.Protocol:
+    """appProtocol, else the Service's opaque-ports annotation, else what all endpoints' pods say, opaque if any of them says so."""
+    known = _APP_PROTOCOLS.get(port.app_protocol.lower())
+    if known is not None:
+        return known
+    listed = options.nearest(options.OPAQUE_PORTS, service.metadata.annotations, store.namespace_annotations(service.metadata.namespace))
+    if options.read_port_list(settings.opaque_ports if listed is None else listed).holds(port.port, name=port.name):
+        return "opaque"
+    return _agreed(inbound.port_protocol(store, pod, addr.port, settings) if pod else "detect" for addr, pod in ready.items())
+
+
+def _agreed(protocols: Iterable[wire.Protocol]) -> wire.Protocol:
+    """An endpoint that takes bytes untouched must get them so; else a protocol that all endpoints name; else it is detected."""
+    said = set(protocols)
+    if "opaque" in said:
+        return "opaque"
+    return said.pop() if len(said) == 1 else "detect"
