@@ -24,6 +24,7 @@ class Cause(enum.Enum):
     BAD_REQUEST = "bad-request"  # the client broke a rule of the protocol, or the request has two readings
     BAD_TARGET = "ambiguous-path"  # the path has two readings and a rule looks at paths
     HEAD_TIMEOUT = "request-head-timeout"
+    BODY_TIMEOUT = "request-body-timeout"
     HEAD_TOO_LARGE = "request-head-too-large"
     TARGET_TOO_LONG = "request-target-too-long"
     DENIED = "denied"
@@ -40,6 +41,7 @@ class Cause(enum.Enum):
     UPSTREAM_RESET = "upstream-reset"  # died before a response
     UPSTREAM_PROTOCOL = "upstream-protocol"  # the response broke a rule of the protocol
     UPSTREAM_TIMEOUT = "upstream-timeout"
+    CLIENT_GONE = "client-gone"  # the client left before its answer was complete; nobody sees the status
     LOOP = "loop-detected"
     DRAINING = "draining"
     OVERLOADED = "overloaded"
@@ -50,6 +52,7 @@ _TABLE: dict[Cause, Effect] = {
     Cause.BAD_REQUEST: Effect(400, 13, "info", False),
     Cause.BAD_TARGET: Effect(400, 13, "info", True),
     Cause.HEAD_TIMEOUT: Effect(408, 4, "info", False),
+    Cause.BODY_TIMEOUT: Effect(408, 4, "info", False),
     Cause.HEAD_TOO_LARGE: Effect(431, 8, "info", False),
     Cause.TARGET_TOO_LONG: Effect(414, 8, "info", False),
     Cause.DENIED: Effect(403, 7, "info", True),
@@ -66,6 +69,7 @@ _TABLE: dict[Cause, Effect] = {
     Cause.UPSTREAM_RESET: Effect(502, 14, "info", True),
     Cause.UPSTREAM_PROTOCOL: Effect(502, 14, "warning", True),
     Cause.UPSTREAM_TIMEOUT: Effect(504, 4, "info", True),
+    Cause.CLIENT_GONE: Effect(499, 1, "debug", False),
     Cause.LOOP: Effect(508, 10, "warning", False),
     Cause.DRAINING: Effect(503, 14, "info", False),
     Cause.OVERLOADED: Effect(503, 14, "warning", True),
@@ -79,6 +83,7 @@ _REASONS = {
     408: b"Request Timeout",
     414: b"URI Too Long",
     431: b"Request Header Fields Too Large",
+    499: b"Client Closed Request",
     500: b"Internal Server Error",
     502: b"Bad Gateway",
     503: b"Service Unavailable",

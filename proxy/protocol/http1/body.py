@@ -1,0 +1,158 @@
+"""Where the body of an HTTP/1.1 message ends: readers that look at received bytes and say up to where they may be sent on.
+
+Theory of operation. A reader is shown a byte string and a position and returns the position up to which everything was checked and belongs
+to the body. Those bytes pass untouched, framing included. What lies behind is either the next message (`done`) or the beginning of a
+chunk-size line or trailer section that is not complete yet: the caller keeps it, bounded by the reader, and shows it again with more. So
+no byte of framing leaves before its whole line was checked, and a broken trailer leaves the message without its last chunk: cut short.
+Pure; called by client.py and upstream.py.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, Protocol
+
+from proxy.protocol.http1.heads import CHUNKED, FIELD, TOKEN
+
+LINE_BYTES: Final = 4096  # one chunk-size line with its extensions
+TRAILER_BYTES: Final = 16384
+
+_QUOTED: Final = rb'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+"'
+_match_size = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;" + TOKEN + rb"++(?:=(?:" + TOKEN + rb"++|" + _QUOTED + rb"))?+)*+\r\n").match
+_may_be_size = re.compile(rb"[0-9A-Fa-f]{0,16}(?:(?<=[0-9A-Fa-f]);[\t\x20-\x7e\x80-\xff]*)?\r?").fullmatch
+_match_trailer = re.compile(rb"(?:" + FIELD + rb")*+\r\n").match
+# RFC 9110 6.5.1: a recipient that merges trailers into the head would change what was decided on.
+FRAMING_NAMES: Final[tuple[bytes, ...]] = (
+    b"content-length", b"transfer-encoding", b"host", b"connection", b"upgrade", b"te", b"trailer", b"authorization",
+)  # fmt: skip
+
+
+class BodyError(Exception):
+    """The framing of a body is broken, or has two readings. The text says which rule, for the log."""
+
+
+class BodyReader(Protocol):
+    """Finds the end of one body."""
+
+    done: bool
+
+    def take_untrusted(self, data: bytes, at: int) -> int:
+        """Position up to which ``data`` may be sent on, at least ``at``. Raises BodyError. Not to be called once `done`."""
+        ...
+
+
+class Length:
+    """A body of a known number of bytes (RFC 9112 6.2)."""
+
+    __slots__ = ("done", "left")
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+        self.done = length == 0
+
+    def take_untrusted(self, data: bytes, at: int) -> int:
+        """See BodyReader; every byte string is a body."""
+        there = len(data) - at
+        if there < self.left:
+            self.left -= there
+            return len(data)
+        at += self.left
+        self.left = 0
+        self.done = True
+        return at
+
+
+class UntilClose:
+    """A response body that ends with its connection (RFC 9112 6.3 rule 8): never done by itself."""
+
+    __slots__ = ()
+    done = False
+
+    def take_untrusted(self, data: bytes, at: int) -> int:
+        """See BodyReader."""
+        return len(data)
+
+
+class Chunked:
+    """A body in chunks (RFC 9112 7.1)."""
+
+    __slots__ = ("_forbidden", "_left", "_trailer_names", "done")
+
+    def __init__(self) -> None:
+        self._forbidden = FRAMING_NAMES
+        self._trailer_names = b""
+        self._left = 0  # bytes of the present chunk that are still to come, its CRLF included
+        self.done = False
+
+    def take_untrusted(self, data: bytes, at: int) -> int:
+        """See BodyReader."""
+        size = len(data)
+        while True:
+            left = self._left
+            if left > 2:
+                there = size - at
+                if there <= left - 2:
+                    self._left = left - there
+                    return size
+                at += left - 2
+                left = 2
+                self._left = 2
+            if left:
+                end = data[at : at + 2]
+                if end != b"\r\n":
+                    if end and end != b"\r":
+                        raise BodyError("a chunk is longer than its size")
+                    return at
+                at += 2
+                self._left = 0
+            if at == size:
+                return at
+            line = _match_size(data, at)
+            if line is None:
+                self._partial(data, at)
+                return at
+            length = int(line[1], 16)
+            if length >> 62:
+                raise BodyError("a chunk size overflows")
+            if not length:
+                return self._trailer(data, at, line.end())
+            self._left = length + 2
+            at = line.end()
+
+    def forbid(self, names: tuple[bytes, ...]) -> None:
+        """Refuse these lower-case names in trailers too. Raises BodyError when one was there already."""
+        self._forbidden = FRAMING_NAMES + names
+        self._check_trailer()
+
+    def _check_trailer(self) -> None:
+        if self._trailer_names and any(b"\n" + name.replace(b"_", b"-") + b":" in self._trailer_names for name in self._forbidden):
+            raise BodyError("a trailer section names a field of the head")
+
+    def _partial(self, data: bytes, at: int) -> None:
+        """Raise BodyError when the bytes from ``at`` cannot become a chunk-size line."""
+        rest = data[at : at + LINE_BYTES + 1]
+        if len(rest) > LINE_BYTES or not _may_be_size(rest):
+            raise BodyError("not a chunk size")
+
+    def _trailer(self, data: bytes, at: int, begin: int) -> int:
+        """The end of the body if the trailer section is there, else ``at``, the beginning of the last chunk's line."""
+        found = _match_trailer(data, begin)
+        if found is None:
+            if data.find(b"\r\n\r\n", begin - 2) >= 0 or len(data) - begin > TRAILER_BYTES:
+                raise BodyError("a malformed or too long trailer section")
+            return at
+        end = found.end()
+        if end - begin > 2:
+            if end - begin > TRAILER_BYTES:
+                raise BodyError("a too long trailer section")
+            self._trailer_names = b"\n" + data[begin:end].lower().replace(b"_", b"-")
+            self._check_trailer()
+        self.done = True
+        return end
+
+
+def reader_of(length: int) -> BodyReader:
+    """The reader for a body of ``length`` bytes, or CHUNKED, or UNTIL_CLOSE."""
+    if length >= 0:
+        return Length(length)
+    return Chunked() if length == CHUNKED else UntilClose()

@@ -1,0 +1,365 @@
+"""Heads of HTTP/1.1 messages: what is accepted, how the body is framed, which fields end at this hop.
+
+Theory of operation. A head is never taken apart and put together again. One regular expression checks all of it at once, in one pass
+without backtracking (possessive repeats): every line is ``token ":" value`` ended by CRLF, no control character anywhere, so bare CR, LF
+and NUL, obs-fold, spaces before the colon and empty names have no way to match. A second pass finds the few fields that decide
+something. What is sent on is the received byte string; fields that end at this hop are cut out of it, fields of ours are inserted before
+its last CRLF. Most heads need neither, and go on as the very bytes that came.
+
+Strictness errs on the side of refusing: whatever two parsers are known to read differently is an error here, also where RFC 9112 would
+let a recipient repair it. Pure; called by client.py and upstream.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+from proxy.protocol.requests import HeadEdit
+from proxy.rescue import Cause
+
+CHUNKED: Final = -1
+"""Length of a body framed by chunks."""
+UNTIL_CLOSE: Final = -2
+"""Length of a response body that ends with its connection."""
+
+TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
+FIELD: Final = TOKEN + rb"++:[\t\x20-\x7e\x80-\xff]*+\r\n"
+_match_request = re.compile(rb"(" + TOKEN + rb"++) ([\x21\x22\x24-\x7e]++) HTTP/1\.([01])\r\n(?:" + FIELD + rb")*+\r\n").match
+_match_response = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*+)?+\r\n(?:" + FIELD + rb")*+\r\n").match
+_request_fields = re.compile(
+    rb"\n(host|content-length|transfer-encoding|connection|upgrade|expect|te|keep-alive|proxy-connection"
+    rb"|content-type(?=:[ \t]*application/grpc)):[ \t]*+([^\r]*)"
+).findall
+_response_fields = re.compile(
+    rb"\n(content-length|transfer-encoding|connection|upgrade|keep-alive|proxy-connection):[ \t]*+([^\r]*)"
+).findall
+_is_host = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9\-._~!$&'()*+;=%]{0,255})(?::[0-9]{0,5})?").fullmatch
+_is_absolute = re.compile(rb"(?i:https?)://([^/?@]+)(/[^?]*+)?(\?.*)?").fullmatch
+_is_authority = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9\-._~!$&'()*+;=%]{1,255}):[0-9]{1,5}").fullmatch
+_is_length = re.compile(rb"[0-9]{1,18}").fullmatch
+_is_token = re.compile(TOKEN + rb"+").fullmatch
+_breaks_lines = re.compile(rb"(?<!\r)\n|\r(?!\n)(?!\Z)|\x00").search
+
+# Fields that say where a message ends or whom it is for: a Connection field that names one would make the next hop read another message.
+_NEVER_NAMED: Final = frozenset((b"host", b"content-length", b"transfer-encoding", b"content-type", b"content-encoding", b"expect"))
+# Protocols that would carry further requests past the gate inside a tunnel.
+_NOT_TUNNELLED: Final = frozenset((b"h2c", b"h2", b"http", b"tls"))
+_REPLAYABLE: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
+
+
+@dataclass(frozen=True)
+class Http1Limits:
+    """What one client connection may cost. Times in seconds; the answer to an excess is in brackets."""
+
+    target_bytes: int = 8192  # [414]
+    head_bytes: int = 65536  # request line and fields [431]
+    header_count: int = 100  # [431]
+    header_timeout_s: float = 10.0  # first byte of a head to its last [408]
+    idle_timeout_s: float = 300.0  # keep-alive without a request [close]; up to a quarter more
+    body_stall_s: float = 300.0  # a request body that stops arriving [408]; up to a quarter of idle_timeout_s more
+    held_bytes: int = 65536  # pipelined requests, or a body whose request is not decided yet; then reading stops
+    discard_bytes: int = 65536  # unread request body thrown away to keep the connection, or to let the client read the answer
+    linger_s: float = 2.0  # how long the client may take to read the answer before the connection is gone
+
+
+class HeadError(Exception):
+    """A head that is refused. cause: what the peer is answered; the text: which rule, for the log."""
+
+    def __init__(self, cause: Cause, detail: str) -> None:
+        super().__init__(detail)
+        self.cause = cause
+        self.detail = detail
+
+
+class RequestHead:
+    """A request head as decisions see it (requests.RequestHead), with what the engine itself needs to know.
+
+    size: bytes it took on the wire. wire: the bytes to send on, without the fields that ended at this hop. length: bytes of body, or
+    CHUNKED. keep: the client wants its connection kept. old: HTTP/1.0. expects: the client waits for a 100. upgrades: a 101 may follow.
+    plain: nothing about it changes how a response is read or sent on.
+    """
+
+    __slots__ = (
+        "authority", "bodiless", "connects", "expects", "grpc", "keep", "length", "lower", "method", "old", "plain", "replayable",
+        "size", "target", "upgrades", "wire",
+    )  # fmt: skip
+
+    def __init__(self, size: int, method: bytes, target: bytes, authority: bytes, wire: bytes, lower: bytes) -> None:
+        self.size = size
+        self.method = method
+        self.target = target
+        self.authority = authority
+        self.wire = wire
+        self.lower = lower
+        self.length = 0
+        self.keep = self.bodiless = True
+        self.grpc = self.old = self.expects = self.upgrades = self.connects = False
+        self.plain = method != b"HEAD"
+        self.replayable = method in _REPLAYABLE
+
+    def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
+        """For each lower-case name the value of the first field of that name, or None. Fields that end at this hop are not seen."""
+        return tuple(map(self._value, names))
+
+    def _value(self, name: bytes) -> bytes | None:
+        at = self.lower.find(b"\n" + name + b":")
+        if at < 0:
+            return None
+        at += len(name) + 2
+        return self.wire[at : self.wire.index(b"\r", at)].strip(b" \t")
+
+
+class ResponseHead:
+    """A response head. size: bytes it took on the wire; received: those bytes. wire: those to send on but for its Connection field.
+
+    length: bytes of body if there is one at all (HEAD, 204 and 304 have none), CHUNKED or UNTIL_CLOSE. keep: the upstream keeps the
+    connection. old: HTTP/1.0. connection: its Connection field, lower case. plain: can be sent on as received, ends by its length.
+    """
+
+    __slots__ = ("connection", "keep", "length", "old", "plain", "received", "size", "status", "wire")
+
+    def __init__(self, size: int, status: int, old: bool, wire: bytes) -> None:
+        self.size = size
+        self.status = status
+        self.old = old
+        self.wire = self.received = wire
+        self.length = UNTIL_CLOSE
+        self.keep = not old
+        self.plain = not old and status >= 200 and status != 204 and status != 304
+        self.connection = b""
+
+
+def request_untrusted(data: bytes, limits: Http1Limits) -> RequestHead | None:
+    """Read the request head at the beginning of ``data``. None: it is not all there yet. Raises HeadError (RFC 9112 2-3, 5-6)."""
+    found = _match_request(data)
+    if found is None:
+        _refuse_untrusted(data, limits.head_bytes, limits.target_bytes)
+        return None
+    size = found.end()
+    method, target, minor = found.groups()
+    if len(target) > limits.target_bytes:
+        raise HeadError(Cause.TARGET_TOO_LONG, f"the target has {len(target)} bytes")
+    wire = data if size == len(data) else data[:size]
+    # The shortest field is four bytes long, so short heads cannot have too many.
+    if size > limits.header_count * 4 and (size > limits.head_bytes or wire.count(b"\n") - 2 > limits.header_count):
+        raise HeadError(Cause.HEAD_TOO_LARGE, f"the head has {size} bytes")
+    lower = wire.lower()
+    fields = _request_fields(lower)
+    at = lower.find(b"\nhost:") + 6
+    authority = wire[at : wire.index(b"\r", at)].strip(b" \t") if at > 5 else b""
+    head = RequestHead(size, method, target, authority, wire, lower)
+    if len(fields) != 1 or at < 6 or minor == b"0":
+        _request_rules(head, fields, minor == b"0")
+    if not _known_host(authority):
+        raise HeadError(Cause.BAD_REQUEST, "the Host field is not a host with an optional port")
+    if target[0] != 47 or method == b"CONNECT":
+        _reduce_target(head)
+    return head
+
+
+def _request_rules(head: RequestHead, fields: list[tuple[bytes, bytes]], old: bool) -> None:
+    """Apply the fields that decide something. fields: lower-case name and value, in order."""
+    seen = _collect(fields, single=(b"host", b"content-length", b"transfer-encoding", b"expect", b"te"))
+    if b"host" not in seen and not old:
+        raise HeadError(Cause.BAD_REQUEST, "an HTTP/1.1 request needs a Host field")
+    head.old = old
+    head.grpc = b"content-type" in seen
+    head.length = _length(seen, old, 0)
+    head.bodiless = head.length == 0
+    head.replayable = head.replayable and head.bodiless
+    # RFC 9110 10.1.1: an HTTP/1.0 client does not understand 100.
+    head.expects = not old and not head.bodiless and seen.get(b"expect") == b"100-continue"
+    _end_request_hop(head, seen)
+    head.plain = head.plain and head.keep and not (old or head.expects or head.upgrades)
+
+
+def _end_request_hop(head: RequestHead, seen: dict[bytes, bytes]) -> None:
+    """Cut the fields that are only for this hop (RFC 9110 7.6.1) and translate those that the next hop needs too."""
+    connection = seen.get(b"connection", b"")
+    named = _named(connection)
+    head.keep = (b"keep-alive" in named) if head.old else b"close" not in named
+    if connection in (b"", b"keep-alive") and not seen.keys() & _REQUEST_HOPS:
+        return  # what it says of this hop we would say of the next one
+    protocols = {item.split(b"/")[0].strip(b" \t") for item in seen.get(b"upgrade", b"").split(b",")}
+    head.upgrades = b"upgrade" in named and b"upgrade" in seen and not head.old and not protocols & _NOT_TUNNELLED
+    cut = set(named) | _REQUEST_HOPS | {b"connection"}
+    te = seen.get(b"te", b"")
+    if te == b"trailers":
+        cut.discard(b"te")
+    if head.upgrades:
+        cut.discard(b"upgrade")
+    if (head.upgrades and connection == b"upgrade") or connection == b"keep-alive":
+        cut.discard(b"connection")
+    head.wire = without(head.wire, cut)
+    if b"connection" in cut and head.upgrades:
+        head.wire = head.wire[:-2] + b"connection: upgrade\r\n\r\n"
+    if b"te" in cut and b"trailers" in te.replace(b" ", b"").split(b","):
+        head.wire = head.wire[:-2] + b"te: trailers\r\n\r\n"
+    head.lower = head.wire.lower()
+
+
+_REQUEST_HOPS: Final = frozenset((b"keep-alive", b"proxy-connection", b"te", b"upgrade"))
+_RESPONSE_HOPS: Final = frozenset((b"keep-alive", b"proxy-connection", b"upgrade"))
+
+
+def _reduce_target(head: RequestHead) -> None:
+    """CONNECT, asterisk and absolute form (RFC 9112 3.2). The reduced target is for decisions, the received one is sent on."""
+    target = head.target
+    if head.method == b"CONNECT":
+        if not _is_authority(target):
+            raise HeadError(Cause.BAD_REQUEST, "CONNECT needs host:port as its target")
+        if head.length != 0 or head.upgrades:
+            raise HeadError(Cause.BAD_REQUEST, "CONNECT with a body or an upgrade")
+        head.connects, head.plain, head.replayable = True, False, False
+        authority = target
+    elif target == b"*" and head.method == b"OPTIONS":
+        return
+    else:
+        absolute = _is_absolute(target)
+        if absolute is None or not _known_host(absolute[1]):
+            raise HeadError(Cause.BAD_REQUEST, "the target is neither a path nor an http URI")
+        head.target = (absolute[2] or b"/") + (absolute[3] or b"")
+        authority = absolute[1]
+    # RFC 9112 3.2.2 lets the target win; a next hop that lets Host win would serve another site, so they have to agree.
+    if (head.authority and head.authority.lower() != authority.lower()) or (not head.authority and not head.old):
+        raise HeadError(Cause.BAD_REQUEST, "the Host field differs from the authority of the target")
+    head.authority = authority
+
+
+def response_untrusted(data: bytes, head_bytes: int) -> ResponseHead | None:
+    """Read the response head at the beginning of ``data``. None: it is not all there yet. Raises HeadError (RFC 9112 4-6)."""
+    found = _match_response(data)
+    if found is None:
+        _refuse_untrusted(data, head_bytes, head_bytes)
+        return None
+    size = found.end()
+    if size > head_bytes:
+        raise HeadError(Cause.HEAD_TOO_LARGE, f"the head has {size} bytes")
+    minor, status = found.groups()
+    wire = data if size == len(data) else data[:size]
+    head = ResponseHead(size, int(status), minor == b"0", wire)
+    fields = _response_fields(wire.lower())
+    if len(fields) == 1 and fields[0][0] == b"content-length" and _is_length(fields[0][1]) and head.plain:
+        head.length = int(fields[0][1])
+    else:
+        _response_rules(head, fields)
+    return head
+
+
+def _response_rules(head: ResponseHead, fields: list[tuple[bytes, bytes]]) -> None:
+    seen = _collect(fields, single=(b"content-length", b"transfer-encoding"))
+    head.length = _length(seen, head.old, UNTIL_CLOSE)
+    if head.length not in (0, UNTIL_CLOSE) and (head.status < 200 or head.status == 204):
+        raise HeadError(Cause.BAD_REQUEST, f"a {head.status} response with a body")  # RFC 9110 8.6, RFC 9112 6.1
+    head.connection = seen.get(b"connection", b"")
+    named = _named(head.connection)
+    head.keep = (b"keep-alive" in named) if head.old else b"close" not in named
+    hops = seen.keys() & _RESPONSE_HOPS
+    if head.connection != b"keep-alive":
+        hops.update(named)
+    if head.status in (101, 426):  # these two tell the client what to upgrade to
+        hops.discard(b"upgrade")
+    head.plain = head.plain and not hops and head.length >= 0
+    if hops - {b"close"}:
+        head.wire = without(head.wire, hops)
+
+
+def _collect(fields: list[tuple[bytes, bytes]], single: Iterable[bytes]) -> dict[bytes, bytes]:
+    """Join repeated list fields as RFC 9110 5.3 says; raise HeadError for fields that must not be repeated."""
+    seen: dict[bytes, bytes] = {}
+    for name, value in fields:
+        value = value.rstrip(b" \t")
+        if name not in seen:
+            seen[name] = value
+        elif name in single:
+            raise HeadError(Cause.BAD_REQUEST, f"more than one {name.decode()} field")
+        else:
+            seen[name] += b"," + value
+    return seen
+
+
+def _length(seen: dict[bytes, bytes], old: bool, absent: int) -> int:
+    """How the body is framed (RFC 9112 6.3). absent: when no field says so."""
+    coding = seen.get(b"transfer-encoding")
+    length = seen.get(b"content-length")
+    if coding is not None:
+        if length is not None:
+            raise HeadError(Cause.BAD_REQUEST, "both Content-Length and Transfer-Encoding")
+        if old:
+            raise HeadError(Cause.BAD_REQUEST, "Transfer-Encoding in HTTP/1.0")
+        if coding != b"chunked":
+            raise HeadError(Cause.BAD_REQUEST, "a Transfer-Encoding other than chunked")
+        return CHUNKED
+    if length is None:
+        return absent
+    if not _is_length(length):
+        raise HeadError(Cause.BAD_REQUEST, "Content-Length is not a number of at most 18 digits")
+    return int(length)
+
+
+def _named(connection: bytes) -> list[bytes]:
+    """The options of a Connection field."""
+    options = [option for part in connection.split(b",") if (option := part.strip(b" \t"))]
+    for option in options:
+        if option in _NEVER_NAMED or not _is_token(option):
+            raise HeadError(Cause.BAD_REQUEST, "a Connection field names what cannot end at this hop")
+    return options
+
+
+def _refuse_untrusted(data: bytes, head_bytes: int, target_bytes: int) -> None:
+    """Say why ``data`` is no head, by HeadError, or return because it may become one."""
+    line = data.find(b"\n")
+    if (line if line >= 0 else len(data)) > target_bytes + 64 and data.count(b" ", 0, target_bytes) < 2:
+        raise HeadError(Cause.TARGET_TOO_LONG, "the first line does not end")
+    end = data.find(b"\r\n\r\n")
+    if end > head_bytes or (end < 0 and len(data) > head_bytes):
+        raise HeadError(Cause.HEAD_TOO_LARGE, f"the head has more than {head_bytes} bytes")
+    if _breaks_lines(data, 0, end if end >= 0 else len(data)):
+        raise HeadError(Cause.BAD_REQUEST, "bare CR, bare LF or NUL in the head")
+    if end >= 0:
+        raise HeadError(Cause.BAD_REQUEST, "not an HTTP/1.x head, or a malformed field")
+
+
+@lru_cache(maxsize=512)
+def _known_host(authority: bytes) -> bool:
+    return _is_host(authority) is not None
+
+
+def without(head: bytes, names: Iterable[bytes]) -> bytes:
+    """``head`` with every field of these lower-case names cut out."""
+    lower = head.lower()
+    for name in names:
+        key = b"\n" + name + b":"
+        at = lower.find(key)
+        while at >= 0:
+            end = lower.index(b"\n", at + 1)
+            head, lower = head[:at] + head[end:], lower[:at] + lower[end:]
+            at = lower.find(key, at)
+    return head
+
+
+@lru_cache(maxsize=256)
+def editor(edit: HeadEdit) -> Callable[[RequestHead], bytes]:
+    """The function that applies ``edit`` to a head and returns the bytes to send.
+
+    A name to strip matches with ``_`` for ``-`` too: gateways that turn names into variables (CGI, WSGI) cannot tell them apart.
+    Raises ValueError when a field to add is not one line.
+    """
+    block = b"".join(name + b": " + value + b"\r\n" for name, value in edit.add)
+    if not re.fullmatch(rb"(?:" + FIELD + rb")*", block):
+        raise ValueError(f"not a list of header fields: {block!r}")
+    names = b"|".join(re.escape(name.replace(b"_", b"-")).replace(rb"\-", b"[-_]") for name in edit.strip)
+    if not names:
+        return (lambda head: head.wire[:-2] + block + b"\r\n") if block else (lambda head: head.wire)
+    present = re.compile(rb"\n(?:" + names + rb"):").search
+    cut = re.compile(rb"\n(?i:" + names + rb"):[^\r]*\r").sub
+
+    def apply(head: RequestHead) -> bytes:
+        wire = cut(b"", head.wire) if present(head.lower) else head.wire
+        return wire[:-2] + block + b"\r\n" if block else wire
+
+    return apply

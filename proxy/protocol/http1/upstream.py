@@ -1,0 +1,289 @@
+"""The upstream's side of HTTP/1.1: one exchange at a time, the response relayed as received.
+
+Theory of operation. An upstream connection is idle, waits for a response head, relays a body, is a tunnel, or is gone. The client's engine
+starts an exchange by handing over the request's first bytes. When head and body of the response arrive in one read, are sent on without
+change and end exactly with the read, one write to the client and two calls end the exchange. Everything else takes the general way
+in `_respond`.
+
+An upstream is offered for reuse only when nothing is open: the whole request was sent, the response ended by its own framing, nothing
+followed it and both ends keep the connection. In any other case it is closed, because the next response on it might answer an earlier
+request. This module must not decide anything about requests; it talks to client.py only. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from proxy.protocol.http1.body import BodyError, BodyReader, reader_of
+from proxy.protocol.http1.heads import CHUNKED, UNTIL_CLOSE, HeadError, ResponseHead, response_untrusted
+from proxy.protocol.sides import Sink
+from proxy.rescue import Cause
+
+if TYPE_CHECKING:
+    from proxy.protocol.http1.client import Http1Client
+
+_IDLE: Final = 0
+_HEAD: Final = 1
+_BODY: Final = 2
+_TUNNEL: Final = 3
+_GONE: Final = 4
+
+RESPONSE_HEAD_BYTES: Final = 65536
+INTERIM_RESPONSES: Final = 64  # of one exchange
+REMEMBERED_BYTES: Final = 2048  # heads up to this size are remembered, in case the next one is the same
+
+
+class Http1Upstream:
+    """Receiver of one upstream connection.
+
+    on_idle: the exchange is over and the connection may serve another one. on_gone: called once, when the connection is given up for
+    whatever reason, `close` included. Both are called outside of any exchange and may not start one before they return.
+    """
+
+    __slots__ = (
+        "_body", "_client", "_head", "_held", "_interims", "_memo", "_on_gone", "_on_idle", "_paused", "_raw", "_state", "served", "sink",
+    )  # fmt: skip
+
+    def __init__(self, sink: Sink, on_idle: Callable[[Http1Upstream], None], on_gone: Callable[[Http1Upstream], None]) -> None:
+        self.sink = sink
+        self.served = 0
+        """Exchanges completed; more than none makes a sudden end look like a stale pooled connection."""
+        self._on_idle = on_idle
+        self._on_gone = on_gone
+        self._client: Http1Client | None = None
+        self._state = _IDLE
+        self._held = b""  # the beginning of a head, chunk-size line or trailer section
+        self._head: ResponseHead | None = None  # the final response being relayed
+        self._body: BodyReader | None = None
+        self._interims = 0
+        self._paused = False
+        self._raw = b"\0"  # no head begins like this
+        self._memo: ResponseHead | None = None
+
+    @property
+    def reusable(self) -> bool:
+        """Idle and alive."""
+        return self._state == _IDLE
+
+    def close(self) -> None:
+        """Close an idle connection; one that serves an exchange is cut, and its client hears of it."""
+        if self._state == _IDLE:
+            self._give_up(self.sink.close)
+        elif self._state != _GONE:
+            self._broken(Cause.UPSTREAM_RESET, "closed by its owner")
+
+    # What the client's engine calls.
+
+    def start(self, client: Http1Client, data: bytes) -> None:
+        """Begin an exchange with the first bytes of a request. Raises RuntimeError when the connection is not `reusable`."""
+        if self._state != _IDLE:
+            raise RuntimeError("an HTTP/1.1 upstream serves one exchange at a time")
+        self._client = client
+        self._state = _HEAD
+        self.sink.write(data)
+
+    def unused(self) -> None:
+        """The client's side refused the request before a byte of it was sent."""
+        self._on_idle(self)
+
+    def cancel(self) -> None:
+        """The client's side gives up the exchange."""
+        if self._state != _GONE:
+            self._give_up(self.sink.abort)
+
+    def client_drained(self) -> None:
+        """The client takes more."""
+        if self._paused:
+            self._paused = False
+            self.sink.resume()
+
+    def tunnel_closed(self) -> None:
+        """Both directions of a tunnel have ended."""
+        self._give_up(self.sink.close)
+
+    # What the relay calls.
+
+    def received(self, data: bytes) -> None:
+        """See sides.Receiver."""
+        state = self._state
+        if state == _HEAD:
+            if self._held:
+                data = self._held + data
+                self._held = b""
+            client = self._client
+            assert client is not None
+            memo = self._memo
+            if memo is not None and data.startswith(self._raw):
+                head = memo
+            else:
+                fresh = self._read_head(data)
+                if fresh is None:
+                    return
+                head = fresh
+            if head.plain and client.plain and len(data) - head.size == head.length:
+                client.sink.write(data)
+                self._complete(client, head.status, head.keep)
+            else:
+                self._respond(client, head, data)
+        elif state == _BODY:
+            self._relay(data)
+        elif state == _TUNNEL:
+            assert self._client is not None
+            self._to_client(self._client, data)
+        elif state == _IDLE:
+            self._give_up(self.sink.abort)  # an answer that nobody asked for: whose would the next one be?
+
+    def ended(self) -> None:
+        """See sides.Receiver."""
+        if self._state == _BODY and self._head is not None and self._head.length == UNTIL_CLOSE:
+            client = self._client
+            assert client is not None
+            self._complete(client, self._head.status, keep=False)
+        elif self._state == _TUNNEL:
+            assert self._client is not None
+            self._client.upstream_half_closed()
+        elif self._state == _IDLE:
+            self._give_up(self.sink.close)
+        elif self._state != _GONE:
+            self._broken(Cause.UPSTREAM_RESET, "the upstream closed before its response was complete")
+
+    def lost(self, reset: bool) -> None:
+        """See sides.Receiver."""
+        if self._state == _IDLE:
+            self._give_up(None)
+        elif self._state != _GONE:
+            self._broken(Cause.UPSTREAM_RESET, "the connection to the upstream was reset" if reset else "the upstream's stream was cut off")
+
+    def drained(self) -> None:
+        """See sides.Receiver."""
+        if self._client is not None:
+            self._client.upstream_drained()
+
+    def expired(self) -> None:
+        """See sides.Receiver: the owner's idle timer."""
+        if self._state == _IDLE:
+            self._give_up(self.sink.close)
+
+    # Reading the response.
+
+    def _read_head(self, data: bytes) -> ResponseHead | None:
+        """The head at the beginning of ``data``, or None when it is not complete or was refused."""
+        try:
+            head = response_untrusted(data, RESPONSE_HEAD_BYTES)
+        except HeadError as error:
+            self._broken(Cause.UPSTREAM_PROTOCOL, error.detail)
+            return None
+        if head is None:
+            self._held = data
+        elif head.size <= REMEMBERED_BYTES:
+            self._memo, self._raw = head, head.received
+        return head
+
+    def _respond(self, client: Http1Client, head: ResponseHead, data: bytes) -> None:
+        """Relay a response head and what came with it, whatever its kind."""
+        request = client.head
+        status = head.status
+        if status == 101 or (request.connects and 200 <= status < 300):
+            if status == 101 and not (request.upgrades and client.sent):
+                return self._broken(Cause.UPSTREAM_PROTOCOL, "a 101 that nobody asked for")
+            self._state = _TUNNEL
+            client.tunnel(status, head, data[head.size :])
+            return None
+        if status < 200:
+            return self._interim(client, head, data)
+        length = 0 if request.method == b"HEAD" or status in (204, 304) else head.length
+        if length == CHUNKED and request.old:
+            return self._broken(Cause.UPSTREAM_PROTOCOL, "a chunked response to an HTTP/1.0 request")
+        body = reader_of(length)
+        end = head.size
+        try:
+            if not body.done:
+                end = body.take_untrusted(data, end)
+        except BodyError as error:
+            return self._broken(Cause.UPSTREAM_PROTOCOL, str(error))
+        client.respond(head, length, data[head.size : end])
+        self._head = head
+        self._body = body
+        self._state = _BODY
+        self._after_span(client, body, data, end)
+        return None
+
+    def _interim(self, client: Http1Client, head: ResponseHead, data: bytes) -> None:
+        """Relay a 1xx response (RFC 9110 15.2) and go on with what follows it."""
+        self._interims += 1
+        if self._interims > INTERIM_RESPONSES:
+            return self._broken(Cause.UPSTREAM_PROTOCOL, "too many interim responses")
+        client.interim(head)
+        rest = data[head.size :]
+        if rest:
+            self.received(rest)
+        return None
+
+    def _relay(self, data: bytes) -> None:
+        client, body = self._client, self._body
+        assert client is not None
+        assert body is not None
+        if self._held:
+            data = self._held + data
+            self._held = b""
+        try:
+            end = body.take_untrusted(data, 0)
+        except BodyError as error:
+            return self._broken(Cause.UPSTREAM_PROTOCOL, str(error))
+        if end:
+            self._to_client(client, data if end == len(data) else data[:end])
+        self._after_span(client, body, data, end)
+        return None
+
+    def _after_span(self, client: Http1Client, body: BodyReader, data: bytes, end: int) -> None:
+        if body.done:
+            assert self._head is not None
+            self._complete(client, self._head.status, self._head.keep and end == len(data))
+        else:
+            self._held = data[end:]
+            self.pace(client)
+
+    def _to_client(self, client: Http1Client, data: bytes) -> None:
+        client.sink.write(data)
+        self.pace(client)
+
+    def pace(self, client: Http1Client) -> None:
+        """Stop reading while the client does not read."""
+        if client.sink.blocked and not self._paused:
+            self._paused = True
+            self.sink.pause()
+
+    # The end of an exchange, and of the connection.
+
+    def _complete(self, client: Http1Client, status: int, keep: bool) -> None:
+        """The whole response went to the client."""
+        self._client = None
+        if keep and client.sent:
+            self._state = _IDLE
+            self.served += 1
+            self._body = self._head = None
+            self._interims = 0
+            if self._paused:
+                self.client_drained()
+            client.responded(status, self, self._on_idle)
+        else:
+            self._give_up(self.sink.close if client.sent else self.sink.abort)
+            client.responded(status, self, None)
+
+    def _broken(self, cause: Cause, detail: str) -> None:
+        """The exchange cannot be completed."""
+        client, untouched = self._client, self._state == _HEAD and not self._held and not self._interims
+        assert client is not None
+        stale = untouched and self.served > 0 and cause is Cause.UPSTREAM_RESET
+        self._give_up(self.sink.abort)
+        client.upstream_broken(cause, stale)
+
+    def _give_up(self, end: Callable[[], None] | None) -> None:
+        self._state = _GONE
+        self._client = None
+        self._body = self._head = self._memo = None
+        self._held = self._raw = b"\0"
+        if end is not None:
+            end()
+        self._on_gone(self)
