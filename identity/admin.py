@@ -1,0 +1,118 @@
+"""The operator's socket: ``status`` and ``rotate`` over a Unix socket that only the service's own user may open.
+
+One JSON request a line, one JSON answer a line. Moves them to the authority; it decides nothing. The other end is `admin_client`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import msgspec
+import trio
+
+from core.runtime import logs
+from identity.admin_wire import AnchorStatus, Answer, Ask, Status, WorkloadStatus
+from identity.authority import Authority
+from identity.bundle import ABSENT_AFTER_S, Step, due_step
+
+_LINE_MAX_BYTES = 4096
+_IDLE_S = 10.0
+_WORKLOADS_SHOWN = 10_000
+
+log = logs.logger("identity")
+
+
+def status_of(authority: Authority) -> Status:
+    """Everything an operator may want to know before a step."""
+    trust, now = authority.trust.value, authority.clock()
+    workloads = [
+        WorkloadStatus(
+            holding.pod,
+            holding.workload,
+            holding.instance,
+            holding.generation,
+            holding.leaves[0].issuer_id,
+            max(leaf.not_after for leaf in holding.leaves),
+            now - holding.heard_at,
+            now - holding.heard_at > ABSENT_AFTER_S,
+        )
+        for holding in list(authority.ledger.live(now))[:_WORKLOADS_SHOWN]
+    ]
+    return Status(
+        authority.trust_domain,
+        trust.generation,
+        [AnchorStatus(anchor.id, anchor.generation, anchor.not_after) for anchor in trust.anchors],
+        trust.issuer.id,
+        trust.issuer.not_after,
+        due_step(trust).value,
+        authority.blocking(),
+        workloads,
+    )
+
+
+def answer(authority: Authority, line: bytes) -> Answer:
+    """What one request gets."""
+    try:
+        ask = msgspec.json.decode(line, type=Ask)
+        step = Step(ask.step) if ask.step else due_step(authority.trust.value)
+    except (msgspec.DecodeError, ValueError) as error:
+        return Answer(f"not a request: {error}")
+    if ask.verb == "status":
+        return Answer(status=status_of(authority))
+    if ask.verb != "rotate":
+        return Answer(f"the verb {ask.verb[:40]!r} is unknown: expected status or rotate")
+    refusal = authority.rotate(step, ignore_absent=ask.ignore_absent, force=ask.force)
+    if refusal is not None:
+        log.warning("rotation step refused", step=step.value, reason=refusal.sentence)
+        return Answer(refusal.sentence, list(refusal.workloads), status=status_of(authority))
+    log.warning("rotation step done", step=step.value, forced=ask.force, generation=authority.trust.value.generation)
+    return Answer(done=step.value, status=status_of(authority))
+
+
+def listen_admin(path: Path) -> trio.SocketListener:
+    """The listening socket, 0600 from the moment it exists; replaces one that a dead service left. Raises OSError."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        if path.is_socket():
+            path.unlink()
+        before = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(before)
+        sock.listen(16)
+    except OSError:
+        sock.close()
+        raise
+    return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+
+
+async def serve_admin(authority: Authority, listener: trio.SocketListener) -> None:
+    """Serve for ever."""
+
+    async def handle(stream: trio.SocketStream) -> None:
+        async with stream:
+            with trio.move_on_after(_IDLE_S):
+                line = await _line(stream)
+                if line:
+                    await stream.send_all(msgspec.json.encode(answer(authority, line)) + b"\n")
+
+    async def guarded(stream: trio.SocketStream) -> None:
+        try:
+            await handle(stream)
+        except (trio.BrokenResourceError, OSError) as error:
+            log.warning("admin request failed", reason=str(error))
+
+    await trio.serve_listeners(guarded, [listener])
+
+
+async def _line(stream: trio.SocketStream) -> bytes:
+    line = bytearray()
+    while b"\n" not in line and len(line) < _LINE_MAX_BYTES:
+        data = await stream.receive_some(_LINE_MAX_BYTES)
+        if not data:
+            break
+        line += data
+    return bytes(line.partition(b"\n")[0])

@@ -1,0 +1,84 @@
+"""The operator's end of the admin socket, synchronous, for `pillion identity rotate|status` and scripts."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from identity.admin_wire import Answer, Ask, Status
+
+_TIMEOUT_S = 30.0
+_ANSWER_MAX_BYTES = 16 * 1024 * 1024
+
+
+class AdminRefused(Exception):
+    """The service did not do it; the text is its sentence. blocking: the workload instances in the way."""
+
+    def __init__(self, sentence: str, blocking: list[str]) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+        self.blocking = blocking
+
+
+class IdentityAdmin:
+    """Talks to one identity service. path: its PILLION_IDENTITY_ADMIN_SOCKET."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def status(self) -> Status:
+        """Raises AdminRefused, or OSError when nobody listens."""
+        return self._status(self._ask(Ask("status")))
+
+    def rotate(self, step: str = "", *, ignore_absent: bool = False, force: bool = False) -> tuple[str, Status]:
+        """Do one step (``add``, ``switch``, ``drop``, ``abort``; empty for the one that is due).
+
+        ignore_absent: instances that hold a leaf and are no longer heard do not block. force: nobody blocks. Returns the step done and
+        the status after it. Raises AdminRefused naming the workloads that the step would break, or OSError.
+        """
+        answer = self._ask(Ask("rotate", step, ignore_absent, force))
+        return answer.done, self._status(answer)
+
+    def rotate_through(self, *, ignore_absent: bool = False, wait_s: float = 120.0, told: Callable[[str], None] = lambda _: None) -> Status:
+        """All steps from the one that is due to the drop, waiting for the workloads between them.
+
+        told: gets a line for each step done. Raises AdminRefused when a step is still refused after ``wait_s`` seconds.
+        """
+        done, status = "", self.status()
+        while done != "drop":
+            deadline = time.monotonic() + wait_s
+            while True:
+                try:
+                    done, status = self.rotate(ignore_absent=ignore_absent)
+                    break
+                except AdminRefused as refused:
+                    if not refused.blocking or time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.2)
+            told(f"{done}: bundle generation {status.generation}, issuer {status.issuer}, {len(status.anchors)} anchor(s)")
+        return status
+
+    def _ask(self, ask: Ask) -> Answer:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(_TIMEOUT_S)
+            sock.connect(str(self._path))
+            sock.sendall(msgspec.json.encode(ask) + b"\n")
+            received = bytearray()
+            while not received.endswith(b"\n") and len(received) < _ANSWER_MAX_BYTES and (data := sock.recv(65536)):
+                received += data
+        try:
+            answer = msgspec.json.decode(bytes(received), type=Answer)
+        except msgspec.DecodeError as error:
+            raise AdminRefused(f"{self._path} did not answer as an identity service: {error}", []) from None
+        if answer.error:
+            raise AdminRefused(answer.error, answer.blocking)
+        return answer
+
+    def _status(self, answer: Answer) -> Status:
+        if answer.status is None:
+            raise AdminRefused(f"{self._path} gave no status", [])
+        return answer.status

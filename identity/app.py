@@ -1,0 +1,122 @@
+"""Puts the identity service together and runs it: the only module here that constructs everything. Called by `__main__`."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import trio
+
+from core.runtime import logs
+from core.runtime.admin import AdminServer, standard_routes
+from core.runtime.drain import Drain, drain_on_signals
+from identity.admin import listen_admin, serve_admin
+from identity.authority import Authority
+from identity.config import Config
+from identity.given import GivenFiles, follow_files
+from identity.local_tokens import LocalReviewer
+from identity.metrics import exposition
+from identity.serve import ServingCertificate, listen, serve_https
+from identity.service import IdentityService
+from identity.store import Store, replace_file
+from identity.tokens import ApiServer, KubernetesReviewer, TokenReviewer
+
+_TEND_EVERY_S = 10.0
+_IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount")  # Kubernetes: where every pod finds its own token
+
+log = logs.logger("identity")
+
+
+def authority_of(config: Config, files: GivenFiles | None) -> Authority:
+    """The authority that the settings describe. Raises StoreUnsafe, IssuerInvalid or OSError."""
+    store = Store(config.ca_dir) if config.ca_dir else None
+    if files is None:
+        return Authority.self_made(config.trust_domain, store, lifetime_s=config.leaf_lifetime_s)
+    issuer, anchors = files.read(time.time())
+    return Authority.given(config.trust_domain, issuer, anchors, store, lifetime_s=config.leaf_lifetime_s)
+
+
+def files_of(config: Config) -> GivenFiles | None:
+    """Where a given issuer lies, None when we make our own."""
+    if config.issuer_dir is not None:
+        return GivenFiles.in_directory(config.issuer_dir)
+    if config.issuer_files:
+        certificate, key, anchors = (Path(path) for path in config.issuer_files)
+        return GivenFiles(certificate, key, anchors)
+    return None
+
+
+def reviewer_of(config: Config) -> TokenReviewer:
+    """Who reviews tokens. Raises OSError or ValueError when its files are not there."""
+    if config.tokens is not None:
+        return LocalReviewer(config.tokens.read_bytes(), config.trust_domain)
+    host = os.environ.get("KUBERNETES_SERVICE_HOST", "")
+    port = os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+    if not host or not port.isdigit():
+        raise ValueError("PILLION_TOKEN_REVIEW=kubernetes needs KUBERNETES_SERVICE_HOST and _PORT: is this a pod of a cluster?")
+    return KubernetesReviewer(ApiServer.at(host, int(port), _IN_CLUSTER / "token", _IN_CLUSTER / "ca.crt"), config.trust_domain)
+
+
+async def run(config: Config) -> None:
+    """Serve until SIGTERM."""
+    files = files_of(config)
+    authority = authority_of(config, files)
+    service = IdentityService(authority, reviewer_of(config))
+    serving = ServingCertificate(authority, config.identity)
+    drain = Drain()
+    drain.subscribe(service.drain)
+    routes = standard_routes(
+        not_ready=lambda: _not_ready(authority, drain), metrics=lambda: exposition(authority, service, serving), shutdown=drain.start
+    )
+    admin = AdminServer(routes)
+    sockets, admin_sockets = listen(*config.listen), listen(*config.admin_listen)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(drain_on_signals, drain)
+        await nursery.start(admin.serve, [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in admin_sockets])
+        if config.admin_socket is not None:
+            nursery.start_soon(serve_admin, authority, listen_admin(config.admin_socket))
+        if files is not None:
+            nursery.start_soon(follow_files, files, authority)
+        if config.bundle_file is not None:
+            nursery.start_soon(publish_bundle, authority, config.bundle_file)
+        nursery.start_soon(serving.keep)
+        nursery.start_soon(tend, authority)
+        trust = authority.trust.value
+        log.info("serving", listen=str(config.listen), identity=config.identity.uri, generation=trust.generation, issuer=trust.issuer.id)
+        await serve_https(service.application(), serving.context, sockets, drain.wait_started)
+        nursery.cancel_scope.cancel()
+    if config.admin_socket is not None:
+        config.admin_socket.unlink(missing_ok=True)
+
+
+async def publish_bundle(authority: Authority, path: Path) -> None:
+    """Keep a file that everybody may read equal to the trust bundle; for ever."""
+    while True:
+        version = authority.trust.version
+        try:
+            publish(path, authority.trust.value.bundle_pem)
+        except OSError as error:
+            log.error("trust bundle not published", path=str(path), reason=str(error))
+        with trio.move_on_after(_TEND_EVERY_S):
+            await authority.trust.wait_newer(version)
+
+
+def publish(path: Path, bundle_pem: bytes) -> None:
+    """Replace the file when it differs; raises OSError."""
+    if not path.exists() or path.read_bytes() != bundle_pem:
+        replace_file(path, bundle_pem, 0o644)
+
+
+async def tend(authority: Authority) -> None:
+    """Housekeeping; for ever."""
+    while True:
+        authority.tend()
+        await trio.sleep(_TEND_EVERY_S)
+
+
+def _not_ready(authority: Authority, drain: Drain) -> list[str]:
+    reasons = [f"draining: {drain.reason}"] if drain.started else []
+    if authority.issuer.not_after <= authority.clock():
+        reasons.append("the issuer's chain has expired: renew the issuer")
+    return reasons

@@ -1,0 +1,236 @@
+"""Trust anchors, issuers and the rotation between them: add anchor -> switch issuer -> drop old anchor.
+
+Decides which step is allowed, given what every live workload has reported (`ledger`). It must not make keys or certificates
+(`issuer`), nor store anything (`store`). Called by `authority`. Pure.
+
+Theory of operation. A handshake between two workloads verifies when each trusts the anchor above the other's leaf. So the new anchor
+must be trusted by everybody before anybody holds a leaf below it (rule of SWITCH), and nobody may still hold a leaf below the old
+anchor when the first workload stops trusting it (rule of DROP). `generation` counts changes of the set of anchors: what a workload
+reports is the generation it trusts and the issuer of the leaf it presents.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from core.names import WorkloadId
+from identity.ledger import Holding
+
+_NAMED_MAX = 5  # workloads spelled out in a refusal; the count tells the rest
+ABSENT_AFTER_S = 90.0  # three long polls of 30 s
+BUNDLE_PEM_MAX_BYTES = 64 * 1024
+_BUNDLE_CERTIFICATES_MAX = 16
+_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----")
+
+
+class InvalidBundle(ValueError):
+    """PEM that is not a trust bundle or a chain; the text says why."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A root that workloads trust. generation: of the bundle it first appeared in. not_after: seconds since the epoch."""
+
+    id: str
+    pem: bytes
+    generation: int
+    not_after: float
+
+
+@dataclass(frozen=True)
+class IssuerRef:
+    """An issuer by name: its own id, and that of the anchor its chain ends in. not_after: of the earliest link of that chain."""
+
+    id: str
+    anchor_id: str
+    not_after: float
+
+
+@dataclass(frozen=True)
+class TrustState:
+    """What is in force. anchors: oldest first. next: the issuer that SWITCH makes current. kept: ids of anchors that stay besides the
+    issuer's own, because the operator's files list them."""
+
+    generation: int
+    anchors: tuple[Anchor, ...]
+    issuer: IssuerRef
+    next: IssuerRef | None = None
+    kept: tuple[str, ...] = ()
+
+    @property
+    def bundle_pem(self) -> bytes:
+        """Every trust anchor in force."""
+        return b"".join(anchor.pem for anchor in self.anchors)
+
+    def anchor(self, anchor_id: str) -> Anchor | None:
+        """The anchor of that id, None when it is not in force."""
+        return next((anchor for anchor in self.anchors if anchor.id == anchor_id), None)
+
+
+class Step(enum.Enum):
+    """One step of a rotation. ABORT takes back an ADD that was not followed by SWITCH yet."""
+
+    ADD = "add"
+    SWITCH = "switch"
+    DROP = "drop"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a step may not be done now. sentence: complete, with the next step. workloads: everything that blocks, as text."""
+
+    sentence: str
+    workloads: tuple[str, ...] = ()
+
+
+def due_step(state: TrustState) -> Step:
+    """The step that a rotation is at; ADD when none is under way."""
+    if state.next is not None:
+        return Step.SWITCH
+    return Step.DROP if _surplus(state) else Step.ADD
+
+
+def check_step(
+    state: TrustState, step: Step, holdings: Iterable[Holding], now: float, *, ignore_absent: bool = False, force: bool = False
+) -> Refusal | None:
+    """None when ``step`` breaks nobody. holdings: of workloads with an unexpired leaf. ignore_absent: those not heard for
+    ABSENT_AFTER_S do not block. force: workloads do not block at all; the order of the steps still holds."""
+    due = due_step(state)
+    if step is Step.ABORT:
+        return None if due is Step.SWITCH else Refusal("there is no added anchor to take back")
+    if step is not due:
+        return Refusal(f"the step {step.value!r} is not due; the next step of the rotation is {due.value!r}")
+    if step is Step.ADD or force:
+        return None
+    blocking = blockers(state, holdings, now, ignore_absent=ignore_absent)
+    if not blocking:
+        return None
+    more = f" and {len(blocking) - _NAMED_MAX} more" if len(blocking) > _NAMED_MAX else ""
+    what = "do not trust the new anchor yet" if step is Step.SWITCH else "still depend on the old anchor"
+    return Refusal(
+        f"{step.value} would break {len(blocking)} workload instance(s) that {what}: {'; '.join(blocking[:_NAMED_MAX])}{more}. "
+        "Wait for them and try again; --ignore-absent passes over those that are no longer heard",
+        tuple(blocking),
+    )
+
+
+def blockers(state: TrustState, holdings: Iterable[Holding], now: float, *, ignore_absent: bool = False) -> list[str]:
+    """Every live workload instance that the due step would break, each as one phrase with its reason."""
+    step = due_step(state)
+    if step is Step.ADD:
+        return []
+    found = []
+    for holding in holdings:
+        absent = now - holding.heard_at > ABSENT_AFTER_S
+        reason = _reason(state, step, holding, now)
+        if reason and not (absent and ignore_absent):
+            silence = f", not heard for {now - holding.heard_at:.0f} s" if absent else ""
+            found.append(f"{holding.pod} ({holding.workload}) {reason}{silence}")
+    return found
+
+
+def _reason(state: TrustState, step: Step, holding: Holding, now: float) -> str:
+    if not any(leaf.not_after > now for leaf in holding.leaves):
+        return ""
+    ahead = state.anchor((state.next or state.issuer).anchor_id)
+    needed = ahead.generation if ahead else state.generation
+    if holding.generation < needed:
+        return f"trusts bundle generation {holding.generation}, {needed} is needed"
+    if step is Step.DROP:
+        surplus = {anchor.id for anchor in _surplus(state)}
+        until = max((leaf.not_after for leaf in holding.leaves if leaf.anchor_id in surplus or not leaf.anchor_id), default=0.0)
+        if until > now:
+            return f"may present a leaf below the old anchor for {until - now:.0f} s more"
+    return ""
+
+
+def _surplus(state: TrustState) -> tuple[Anchor, ...]:
+    if state.next is not None:
+        return ()
+    return tuple(anchor for anchor in state.anchors if anchor.id != state.issuer.anchor_id and anchor.id not in state.kept)
+
+
+def added(state: TrustState, anchor_pem: bytes, anchor_not_after: float, issuer: IssuerRef) -> TrustState:
+    """After ADD: the new anchor is trusted beside the old one, its issuer waits."""
+    generation = state.generation + 1
+    anchor = Anchor(issuer.anchor_id, anchor_pem, generation, anchor_not_after)
+    return replace(state, generation=generation, anchors=(*state.anchors, anchor), next=issuer)
+
+
+def switched(state: TrustState) -> TrustState:
+    """After SWITCH: the waiting issuer signs; both anchors are trusted."""
+    assert state.next is not None, "check_step allows SWITCH only when an issuer waits"
+    return replace(state, issuer=state.next, next=None)
+
+
+def dropped(state: TrustState) -> TrustState:
+    """After DROP: only the anchor of the current issuer is trusted, and those the operator's files keep."""
+    kept = tuple(anchor for anchor in state.anchors if anchor.id == state.issuer.anchor_id or anchor.id in state.kept)
+    return replace(state, generation=state.generation + 1, anchors=kept)
+
+
+def aborted(state: TrustState) -> TrustState:
+    """After ABORT: as before ADD, in a generation of its own."""
+    return dropped(replace(state, next=None))
+
+
+def certificate_id(certificate: x509.Certificate) -> str:
+    """The name of an anchor or issuer in reports: the first 16 hex digits of the SHA-256 of its DER."""
+    return hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest()[:16]
+
+
+def read_bundle_untrusted(pem: bytes) -> list[x509.Certificate]:
+    """1 to 16 certificates and nothing else in PEM; raises InvalidBundle."""
+    if len(pem) > BUNDLE_PEM_MAX_BYTES:
+        raise InvalidBundle(f"{len(pem)} bytes of PEM, at most {BUNDLE_PEM_MAX_BYTES} are read")
+    kinds = _BLOCK.findall(pem)
+    if not 1 <= len(kinds) <= _BUNDLE_CERTIFICATES_MAX or any(kind != b"CERTIFICATE" for kind in kinds):
+        raise InvalidBundle(f"expected 1 to {_BUNDLE_CERTIFICATES_MAX} PEM blocks CERTIFICATE and no other, found {len(kinds)} block(s)")
+    try:
+        return x509.load_pem_x509_certificates(pem)
+    except Exception as error:  # an open set of exceptions, all of which mean the same
+        raise InvalidBundle(f"a certificate cannot be read: {(str(error).splitlines() or ['?'])[0][:200]}") from None
+
+
+def anchor_above(chain: Sequence[x509.Certificate], anchors: Iterable[x509.Certificate]) -> x509.Certificate | None:
+    """The anchor that the last link of ``chain`` is signed by (or is itself), None when a link does not fit the next."""
+    for below, above in itertools.pairwise(chain):
+        if not _signed_by(below, above):
+            return None
+    return next((anchor for anchor in anchors if chain[-1] == anchor or _signed_by(chain[-1], anchor)), None)
+
+
+def _signed_by(below: x509.Certificate, above: x509.Certificate) -> bool:
+    try:
+        below.verify_directly_issued_by(above)
+    except Exception:  # wrong name, key type or signature: all mean "not by this one"
+        return False
+    return True
+
+
+def leaf_unfit(chain_pem: bytes, bundle_pem: bytes, key: ec.EllipticCurvePublicKey, identity: WorkloadId) -> str:
+    """Why a chain that the service handed us is of no use to the holder of ``key``; an empty text when it is fine.
+
+    Raises InvalidBundle when either PEM cannot be read.
+    """
+    chain, anchors = read_bundle_untrusted(chain_pem), read_bundle_untrusted(bundle_pem)
+    try:
+        names = list(chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+        same_key = chain[0].public_key() == key
+    except Exception as error:  # an open set of exceptions of the parser
+        return f"the leaf cannot be read ({type(error).__name__})"
+    if not same_key:
+        return "the leaf is for another key"
+    if [name.value for name in names] != [identity.uri]:
+        return f"the leaf does not name {identity.uri}"
+    return "" if anchor_above(chain, anchors) else "the leaf's chain does not end in the bundle that came with it"

@@ -1,0 +1,147 @@
+"""The HTTPS front of the identity service: listening sockets, the serving certificate and its renewal, hypercorn.
+
+Keeps one TLS context for the life of the process and loads each new certificate into it: connections that are made later present it,
+those that exist go on. Called by `__main__`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from random import random
+from typing import Any
+
+import trio
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from hypercorn.config import Config, Sockets
+from hypercorn.trio.run import worker_serve
+from hypercorn.utils import wrap_app
+from starlette.applications import Starlette
+
+from core.names import WorkloadId
+from core.runtime import logs
+from identity.authority import Authority
+from identity.issuer import IssuerExpired
+from identity.schedule import renew_after_s, retry_after_s
+from identity.wire import POLL_S
+
+_BACKLOG = 1024
+_LOOK_S = 30.0  # the wall clock may jump: look again at least this often
+
+log = logs.logger("identity")
+
+
+class ServingCertificate:
+    """Our own certificate, signed by our own issuer, inside the context that the listener uses."""
+
+    def __init__(self, authority: Authority, identity: WorkloadId) -> None:
+        """Raises IssuerExpired when nothing can be signed."""
+        self._authority = authority
+        self._identity = identity
+        self.context = _context()
+        self.not_after = 0.0
+        self.renew()
+
+    def renew(self) -> None:
+        """A fresh key and certificate from the issuer in force, with its chain."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        leaf = self._authority.sign(key.public_key(), self._identity)
+        key_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        # ssl loads from files only: an anonymous one in memory, gone when it is closed.
+        fd = os.memfd_create("serving", os.MFD_CLOEXEC)
+        with os.fdopen(fd, "wb") as file:
+            file.write(key_pem + leaf.chain_pem)
+            file.flush()
+            self.context.load_cert_chain(f"/proc/self/fd/{fd}")
+        self.not_after = leaf.not_after
+
+    async def keep(self) -> None:
+        """Renew at 70 % of life and at once when the issuer changes; for ever."""
+        trust, failures = self._authority.trust, 0
+        while True:
+            version, issuer = trust.version, trust.value.issuer.id
+            due = self._authority.clock() + renew_after_s(self._authority.clock(), self.not_after, random())
+            if failures:
+                due = self._authority.clock() + retry_after_s(failures, self.not_after - self._authority.clock(), random())
+            while trust.value.issuer.id == issuer and (left := due - self._authority.clock()) > 0:
+                with trio.move_on_after(min(left, _LOOK_S)):
+                    version = await trust.wait_newer(version)
+            try:
+                self.renew()
+                failures = 0
+            except IssuerExpired as error:
+                failures += 1
+                log.error("serving certificate not renewed", reason=str(error), not_after=self.not_after)
+
+
+def _context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
+    context.num_tickets = 0  # no resumption: every connection verifies the chain in force
+    # Clients order the suites (AES-128-GCM first); the ssl module cannot order those of TLS 1.3 itself.
+    context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
+    context.verify_mode = ssl.CERT_NONE  # callers have a token, and before their first certificate nothing else
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+class _Config(Config):
+    """Hypercorn's settings with our context in place of files."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._context = context
+        self.accesslog = None
+        self.errorlog = None
+        self.include_server_header = False
+        self.h11_max_incomplete_size = 16 * 1024
+        self.keep_alive_timeout = 10.0  # also bounds how slowly a request's head may come
+        self.read_timeout = int(POLL_S) + 15  # a client is silent while it waits for the answer to its poll
+        self.ssl_handshake_timeout = 5.0
+        self.graceful_timeout = 2.0
+        self.websocket_max_message_size = 1024
+
+    def create_ssl_context(self) -> ssl.SSLContext:
+        return self._context
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """A listening socket; ``::`` takes IPv4 as well. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if host == "::" and not socket.has_ipv6:
+        family, host = socket.AF_INET, "0.0.0.0"
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    except OSError:
+        if host != "::":
+            raise
+        family, host = socket.AF_INET, "0.0.0.0"  # a kernel without IPv6
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if family == socket.AF_INET6 and host == "::":
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind((host, port))
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return [sock]
+
+
+async def serve_https(
+    application: Starlette,
+    context: ssl.SSLContext,
+    sockets: list[socket.socket],
+    shutdown: Callable[[], Awaitable[None]],
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until ``shutdown`` returns, then finish what is in work within two seconds."""
+    config = _Config(context)
+    app: Any = wrap_app(application, config.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
+    await worker_serve(app, config, sockets=Sockets(sockets, [], []), shutdown_trigger=shutdown, task_status=task_status)

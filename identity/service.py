@@ -1,0 +1,205 @@
+"""The identity service on the wire: HTTPS by hypercorn and starlette on trio. See `wire` for what is said.
+
+Moves requests to the reviewer of tokens, the check of requests and the authority, in that order; what any of them refuses becomes
+401, 400, 403 or 503 with one sentence. It must not decide rotations (`authority`). Called by `__main__`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+import trio
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from core.runtime import logs
+from identity.authority import Authority
+from identity.csr import CsrRefused, read_csr_untrusted
+from identity.issuer import IssuerExpired
+from identity.tokens import ReviewUnavailable, Subject, TokenRefused, TokenReviewer
+from identity.wire import BODY_MAX_BYTES, POLL_S, TOKEN_MAX_BYTES, Refused, WireError, certify_request_untrusted
+
+_BODY_TIMEOUT_S = 5.0
+_REVIEWS_AT_ONCE = 64
+_SIGNATURES_AT_ONCE = 256  # requests in work; more wait at the door and then get 503
+_POLLS_MAX = 20_000  # one a sidecar: about 20 KiB each
+_REMEMBER_REVIEW_S = 60.0  # a poll every 30 s must not cost the API server a review each; certificates are never given on a memory
+_REMEMBERED_MAX = 20_000
+
+log = logs.logger("identity")
+
+
+class Rejected(Exception):
+    """An answer other than success: status and sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+        self.sentence = sentence
+
+
+@dataclass
+class Counters:
+    """What the metrics report. refused: by status."""
+
+    certified: int = 0
+    polls: int = 0
+    refused: dict[int, int] = field(default_factory=dict)
+
+
+class IdentityService:
+    """The application. draining: set it to end the long polls at once."""
+
+    def __init__(self, authority: Authority, reviewer: TokenReviewer) -> None:
+        self._authority = authority
+        self._reviewer = reviewer
+        self._reviews = trio.CapacityLimiter(_REVIEWS_AT_ONCE)
+        self._in_work = 0
+        self._polls: dict[str, trio.CancelScope] = {}
+        self._remembered: OrderedDict[bytes, tuple[float, Subject]] = OrderedDict()
+        self.counters = Counters()
+        self.draining = False
+
+    def application(self) -> Starlette:
+        """For hypercorn."""
+        routes = [
+            Route("/v1/certify", self._answering(self._certify), methods=["POST"]),
+            Route("/v1/bundle", self._answering(self._bundle), methods=["GET"]),
+        ]
+        return Starlette(routes=routes)
+
+    def drain(self) -> None:
+        """Answer every long poll now and take no new one."""
+        self.draining = True
+        for scope in tuple(self._polls.values()):
+            scope.cancel()
+
+    def _answering(self, work: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            try:
+                return await work(request)
+            except Rejected as rejected:
+                self.counters.refused[rejected.status] = self.counters.refused.get(rejected.status, 0) + 1
+                peer = request.client.host if request.client else ""
+                log.info("refused", path=request.url.path, status=rejected.status, reason=rejected.sentence, client=peer)
+                return _json(rejected.status, Refused(rejected.sentence))
+
+        return answer
+
+    async def _certify(self, request: Request) -> Response:
+        if self._in_work >= _SIGNATURES_AT_ONCE:
+            raise Rejected(503, "too many requests are in work, try again")
+        self._in_work += 1
+        try:
+            token = _bearer(request)
+            body = await _body(request)
+            subject = await self._reviewed(token)
+            try:
+                key, named = read_csr_untrusted(certify_request_untrusted(body).csr.encode())
+            except (WireError, CsrRefused) as error:
+                raise Rejected(400, str(error)) from None
+            if named != subject.identity:
+                raise Rejected(403, f"the request is for {named.uri}, the token is of {subject.identity.uri}")
+            try:
+                certified = self._authority.certify(key, subject)
+            except IssuerExpired as error:
+                raise Rejected(503, str(error)) from None
+        finally:
+            self._in_work -= 1
+        self.counters.certified += 1
+        log.info("certified", identity=named.uri, pod=subject.pod, issuer=certified.issuer, not_after=certified.not_after)
+        return _json(200, certified)
+
+    async def _bundle(self, request: Request) -> Response:
+        generation, issuer = _reported(request)
+        subject = await self._remembered_review(_bearer(request))
+        self._authority.report(subject, generation, issuer)
+        self.counters.polls += 1
+        trust = self._authority.trust
+        with self._one_poll(subject.pod_uid):
+            await trust.wait_for(lambda now: now.generation != generation or now.issuer.id != issuer)
+        if trust.value.generation == generation and trust.value.issuer.id == issuer:
+            return Response(status_code=204)
+        return _json(200, self._authority.bundle())
+
+    @contextmanager
+    def _one_poll(self, instance: str) -> Iterator[None]:
+        """Room for one waiting poll an instance: a sidecar that reconnects ends its earlier one, and cannot pile them up."""
+        earlier = self._polls.pop(instance, None)
+        if earlier is not None:
+            earlier.cancel()
+        if self.draining or len(self._polls) >= _POLLS_MAX:
+            raise Rejected(503, "the service is draining" if self.draining else "too many workloads wait here, try again")
+        scope = self._polls[instance] = trio.CancelScope(deadline=trio.current_time() + POLL_S)
+        try:
+            with scope:
+                yield
+        finally:
+            if self._polls.get(instance) is scope:
+                del self._polls[instance]
+
+    async def _reviewed(self, token: str) -> Subject:
+        try:
+            async with self._reviews:
+                subject = await self._reviewer.review(token)
+        except TokenRefused as error:
+            raise Rejected(401, error.reason) from None
+        except ReviewUnavailable as error:
+            log.warning("review unavailable", reason=str(error))
+            raise Rejected(503, "the token cannot be checked now, try again") from None
+        self._remembered[hashlib.sha256(token.encode()).digest()] = (trio.current_time() + _REMEMBER_REVIEW_S, subject)
+        while len(self._remembered) > _REMEMBERED_MAX:
+            self._remembered.popitem(last=False)
+        return subject
+
+    async def _remembered_review(self, token: str) -> Subject:
+        until, subject = self._remembered.get(hashlib.sha256(token.encode()).digest(), (0.0, None))
+        if subject is not None and trio.current_time() < until:
+            return subject
+        return await self._reviewed(token)
+
+
+def _json(status: int, content: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(content), status_code=status, media_type="application/json")
+
+
+def _bearer(request: Request) -> str:
+    values = request.headers.getlist("authorization")
+    scheme, _, token = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+    token = token.strip()
+    if scheme.lower() != "bearer" or not token:
+        raise Rejected(401, "expected one header Authorization: Bearer <token>")
+    if len(token) > TOKEN_MAX_BYTES or not token.isascii():
+        raise Rejected(401, f"the token is longer than {TOKEN_MAX_BYTES} bytes or not ASCII")
+    return token
+
+
+def _reported(request: Request) -> tuple[int, str]:
+    generation, issuer = request.query_params.get("generation", ""), request.query_params.get("issuer", "")
+    if not (generation.isascii() and generation.isdigit() and len(generation) <= 12):
+        raise Rejected(400, "generation: expected the number of the bundle you trust, 0 for none")
+    if len(issuer) > 64 or not issuer.isascii() or not issuer.isalnum():
+        raise Rejected(400, "issuer: expected the id of the issuer of your certificate")
+    return int(generation), issuer
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    try:
+        with trio.fail_after(_BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > BODY_MAX_BYTES:
+                    raise Rejected(400, f"the body is longer than {BODY_MAX_BYTES} bytes")
+    except trio.TooSlowError:
+        raise Rejected(400, f"the body did not arrive within {_BODY_TIMEOUT_S:.0f} s") from None
+    except ClientDisconnect:
+        raise Rejected(400, "the connection ended before the body") from None
+    return bytes(body)
