@@ -7,30 +7,35 @@ import shutil
 
 import pytest
 
-_NETNS_PROGRAMS = {"ip": "iproute2", "nft": "nftables", "unshare": "util-linux"}
+_PACKAGES = {"ip": "iproute2", "nft": "nftables", "unshare": "util-linux", "nghttp": "nghttp2-client", "h2load": "nghttp2-client"}
+"""Which Debian package has a program, where it is not the package of the same name."""
 
 
-def _missing_for_netns() -> str:
-    """Why no network namespaces can be made here, empty when they can."""
-    if os.geteuid() != 0:
-        return "needs root"
-    packages = sorted(package for program, package in _NETNS_PROGRAMS.items() if shutil.which(program) is None)
+def _missing_programs(mark: pytest.Mark) -> str:
+    """``@pytest.mark.needs("curl", "h2load")``: which packages to install."""
+    packages = sorted({_PACKAGES.get(program, program) for program in mark.args if shutil.which(program) is None})
     return f"needs the Debian package {' and '.join(packages)}" if packages else ""
 
 
-def _missing_for_cluster() -> str:
+def _missing_for_netns(_: pytest.Mark) -> str:
+    """Why no network namespaces can be made here, empty when they can."""
+    return "needs root" if os.geteuid() != 0 else _missing_programs(pytest.mark.needs("ip", "nft", "unshare").mark)
+
+
+def _missing_for_cluster(_: pytest.Mark) -> str:
     return "" if os.environ.get("KUBECONFIG") else "needs a Kubernetes cluster (set KUBECONFIG)"
 
 
-_MISSING = {"netns": _missing_for_netns, "cluster": _missing_for_cluster}
+_MISSING = {"needs": _missing_programs, "netns": _missing_for_netns, "cluster": _missing_for_cluster}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what cannot run here; in CI a missing requirement is a failure, or the suite could shrink without anybody noticing."""
     for marker, missing in _MISSING.items():
-        if item.get_closest_marker(marker) is None:
+        mark = item.get_closest_marker(marker)
+        if mark is None:
             continue
-        reason = missing()
+        reason = missing(mark)
         if reason and os.environ.get("CI") == "true":
             pytest.fail(f"{marker}: {reason}, and CI runs everything", pytrace=False)
         if reason:
