@@ -151,7 +151,7 @@ async def test_more_connections_than_the_bound_are_closed_and_room_comes_back() 
             client, end = memory_stream_pair()
             nursery.start_soon(server.handle, end)
             clients.append(client)
-        await trio.testing.wait_all_tasks_blocked()
+            await trio.testing.wait_all_tasks_blocked()  # trio starts tasks in any order, and the last one is to be refused
         assert await clients[64].receive_some() == b""
         await clients[0].aclose()
         await trio.testing.wait_all_tasks_blocked()
