@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 from core.names import WorkloadId
 from core.runtime.watch import Cell
 from identity import bundle
-from identity.bundle import Anchor, Refusal, Step, TrustState, certificate_id
+from identity.bundle import ANCHORS_MAX, Anchor, Refusal, Step, TrustState, certificate_id
 from identity.issuer import CLOCK_SKEW_S, LEAF_LIFETIME_S, Issuer, Pair, SignedLeaf, make_issuer, make_root, sign_leaf
 from identity.ledger import Holding, Leaf, Ledger
 from identity.store import Store, StoredAnchor, StoredIssuer, StoredState, StoreUnsafe
@@ -50,8 +50,11 @@ class Authority:
         self._issuers = issuers
         self._roots = roots
         self._store = store
-        for holding in store.load_journal() if store else ():
-            self.ledger.restore(holding)
+        if store is not None:
+            for holding in store.load_journal():
+                self.ledger.restore(holding)
+            # Also mends a last line that a crash cut short, before anything is appended to it.
+            store.compact_journal(list(self.ledger.live(clock())))
         self.ledger.prune(clock())
 
     @classmethod
@@ -128,6 +131,8 @@ class Authority:
             changed = replace(changed, generation=generation, anchors=(*trust.anchors, *(_anchor(anchor, generation) for anchor in fresh)))
         if changed.next is not None and (changed.next.anchor_id == trust.issuer.anchor_id or trust.issuer.not_after <= now):
             changed = bundle.switched(changed)  # nobody has to learn anything first, or nothing is left to lose
+        if len(changed.anchors) > ANCHORS_MAX:
+            return [f"nobody: the bundle would hold {len(changed.anchors)} anchors, at most {ANCHORS_MAX} are allowed; remove some"]
         if changed != trust:
             self._adopt(issuer, None)
             self._commit(changed)

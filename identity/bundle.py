@@ -28,7 +28,7 @@ from identity.ledger import Holding
 _NAMED_MAX = 5  # workloads spelled out in a refusal; the count tells the rest
 ABSENT_AFTER_S = 90.0  # three long polls of 30 s
 BUNDLE_PEM_MAX_BYTES = 64 * 1024
-_BUNDLE_CERTIFICATES_MAX = 16
+ANCHORS_MAX = 32
 _BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----")
 
 
@@ -190,12 +190,12 @@ def certificate_id(certificate: x509.Certificate) -> str:
 
 
 def read_bundle_untrusted(pem: bytes) -> list[x509.Certificate]:
-    """1 to 16 certificates and nothing else in PEM; raises InvalidBundle."""
+    """1 to 32 certificates and nothing else in PEM; raises InvalidBundle."""
     if len(pem) > BUNDLE_PEM_MAX_BYTES:
         raise InvalidBundle(f"{len(pem)} bytes of PEM, at most {BUNDLE_PEM_MAX_BYTES} are read")
     kinds = _BLOCK.findall(pem)
-    if not 1 <= len(kinds) <= _BUNDLE_CERTIFICATES_MAX or any(kind != b"CERTIFICATE" for kind in kinds):
-        raise InvalidBundle(f"expected 1 to {_BUNDLE_CERTIFICATES_MAX} PEM blocks CERTIFICATE and no other, found {len(kinds)} block(s)")
+    if not 1 <= len(kinds) <= ANCHORS_MAX or any(kind != b"CERTIFICATE" for kind in kinds):
+        raise InvalidBundle(f"expected 1 to {ANCHORS_MAX} PEM blocks CERTIFICATE and no other, found {len(kinds)} block(s)")
     try:
         return x509.load_pem_x509_certificates(pem)
     except Exception as error:  # an open set of exceptions, all of which mean the same

@@ -196,7 +196,7 @@ class _Workload:
             try:
                 async with await self._connect() as stream:
                     connection = h11.Connection(h11.CLIENT)
-                    while True:
+                    while connection.our_state is h11.IDLE:  # else the service wants a fresh connection
                         await self._follow_once(stream, connection)
                         failures = 0
                         await trio.sleep(_BREATH_S)

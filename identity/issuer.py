@@ -83,7 +83,7 @@ class SignedLeaf:
 def make_root(trust_domain: str, now: float) -> Pair:
     """A fresh self-signed P-256 root that may have one CA below it."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = _name(f"Pillion root of {trust_domain}")
+    name = _name("root", key, trust_domain)
     builder = _ca_builder(name, name, key, key, now - CLOCK_SKEW_S, now + ROOT_LIFETIME_S, path_length=1)
     return Pair(builder.sign(key, hashes.SHA256()), key)
 
@@ -92,14 +92,16 @@ def make_issuer(trust_domain: str, root: Pair, now: float) -> Issuer:
     """A fresh P-256 issuer below ``root`` that may sign leaves only."""
     key = ec.generate_private_key(ec.SECP256R1())
     until = min(now + ISSUER_LIFETIME_S, root.certificate.not_valid_after_utc.timestamp())
-    subject = _name(f"Pillion issuer of {trust_domain}")
+    subject = _name("issuer", key, trust_domain)
     builder = _ca_builder(subject, root.certificate.subject, key, root.key, now - CLOCK_SKEW_S, until, path_length=0)
     certificate = builder.sign(root.key, hashes.SHA256())
     return Issuer(Pair(certificate, key), (certificate,), root.certificate)
 
 
-def _name(common_name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:64])])  # RFC 5280: ub-common-name is 64
+def _name(what: str, key: ec.EllipticCurvePrivateKey, trust_domain: str) -> x509.Name:
+    # One name a key: with equal names a verifier tries several, and takes a CA below another for self-issued, which no path length limits.
+    key_id = x509.SubjectKeyIdentifier.from_public_key(key.public_key()).digest.hex()[:8]
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Pillion {what} {key_id} {trust_domain}"[:64])])  # RFC 5280: at most 64
 
 
 def _ca_builder(

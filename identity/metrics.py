@@ -1,4 +1,4 @@
-"""The metrics of the identity service in Prometheus' text format 0.0.4. Pure."""
+"""The metrics of the identity service in Prometheus' text format 0.0.4. Called by `app`."""
 
 from __future__ import annotations
 

@@ -84,12 +84,17 @@ class IdentityService:
     def _answering(self, work: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             try:
+                if request.scope["http_version"] != "1.1":
+                    raise Rejected(400, "HTTP/1.1 only")
                 return await work(request)
             except Rejected as rejected:
                 self.counters.refused[rejected.status] = self.counters.refused.get(rejected.status, 0) + 1
                 peer = request.client.host if request.client else ""
                 log.info("refused", path=request.url.path, status=rejected.status, reason=rejected.sentence, client=peer)
                 return _json(rejected.status, Refused(rejected.sentence))
+            except Exception as error:  # our bug: hypercorn would end the connection and say nothing
+                log.error("request failed", path=request.url.path, exc_info=error)
+                return _json(500, Refused("the service failed on this request, see its log"))
 
         return answer
 
