@@ -1,0 +1,1 @@
+"""The mesh on one machine: pods as network namespaces, processes instead of images, no Kubernetes."""

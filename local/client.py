@@ -1,0 +1,110 @@
+"""A command's side of the control socket, and starting the runner. Called by local.commands; blocking, because a command does one thing."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from local import protocol
+from local.state import control_socket, state_folder
+
+_START_TIMEOUT_S = 30.0
+
+
+class NotRunning(RuntimeError):
+    """There is no runner of this name."""
+
+
+class CannotStart(RuntimeError):
+    """The runner did not come up; the text says why."""
+
+
+def connect(name: str) -> socket.socket:
+    """A connection to the runner; raises NotRunning."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(str(control_socket(state_folder(name))))
+    except OSError:
+        connection.close()
+        raise NotRunning(f"no mesh named {name!r} is running here; start one with `pillion local up -f DIR --name {name}`") from None
+    return connection
+
+
+def ask(name: str, request: protocol.Request, fds: tuple[int, ...] = ()) -> protocol.Answer:
+    """One request, one answer; raises NotRunning."""
+    with connect(name) as connection:
+        return converse(connection, request, fds)
+
+
+def converse(connection: socket.socket, request: protocol.Request, fds: tuple[int, ...] = ()) -> protocol.Answer:
+    """Send a request (with file descriptors) and wait for the answer."""
+    data = protocol.encode(request)
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sent = connection.sendmsg([data], ancillary)
+    connection.sendall(data[sent:])
+    received = b""
+    while not received.endswith(b"\n"):
+        chunk = connection.recv(1 << 16)
+        if not chunk:
+            return protocol.Done(()) if isinstance(request, protocol.Down) else protocol.Failed(("the runner ended before it answered",))
+        received += chunk
+    return protocol.decode_answer(received)
+
+
+def start(name: str, folder: str) -> None:
+    """Start the runner and wait until it answers; raises CannotStart."""
+    state = state_folder(name)
+    try:
+        connect(name).close()
+    except NotRunning:
+        pass
+    else:
+        raise CannotStart(f"a mesh named {name!r} is running already; end it with `pillion local down --name {name}`")
+    if not Path(folder).is_dir():
+        raise CannotStart(f"-f {folder}: expected a folder with manifests")
+    prepare_state(state)
+    reading, writing = os.pipe()
+    order = {"name": name, "folder": str(Path(folder).resolve()), "state": str(state), "ready_fd": writing}
+    with open(state / "runner.log", "ab") as log:
+        runner = subprocess.Popen(
+            [sys.executable, "-P", "-m", "local.supervisor", json.dumps(order)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=[writing],
+            start_new_session=True,
+            cwd="/",
+        )
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        said = pipe.read().decode(errors="replace")
+    runner.wait(_START_TIMEOUT_S)
+    if said != "up":
+        raise CannotStart(said or f"the runner ended at once; its log is {state}/runner.log")
+
+
+def prepare_state(state: Path) -> None:
+    """An empty folder of our own: what a killed runner left is only files, and goes now."""
+    state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if state.parent.stat().st_uid != os.geteuid():
+        raise CannotStart(f"{state.parent} belongs to somebody else: remove it, or set XDG_RUNTIME_DIR to a folder of your own")
+    shutil.rmtree(state, ignore_errors=True)
+    state.mkdir(mode=0o700)
+
+
+def wait_ready(name: str, timeout_s: float) -> protocol.MeshStatus:
+    """The first status that is ready, or the last one before the time was over; raises NotRunning."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        status = ask(name, protocol.Status())
+        assert isinstance(status, protocol.MeshStatus)
+        if (status.settled and status.ready) or time.monotonic() > deadline:
+            return status
+        time.sleep(0.1)

@@ -1,0 +1,218 @@
+"""`pillion local`: the mesh on one machine. Mounted by the command line as the group ``local``.
+
+Exit codes: 0 done, 1 not done (with the reasons on stderr), 2 wrong usage; `exec` passes on the command's own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from local import client, protocol
+from local.state import BadName
+
+
+def _fail(*reasons: str) -> click.exceptions.Exit:
+    for reason in reasons:
+        click.echo(f"error: {reason}", err=True)
+    return click.exceptions.Exit(1)
+
+
+def _ask(name: str, request: protocol.Request, fds: tuple[int, ...] = ()) -> protocol.Answer:
+    try:
+        answer = client.ask(name, request, fds)
+    except (client.NotRunning, BadName, protocol.BadMessage) as error:
+        raise _fail(str(error)) from None
+    if isinstance(answer, protocol.Failed):
+        raise _fail(*answer.reasons)
+    return answer
+
+
+_name = click.option("--name", default="default", show_default=True, help="Which mesh, when several run on this machine.")
+_namespace = click.option("-n", "--namespace", default="default", show_default=True, help="The pod's namespace.")
+_output = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+
+
+@click.group("local")
+def local() -> None:
+    """Run a mesh on this machine: manifests in, pods as network namespaces, no Kubernetes."""
+
+
+@local.command()
+@click.option("-f", "--file", "folder", required=True, type=click.Path(exists=True, file_okay=False), help="Folder with manifests; edits take effect.")
+@click.option("--detach", is_flag=True, help="Return when all pods are ready.")
+@click.option("--capture", type=click.Choice(["auto", "nft", "ebpf"]), default="auto", show_default=True, help="How traffic is led to the sidecars.")
+@click.option("--timeout", default=120.0, show_default=True, help="Seconds to wait until all pods are ready.")
+@_name
+def up(folder: str, detach: bool, capture: str, timeout: float, name: str) -> None:
+    """Start everything in a folder and wait until all pods are ready."""
+    if capture == "ebpf":
+        raise _fail("--capture ebpf: capture by eBPF is not part of this version; use --capture nft (or auto, which means nft)")
+    try:
+        client.start(name, folder)
+        click.echo("images are ignored: every container runs its command on this machine's file system", err=True)
+        if detach:
+            status = client.wait_ready(name, timeout)
+        else:
+            status = _attend(name, timeout)
+    except (client.CannotStart, client.NotRunning, BadName) as error:
+        raise _fail(str(error)) from None
+    if not status.ready:
+        raise _fail(*status.reasons, f"not everything was ready within {timeout:g} s; it keeps running: see `pillion local status`")
+    click.echo(f"{len(status.pods)} pods ready")
+
+
+def _attend(name: str, timeout_s: float) -> protocol.MeshStatus:
+    """Stay until Ctrl-C; the mesh ends with this process, however that ends."""
+    with client.connect(name) as lease:
+        lease.sendall(protocol.encode(protocol.Attend()))
+        status = client.wait_ready(name, timeout_s)
+        for reason in status.reasons:
+            click.echo(f"error: {reason}", err=True)
+        click.echo(f"{sum(pod.ready for pod in status.pods)} of {len(status.pods)} pods ready; Ctrl-C ends the mesh", err=True)
+        try:
+            while lease.recv(1):
+                pass
+        except KeyboardInterrupt:
+            client.ask(name, protocol.Down())
+    return status
+
+
+@local.command()
+@_name
+def down(name: str) -> None:
+    """End the mesh: every process, namespace, mount and rule of it."""
+    _ask(name, protocol.Down())
+    click.echo("down")
+
+
+@local.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@_namespace
+@click.option("-c", "--container", default=None, help="Default: the first that is not a sidecar.")
+@_name
+@click.argument("pod")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def exec_(namespace: str, container: str | None, name: str, pod: str, command: tuple[str, ...]) -> None:
+    """Run a command in a pod as its app's user; POD may be the name of a Deployment. The exit code is the command's."""
+    container, command = _late_options(container, command)
+    if not command:
+        raise click.UsageError("name a command after POD: pillion local exec POD -- CMD...")
+    env = {key: os.environ[key] for key in ("TERM",) if key in os.environ}
+    answer = _ask(name, protocol.Exec(namespace, pod, container, command, env), (0, 1, 2))
+    assert isinstance(answer, protocol.Exited)
+    sys.exit(answer.code)
+
+
+def _late_options(container: str | None, words: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
+    """``POD -c C -- CMD``, as kubectl allows."""
+    if len(words) > 2 and words[0] in ("-c", "--container"):
+        container, words = words[1], words[2:]
+    return container, words[1:] if words[:1] == ("--",) else words
+
+
+@local.command()
+@_namespace
+@click.option("-c", "--container", default=None, help="Default: all but sidecars and init containers.")
+@click.option("-f", "--follow", is_flag=True, help="Go on until Ctrl-C.")
+@_name
+@click.argument("pod")
+def logs(namespace: str, container: str | None, follow: bool, name: str, pod: str) -> None:
+    """Print what a pod's containers wrote."""
+    answer = _ask(name, protocol.Logs(namespace, pod, container))
+    assert isinstance(answer, protocol.LogFiles)
+    several = len(answer.files) > 1
+    positions = dict.fromkeys((path for _, path in answer.files), 0)
+    while True:
+        for title, path in answer.files:
+            positions[path] = _print_from(path, positions[path], f"[{title}] " if several else "")
+        if not follow:
+            return
+        time.sleep(0.2)
+
+
+def _print_from(path: str, position: int, prefix: str) -> int:
+    try:
+        with open(path, "rb") as file:
+            if file.seek(0, os.SEEK_END) < position:
+                position = 0  # the runner emptied a log that grew too large
+            file.seek(position)
+            content = file.read()
+    except OSError:
+        return 0
+    for line in content.splitlines(keepends=True):
+        sys.stdout.write(prefix + line.decode(errors="replace"))
+    sys.stdout.flush()
+    return position + len(content)
+
+
+@local.command()
+@_output
+@_name
+def status(output: str, name: str) -> None:
+    """Show pods, services and what is wrong; exit code 1 when not everything is ready."""
+    answer = _ask(name, protocol.Status())
+    assert isinstance(answer, protocol.MeshStatus)
+    if output == "json":
+        click.echo(protocol.as_json(answer))
+    else:
+        _print_tables(answer)
+    if not answer.ready:
+        raise click.exceptions.Exit(1)
+
+
+def _print_tables(mesh: protocol.MeshStatus) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    pods = Table("NAMESPACE", "POD", "READY", "STATUS", "MESHED", "RESTARTS", "ADDRESS", box=None, pad_edge=False)
+    for pod in mesh.pods:
+        running = [container for container in pod.containers if container.kind != "init"]
+        ready = f"{sum(container.ready for container in running)}/{len(running)}"
+        restarts = str(sum(container.restarts for container in pod.containers))
+        pods.add_row(pod.namespace, pod.name, ready, pod.phase, "yes" if pod.meshed else "no", restarts, ", ".join(pod.addresses))
+    console.print(pods)
+    if mesh.services:
+        services = Table("NAMESPACE", "SERVICE", "ADDRESS", "PORTS", "READY ENDPOINTS", box=None, pad_edge=False)
+        for service in mesh.services:
+            addresses = ", ".join(service.addresses) or "headless"
+            services.add_row(service.namespace, service.name, addresses, ", ".join(map(str, service.ports)), ", ".join(service.endpoints))
+        console.print()
+        console.print(services)
+    for reason in mesh.reasons:
+        click.echo(f"not ready: {reason}", err=True)
+
+
+def _change(kind: type[protocol.ApplyText] | type[protocol.DeleteText], files: tuple[str, ...], name: str) -> None:
+    for file in files:
+        if file == "-":
+            text, is_json = sys.stdin.read(), False
+        else:
+            text, is_json = Path(file).read_text(encoding="utf-8"), file.endswith(".json")
+        answer = _ask(name, kind(text, file, is_json))
+        assert isinstance(answer, protocol.Done)
+        for line in answer.lines:
+            click.echo(line)
+
+
+_files = click.option("-f", "--file", "files", required=True, multiple=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+
+
+@local.command()
+@_files
+@_name
+def apply(files: tuple[str, ...], name: str) -> None:
+    """Create or change the objects of a manifest, beside those of the folder."""
+    _change(protocol.ApplyText, files, name)
+
+
+@local.command()
+@_files
+@_name
+def delete(files: tuple[str, ...], name: str) -> None:
+    """Delete the objects that a manifest names."""
+    _change(protocol.DeleteText, files, name)

@@ -1,0 +1,113 @@
+"""What a pod has before its first container: namespaces held by one small process, a link to the node, capture, hosts file. Does I/O only.
+
+Called by local.pod. Everything it makes ends with the process it returns: nothing is pinned to a path.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from local import namespaces, network
+
+# The pod's PID 1: with SIGCHLD ignored the kernel itself reaps what containers leave behind, so that nothing bigger than sleep(1) is needed.
+_PAUSE = 'mount -t proc -o nosuid,nodev,noexec proc /proc && echo up && exec env --ignore-signal=CHLD sleep infinity'
+
+
+class SetupFailed(RuntimeError):
+    """A program or system call that makes a pod's surroundings failed; the text has its words."""
+
+
+@dataclass(frozen=True)
+class SandboxPlan:
+    """hosts, resolv_conf, hostname_file: files of the runner that the pod sees under /etc. capture: nft ruleset, "" for an unmeshed pod."""
+
+    link: str
+    hostname: str
+    addresses: network.Addresses
+    hosts: Path
+    resolv_conf: Path
+    capture: str
+
+
+class Sandbox:
+    """The namespaces of a pod."""
+
+    def __init__(self, holder: subprocess.Popen[bytes]) -> None:
+        self._holder = holder
+        self.pid = holder.pid
+
+    def kill(self) -> None:
+        """End everything in the pod: the kernel kills a PID namespace with its first process, and the rest has no other holder."""
+        self._holder.kill()
+        self._holder.wait()
+
+
+async def make_sandbox(plan: SandboxPlan) -> Sandbox:
+    """All of it or nothing; raises SetupFailed. A pod whose capture cannot be installed does not start (fail closed)."""
+    holder = await namespaces.in_own_thread(lambda: _make_namespaces(plan))
+    sandbox = Sandbox(holder)
+    try:
+        await run_program(["ip", "-batch", "-"], network.link_at_node(sandbox.pid, plan.link, plan.addresses))
+        await namespaces.in_own_thread(lambda: _set_up_network(sandbox.pid, plan))
+    except BaseException:
+        sandbox.kill()
+        raise
+    return sandbox
+
+
+def _make_namespaces(plan: SandboxPlan) -> subprocess.Popen[bytes]:
+    new = namespaces
+    new.unshare(new.CLONE_FS | new.CLONE_NEWNS | new.CLONE_NEWUTS | new.CLONE_NEWIPC | new.CLONE_NEWNET | new.CLONE_NEWPID)
+    socket.sethostname(plan.hostname)
+    for source, target in ((plan.hosts, "/etc/hosts"), (plan.resolv_conf, "/etc/resolv.conf")):
+        if os.path.exists(target):
+            namespaces.bind(str(source), os.path.realpath(target))
+    holder = subprocess.Popen(["sh", "-c", _PAUSE], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/")
+    assert holder.stdout is not None
+    said = holder.stdout.readline()
+    if said != b"up\n":
+        said += holder.stdout.read()
+        holder.kill()
+        holder.wait()
+        raise SetupFailed(f"the pod's first process did not start: {said.decode(errors='replace').strip()}")
+    holder.stdout.close()
+    return holder
+
+
+def _set_up_network(pid: int, plan: SandboxPlan) -> None:
+    with namespaces.namespace_fds(pid, ["net"]) as (fd,):
+        namespaces.setns(fd)
+    write_sysctls(network.pod_sysctls(ipv6=bool(plan.addresses.v6)))
+    run_program_now(["ip", "-batch", "-"], network.link_at_pod(plan.addresses))
+    if plan.capture:
+        run_program_now(["nft", "-f", "-"], plan.capture)
+
+
+def write_sysctls(settings: dict[str, str]) -> None:
+    """Set /proc/sys/net values of the calling thread's network namespace; raises SetupFailed."""
+    for name, value in settings.items():
+        try:
+            Path("/proc/sys/net", name).write_text(value)
+        except OSError as error:
+            raise SetupFailed(f"sysctl net.{name.replace('/', '.')}={value}: {error.strerror}") from None
+
+
+def run_program_now(argv: list[str], text: str) -> None:
+    """Run a program with ``text`` as its input; raises SetupFailed with its words when it fails."""
+    try:
+        done = subprocess.run(argv, input=text.encode(), capture_output=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SetupFailed(f"{argv[0]}: {error}") from None
+    if done.returncode:
+        raise SetupFailed(f"{' '.join(argv)} failed: {done.stderr.decode(errors='replace').strip()}")
+
+
+async def run_program(argv: list[str], text: str) -> None:
+    """`run_program_now` in a thread, in the namespaces of the runner (the node's)."""
+    await trio.to_thread.run_sync(run_program_now, argv, text)

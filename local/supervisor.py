@@ -1,0 +1,133 @@
+"""The runner's own process: PID 1 of a PID namespace, in a network and a mount namespace that are the node.
+
+Whatever kills it, ``kill -9`` included, takes everything with it: the kernel ends its PID namespace, and no network namespace, mount or rule
+has another holder. Started by local.client as ``python -m local.supervisor``; talks through the control socket.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from core.k8s.folder import FolderSource
+from core.k8s.source import Apply, Delete, Event
+from local import namespaces, network
+from local.control import serve
+from local.mesh import Mesh, Setup
+from local.objects import Manifest, read_manifest
+from local.podspec import Base
+from local.report import report
+from local.sandbox import run_program_now, write_sysctls
+from local.state import control_socket
+
+
+@dataclass(frozen=True)
+class Order:
+    """What `up` wants. folder: the manifests, watched. ready_fd: a pipe that gets ``up`` or why not."""
+
+    name: str
+    folder: str
+    state: str
+    ready_fd: int
+    rootless: bool = False
+
+
+def main() -> None:
+    """Become the node, tell the pipe, serve until told to end."""
+    order = Order(**json.loads(sys.argv[1]))
+    try:
+        flags = namespaces.CLONE_NEWNS | namespaces.CLONE_NEWNET | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWIPC
+        namespaces.unshare(flags | namespaces.CLONE_NEWPID)
+    except OSError as error:
+        _tell(order.ready_fd, f"cannot make namespaces: {error.strerror}; run `pillion local check`")
+        sys.exit(1)
+    child = os.fork()
+    if child:
+        if not order.rootless:
+            os._exit(0)  # nobody waits for the runner: it belongs to itself
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    try:
+        _become_node(order)
+        trio.run(_main, order)
+    except BaseException as error:
+        traceback.print_exc()
+        _tell(order.ready_fd, f"the runner failed: {error!r}; its log is {order.state}/runner.log")
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _tell(fd: int, text: str) -> None:
+    try:
+        os.write(fd, text.encode())
+        os.close(fd)
+    except OSError:
+        pass  # told already
+
+
+def _become_node(order: Order) -> None:
+    """Mounts and network of the node; everything here vanishes with this process."""
+    namespaces.mount("none", "/", flags=namespaces.MS_REC | namespaces.MS_PRIVATE)
+    namespaces.mount("proc", "/proc", "proc", namespaces.MS_NOSUID | namespaces.MS_NODEV | namespaces.MS_NOEXEC)
+    socket.sethostname("local")
+    ipv6 = has_ipv6()
+    run_program_now(["ip", "-batch", "-"], network.node_setup(ipv6=ipv6))
+    write_sysctls(network.node_sysctls(ipv6=ipv6))
+
+
+def has_ipv6() -> bool:
+    """Does the kernel have IPv6?"""
+    return os.path.exists("/proc/sys/net/ipv6")
+
+
+async def _main(order: Order) -> None:
+    state = Path(order.state)
+    base = Base(_base_env(), (sys.executable, "-P", "-m", "proxy"))
+    mesh = Mesh(Setup(state, base, lambda pod, audience, lifetime: "", has_ipv6(), [], inject=True))
+    source = FolderSource(Path(order.folder), read_manifest)
+    ended = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_until_signal, ended)
+        nursery.start_soon(mesh.run)
+        await nursery.start(source.run, lambda events: take(mesh, events))
+        await nursery.start(serve, control_socket(state), mesh, lambda: report(order.name, state, mesh, source.refusals), ended.set)
+        _tell(order.ready_fd, "up")
+        await ended.wait()
+        await mesh.stop_all()
+        nursery.cancel_scope.cancel()
+    shutil.rmtree(state, ignore_errors=True)
+
+
+def take(mesh: Mesh, events: Sequence[Event]) -> None:
+    """Edits of the folder become changes of the mesh."""
+    for event in events:
+        if isinstance(event, Apply) and isinstance(event.object, Manifest):
+            mesh.apply(event.object)
+        elif isinstance(event, Delete):
+            mesh.delete(event.ref)
+
+
+async def _until_signal(ended: trio.Event) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            ended.set()
+
+
+def _base_env() -> dict[str, str]:
+    """What every process starts with: little, because a manifest must not work only in its author's shell."""
+    path = os.pathsep.join([os.path.dirname(sys.executable), "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"])
+    return {"PATH": path, "LANG": os.environ.get("LANG", "C.UTF-8"), "HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"}  # noqa: S108
+
+
+if __name__ == "__main__":
+    main()
+
