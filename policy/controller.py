@@ -1,0 +1,142 @@
+"""The policy controller: a source feeds the index, the index's changes wake the server. The only module here that constructs everything.
+
+Decides nothing. Subscribers are accepted only once the source has shown its first complete state: before that every Service would look
+like an address outside the mesh. Called by policy.__main__, and by tests with a source and credentials of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+
+from core.credentials import Credentials
+from core.k8s.source import Apply, Delete, Event, Refusal, Reset, Source
+from core.runtime import logs
+from core.runtime.admin import AdminServer, standard_routes
+from core.runtime.drain import Drain, drain_on_signals
+from core.runtime.listen import listen, trio_listener
+from core.runtime.watch import Cell
+from policy.config import Config
+from policy.diagnostics import exposition, listen_unix, routes
+from policy.index import Index, IndexSettings, Key
+from policy.index.report import problems
+from policy.server import PolicyServer
+
+_log = logs.logger("controller")
+
+_REPORT_EVERY_S = 5.0  # looking for conflicts is one pass over everything, so not at every change
+
+
+class Controller:
+    """index and server are there for diagnostics and tests. synced: the source has shown its first complete state."""
+
+    def __init__(self, source: Source, settings: IndexSettings | None = None) -> None:
+        self.index = Index(settings)
+        self.server = PolicyServer(self.index)
+        self.source = source
+        self.synced = False
+        self._refused: set[str] = set()
+        self._conflicts: set[str] = set()
+        self._changed = False
+
+    def receive(self, events: Sequence[Event]) -> None:
+        """Take a batch of events; subscribers hear of all its changes at once."""
+        changed: set[Key] = set()
+        for event in events:
+            match event:
+                case Apply(object=object_):
+                    changed |= self.index.apply(object_)
+                case Delete(ref=ref):
+                    changed |= self.index.delete(ref)
+                case Reset(group=group, kind=kind, objects=objects):
+                    changed |= self.index.reset(group, kind, objects)
+        self.server.changed(changed)
+        self._changed = True
+
+    async def follow(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Follow the source for ever; started with its first complete state."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._run_source)
+            self.synced = True
+            _log.info("synced", objects=len(self.index.store.objects))
+            nursery.start_soon(self._report)
+            task_status.started()
+
+    async def _run_source(self, *, task_status: trio.TaskStatus[None]) -> None:
+        await self.source.run(self.receive, task_status=task_status)
+
+    async def _report(self) -> None:
+        while True:
+            await trio.sleep(_REPORT_EVERY_S)
+            self.report()
+
+    def report(self) -> None:
+        """Log every refusal and, when something changed, every conflict that was not there the last time."""
+        refused = {str(refusal) for refusal in self.refusals()}
+        for sentence in sorted(refused - self._refused):
+            _log.error("manifest refused", detail=sentence)
+        self._refused = refused
+        if self._changed:
+            self._changed = False
+            found = {f"{problem.ref}: {problem.message}" for problem in problems(self.index)}
+            for sentence in sorted(found - self._conflicts):
+                _log.warning("object without the effect it was meant to have", detail=sentence)
+            self._conflicts = found
+
+    def refusals(self) -> Sequence[Refusal]:
+        """What the source refuses at present."""
+        return self.source.refusals
+
+
+KeepCertified = Callable[[Cell[Credentials | None]], Awaitable[None]]
+"""Keeps the cell filled with our newest credentials, for ever."""
+
+
+async def run(config: Config, source: Source, keep_certified: KeepCertified) -> None:
+    """Serve until SIGTERM. Raises CannotListen and OSError when a socket cannot be had."""
+    controller = Controller(source, config.index)
+    credentials: Cell[Credentials | None] = Cell(None)
+    drain = Drain()
+
+    def not_ready() -> list[str]:
+        reasons = [f"draining: {drain.reason}"] if drain.started else []
+        reasons += [] if credentials.value else ["no certificate yet"]
+        return reasons + ([] if controller.synced else ["the first complete state of the source is missing"])
+
+    def metrics() -> bytes:
+        return exposition(controller.index, controller.server.counters, controller.refusals())
+
+    public = standard_routes(not_ready=not_ready, metrics=metrics, shutdown=drain.start)
+    policy_socket, admin_socket = listen(config.listen), listen(config.admin_listen)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(drain_on_signals, drain)
+        await nursery.start(AdminServer(public).serve, [trio_listener(admin_socket)])
+        if config.diagnostics_socket:
+            private = AdminServer({**public, **routes(controller.index, controller.refusals)})
+            await nursery.start(private.serve, [listen_unix(config.diagnostics_socket)])
+        nursery.start_soon(keep_certified, credentials)
+        await nursery.start(_until_drained, controller, credentials, drain, nursery.cancel_scope)
+        _log.info("serving", listen=str(config.listen), identity=config.identity.uri)
+        await controller.server.serve([trio_listener(policy_socket)], credentials)
+
+
+async def _until_drained(
+    controller: Controller,
+    credentials: Cell[Credentials | None],
+    drain: Drain,
+    scope: trio.CancelScope,
+    *,
+    task_status: trio.TaskStatus[None],
+) -> None:
+    """Started when there is something to serve; a drain ends the process at once, because sidecars keep what they know."""
+    async with trio.open_nursery() as nursery:
+
+        async def wait_drain() -> None:
+            await drain.wait_started()
+            scope.cancel()
+
+        nursery.start_soon(wait_drain)
+        await nursery.start(controller.follow)
+        await credentials.wait_for(lambda value: value is not None)
+        task_status.started()

@@ -1,0 +1,215 @@
+"""Why the index answers as it does, for people: what is wrong with the objects, and what made the policy of a port. Pure.
+
+Decides nothing; it retells the same steps (policy.index.inbound) that produce the answers. Called by policy.controller and its
+diagnostics, for ``pillion check``, ``pillion authz`` and ``pillion diagnostics``. `problems` looks at everything there is, so it is not
+for every change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from core.k8s.objects import Namespace, Object, Pod, Service
+from core.refs import Ref
+from policy import wire
+from policy.gateway import InboundRoute
+from policy.index import inbound, options
+from policy.index.inbound import EVERYWHERE, Granted
+from policy.index.index import Index
+from policy.model import AuthorizationPolicy, Server
+
+
+class Problem(msgspec.Struct, frozen=True, order=True):
+    """Something that does not act as its author will have meant. reason: stable word. message: a sentence that names what to look at."""
+
+    ref: Ref
+    reason: str
+    message: str
+
+
+class GrantReport(msgspec.Struct, frozen=True):
+    """One AuthorizationPolicy. clients: whom it lets in, in words. problem: why it lets nobody in, "" when it does."""
+
+    policy: Ref
+    target: Ref
+    inherit: bool
+    clients: str
+    problem: str = ""
+
+
+class RouteReport(msgspec.Struct, frozen=True):
+    """One route that names the Server as parent. narrowed: what the Server and Namespace allow does not count."""
+
+    route: Ref
+    attached: bool
+    narrowed: bool
+    grants: list[GrantReport]
+    problem: str = ""
+
+
+class PortReport(msgspec.Struct, frozen=True):
+    """How the policy of a port came about. why: a sentence. shadowed: Servers without effect. namespace_counts: False when narrowed."""
+
+    namespace: str
+    pod: str
+    port: int
+    why: str
+    shadowed: list[Ref]
+    grants: list[GrantReport]
+    namespace_counts: bool
+    routes: list[RouteReport]
+    policy: wire.InboundPolicy
+
+
+class AuthzRow(msgspec.Struct, frozen=True):
+    """One line of ``pillion authz``: on this port, for this route (None: no route), this authorization lets these clients in."""
+
+    port: int
+    server: Ref
+    route: Ref | None
+    authorization: Ref | None
+    clients: str
+
+
+def explain(index: Index, namespace: str, pod: str, port: int) -> PortReport | None:
+    """How the policy of a port came about; None when the pod is not known."""
+    found = index.pod(namespace, pod)
+    if found is None:
+        return None
+    policy = index.inbound_policy(namespace, pod, port)
+    servers = inbound.servers_for(index.store, found, port)
+    if not servers:
+        default = inbound.default_policy(index.store, found, index.settings)
+        why = f"no Server selects the port; default policy {default.name} from {default.source}" + (
+            f" ({default.problem})" if default.problem else ""
+        )
+        return PortReport(namespace, pod, port, why, [], [], False, [], policy)
+    server, *others = servers
+    grants = inbound.server_grants(index.store, server, index.settings)
+    reports = [grant_report(granted) for granted in (*grants.own, *grants.namespace)]
+    routes = [route_report(found) for found in inbound.route_grants(index.store, server, index.settings)]
+    why = f"{server.ref} takes the port over, with accessPolicy {server.access}"
+    return PortReport(namespace, pod, port, why, [other.ref for other in others], reports, not grants.narrowed, routes, policy)
+
+
+def grant_report(granted: Granted) -> GrantReport:
+    """One policy in words."""
+    who = clients(granted.authorization) if granted.authorization else "nobody"
+    return GrantReport(granted.policy.ref, granted.policy.target, granted.policy.inherit, who, granted.problem)
+
+
+def route_report(found: inbound.RouteGrants) -> RouteReport:
+    """One route in words."""
+    unsupported = f"{found.route.unsupported}; it lets nobody in" if found.route.unsupported else ""
+    grants = [grant_report(granted) for granted in found.own]
+    return RouteReport(found.route.ref, not found.conflict, found.narrowed, grants, found.conflict or unsupported)
+
+
+def authz(index: Index, namespace: str, pod: str) -> list[AuthzRow]:
+    """Who may use which declared or served port of a pod, one row for each way in; a port that nobody may use has one row too."""
+    found = index.pod(namespace, pod)
+    if found is None:
+        return []
+    rows: list[AuthzRow] = []
+    for port in ports_of(index, found):
+        policy = index.inbound_policy(namespace, pod, port)
+        places: Iterable[tuple[Ref | None, tuple[wire.Authorization, ...]]]
+        places = [(route.ref, route.authorizations) for route in policy.routes] or [(None, policy.authorizations)]
+        for route, authorizations in places:
+            rows.extend(AuthzRow(port, policy.server, route, granted.ref, clients(granted)) for granted in authorizations)
+            if not authorizations:
+                rows.append(AuthzRow(port, policy.server, route, None, "nobody"))
+    return rows
+
+
+def ports_of(index: Index, pod: Pod) -> list[int]:
+    """Ports that the pod declares or that a Server of a number gives it."""
+    servers = index.store.servers.get(pod.metadata.namespace, {}).values()
+    served = {server.port for server in servers if isinstance(server.port, int) and server.pod_selector.matches(pod.metadata.labels)}
+    return sorted({entry.container_port for entry in pod.ports} | served)
+
+
+def clients(granted: wire.Authorization) -> str:
+    """Whom an authorization lets in, in words."""
+    match granted.authentication:
+        case wire.Meshed(("*",)):
+            who = "any meshed workload"
+        case wire.Meshed(identities):
+            who = ", ".join(identities)
+        case _:
+            who = "anyone"
+    if granted.networks != EVERYWHERE:
+        networks = (network.cidr + "".join(f" without {inner}" for inner in network.excluded) for network in granted.networks)
+        who += f" from {', '.join(networks)}"
+    return who + (" (audit)" if granted.audit else "")
+
+
+def problems(index: Index) -> list[Problem]:
+    """Everything that does not act as its author will have meant, sorted."""
+    found: set[Problem] = set()
+    for object_ in index.store.objects.values():
+        found.update(_problems_of(index, object_))
+    return sorted(found)
+
+
+def _problems_of(index: Index, object_: Object) -> Iterator[Problem]:
+    match object_:
+        case AuthorizationPolicy():
+            yield from _policy_problems(index, object_)
+        case InboundRoute():
+            yield from _route_problems(index, object_)
+        case Server():
+            yield from _server_problems(index, object_)
+        case Pod() | Namespace() | Service():
+            yield from _annotation_problems(index, object_)
+
+
+def _policy_problems(index: Index, policy: AuthorizationPolicy) -> Iterator[Problem]:
+    problem = inbound.grant(index.store, policy, index.settings).problem
+    if problem:
+        yield Problem(policy.ref, "unresolved-reference", problem)
+    if policy.target.kind != "Namespace" and policy.target not in index.store.objects:
+        yield Problem(policy.ref, "no-such-target", f"{policy.target} does not exist, so the policy has no effect")
+
+
+def _route_problems(index: Index, route: InboundRoute) -> Iterator[Problem]:
+    for sentence in route.unattachable:
+        yield Problem(route.ref, "unattachable-parent", sentence)
+    if route.unsupported:
+        yield Problem(route.ref, "unsupported", f"{route.unsupported}; the route lets nobody in")
+    servers = index.store.servers.get(route.metadata.namespace, {})
+    for name in route.servers:
+        if name not in servers:
+            yield Problem(route.ref, "no-such-parent", f"there is no Server {name} in namespace {route.metadata.namespace}")
+
+
+def _server_problems(index: Index, server: Server) -> Iterator[Problem]:
+    routes = inbound.route_grants(index.store, server, index.settings)
+    for found in routes:
+        if found.conflict:
+            yield Problem(found.route.ref, "conflicted", f"not attached to {server.ref}: {found.conflict}")
+    if routes and server.protocol in ("opaque", "tls"):
+        yield Problem(server.ref, "routes-on-opaque", f"has routes but proxyProtocol {server.protocol}: its connections are denied")
+    for pod in index.store.pods.get(server.metadata.namespace, {}).values():
+        if not server.pod_selector.matches(pod.metadata.labels):
+            continue
+        ports = (
+            [server.port] if isinstance(server.port, int) else [entry.container_port for entry in pod.ports if entry.name == server.port]
+        )
+        for port in ports:
+            winner = inbound.servers_for(index.store, pod, port)[0]
+            if winner.ref != server.ref:
+                yield Problem(server.ref, "overlap", f"no effect on port {port} of {pod.ref}: the older {winner.ref} selects it too")
+
+
+def _annotation_problems(index: Index, owner: Pod | Namespace | Service) -> Iterator[Problem]:
+    for key in options.PORT_LISTS:
+        wrong = options.read_port_list(owner.metadata.annotations.get(key, "")).wrong
+        if wrong:
+            yield Problem(
+                owner.ref, "invalid-annotation", f"{key}: expected ports, ranges or port names, found {', '.join(map(repr, wrong))}"
+            )
+    if isinstance(owner, Pod) and (problem := inbound.default_policy(index.store, owner, index.settings).problem):
+        yield Problem(owner.ref, "invalid-annotation", problem)
