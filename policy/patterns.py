@@ -53,6 +53,6 @@ def _message(error: Exception) -> str:
 
 
 def _re2() -> Any:
-    import re2  # type: ignore[import-untyped,import-not-found,unused-ignore]
+    import re2
 
     return re2
