@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from bench import certs, peers, report
@@ -16,7 +17,8 @@ from bench.contestants.envoy import Envoy
 from bench.contestants.haproxy import Haproxy
 from bench.contestants.none import NoProxy
 from bench.measure import Series, results
-from bench.scenarios import FULL, QUICK, SCENARIOS, Bench
+from bench.rig import FULL, QUICK, Bench
+from bench.scenarios import SCENARIOS
 from bench.stage import PROXY_UID, Pinning
 
 
@@ -28,7 +30,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--contestants", default="", help="comma list; default all that are installed")
     parser.add_argument("--rounds", type=int, help="rounds of each contestant (5, quick 2)")
     parser.add_argument("--seconds", type=float, help="seconds of a round (4, quick 1)")
-    parser.add_argument("--pin", choices=("split", "none"), default="split", help="proxies on a core of their own (default), or none")
+    parser.add_argument("--pin", choices=("pods", "split", "none"), default="none", help="cores: see Pinning.named")
     parser.add_argument("--no-install", action="store_true", help="use what is installed, install nothing")
     parser.add_argument("--out", type=Path, help="the JSON file; default bench/results/latest.json, quick runs quick.json")
     chosen = parser.parse_args(argv)
@@ -66,13 +68,13 @@ def main(argv: list[str]) -> int:
         return 1
     plan = QUICK if chosen.quick else FULL
     plan = type(plan)(chosen.rounds or plan.rounds, chosen.seconds or plan.seconds, plan.warmup_s, plan.quick)
-    pinning = Pinning.split() if chosen.pin == "split" else Pinning(None, None)
+    pinning = Pinning.named(chosen.pin)
     started = time.time()
     with tempfile.TemporaryDirectory(prefix="pillion-bench-") as folder:
         workdir = Path(folder)
         workdir.chmod(0o755)
         context = Context(found, certs.make(workdir / "certs", owner_uid=PROXY_UID), workdir, pinning)
-        bench = Bench(context, contestants(found, chosen.contestants), plan, lambda text: print(text, file=sys.stderr, flush=True), [])
+        bench = Bench(context, contestants(found, chosen.contestants), plan, partial(print, file=sys.stderr, flush=True), [])
         for row in chosen.rows.split(","):
             SCENARIOS[row](bench)
         series: list[Series] = bench.series

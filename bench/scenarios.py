@@ -1,163 +1,42 @@
 """The rows of the result table: one function is one row, from starting its server to its samples.
 
-Every scenario starts all contestants (each on a stage of its own), checks that each one lets the allowed through and refuses the rest,
-then runs their rounds interleaved. Called by `bench.__main__`.
+Called by `bench.__main__`, in the order of SCENARIOS. What the rows have in common is `bench.rig`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-from bench.contestants.base import Contestant, Context, Running, Setup, render
-from bench.load import wrk
-from bench.measure import Outcome, Series, interleaved, measured
-from bench.stage import APP_PORT, Pod, Proc, Stage, StageError, wait_until
+from bench.certs import dns_name
+from bench.contestants.base import API_RULES, BULK_RULES, GRPC_RULES, AppProtocol, Setup, grown_rules
+from bench.load import h2, h2load, wrk
+from bench.measure import Outcome, Series, interleaved, pss_bytes
+from bench.rig import (
+    SIZES,
+    Bench,
+    Entry,
+    Load,
+    blobs,
+    check_http1,
+    nghttpd,
+    nginx,
+    no_check,
+    per_request,
+    program,
+    rounds,
+    start_one,
+    started,
+)
+from bench.stage import ROOT, StageError, file_limit, wait_until
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How long and how often. rounds: of each contestant. seconds: of one round. scale: 1 for the full sizes, less for quick runs."""
-
-    rounds: int
-    seconds: float
-    warmup_s: float
-    quick: bool
-
-
-FULL = Plan(rounds=5, seconds=4, warmup_s=1, quick=False)
-QUICK = Plan(rounds=2, seconds=1, warmup_s=1, quick=True)
-
-
-@dataclass
-class Bench:
-    """What a scenario works with, and where it leaves its samples."""
-
-    context: Context
-    contestants: Sequence[Contestant]
-    plan: Plan
-    say: Callable[[str], None]
-    series: list[Series]
-
-
-@dataclass
-class Entry:
-    """A started contestant in one scenario."""
-
-    contestant: Contestant
-    stage: Stage
-    running: Running
-    app: Proc | None
-    series: Series
-
-    @property
-    def pids(self) -> list[int]:
-        return [proc.pid for proc in self.running.proxies.values()]
-
-
-Server = Callable[[Bench, Pod, Path], Proc]
-Load = Callable[[Entry, float], Outcome]
-
-
-def nginx(bench: Bench, pod: Pod, workdir: Path) -> Proc:
-    """The HTTP/1.1 app: 1 KiB for every path."""
-    config = workdir / "nginx.conf"
-    config.write_text(render("nginx.conf", workdir=workdir, port=APP_PORT, body="x" * 1024))
-    proc = pod.spawn("nginx", [str(bench.context.peers.nginx), "-c", str(config), "-p", str(workdir)])
-    with pod.inside():
-        wait_until(lambda: status("127.0.0.1", APP_PORT, "/ready") == 200, "nginx answers", 10, [proc])
-    return proc
-
-
-def status(host: str, port: int, path: str, method: str = "GET") -> int:
-    """The status of one HTTP/1.1 request, 0 when there is no answer; the caller is already in the right namespace."""
-    connection = http.client.HTTPConnection(host, port, timeout=5)
-    try:
-        connection.request(method, path)
-        return connection.getresponse().status
-    except (OSError, http.client.HTTPException):
-        return 0
-    finally:
-        connection.close()
-
-
-@contextlib.contextmanager
-def started(bench: Bench, row: str, work: str, setup: Setup, server: Server) -> Iterator[list[Entry]]:
-    """All contestants that can take part, each on its own stage with its own server; those that cannot leave a note instead."""
-    with contextlib.ExitStack() as stack:
-        entries = []
-        for contestant in bench.contestants:
-            series = Series(row, work, contestant.name)
-            if (why := contestant.missing(setup)) is not None:
-                bench.say(f"{row} {work}: {contestant.name} left out: {why}")
-                continue
-            bench.series.append(series)
-            try:
-                workdir = Path(tempfile.mkdtemp(prefix=f"{contestant.name}-", dir=bench.context.workdir))
-                workdir.chmod(0o755)
-                stage = Stage(contestant.name, workdir, bench.context.pinning, setup.endpoints)
-                stack.callback(stage.close)
-                (workdir / "run").mkdir()
-                app = server(bench, stage.server, workdir)
-                entry = Entry(contestant, stage, contestant.start(bench.context, stage, setup), app, series)
-            except StageError as error:
-                series.fail(str(error))
-                bench.say(f"{row} {work}: {contestant.name} does not start: {error}")
-                continue
-            entries.append(entry)
-        yield entries
-
-
-def check_http1(entry: Entry, allowed: str = "/api/users/1/detail", denied: str = "/admin/users") -> None:
-    """Allowed is answered and everything else refused, or the measurement would be of a pair without policy; raises StageError."""
-    with entry.stage.client.inside():
-        wait_until(lambda: status(*entry.running.dial, allowed) == 200, f"{entry.contestant.name} answers 200", 10)
-        if entry.running.proxies and (refused := status(*entry.running.dial, denied)) != 403:
-            raise StageError(f"{entry.contestant.name} answered {refused} to a request that no rule allows; expected 403")
-
-
-def rounds(
-    bench: Bench,
-    entries: list[Entry],
-    load: Load,
-    check: Callable[[Entry], None],
-    metrics: Callable[[Outcome, float], dict[str, float]],
-) -> None:
-    """Check, warm up, then run interleaved rounds; a round with any failed request keeps no figures."""
-    able = []
-    for entry in entries:
-        try:
-            check(entry)
-            load(entry, bench.plan.warmup_s)
-            able.append(entry)
-        except StageError as error:
-            entry.series.fail(str(error))
-            bench.say(f"{entry.series.row} {entry.series.work}: {entry.contestant.name}: {error}")
-    for entry in interleaved(able, bench.plan.rounds):
-        try:
-            outcome, cpu_s = measured(partial(load, entry, bench.plan.seconds), entry.pids)
-        except StageError as error:
-            entry.series.fail(str(error))
-            continue
-        if outcome.failed or not outcome.units:
-            entry.series.fail(outcome.note or "nothing completed")
-        else:
-            figures = metrics(outcome, cpu_s)
-            entry.series.add(figures if entry.pids else {name: value for name, value in figures.items() if not name.startswith("cpu")})
-        bench.say(
-            f"{entry.series.row} {entry.series.work} {entry.contestant.name:9} "
-            + (f"FAILED: {outcome.note}" if outcome.failed else " ".join(f"{k}={v:,.4g}" for k, v in metrics(outcome, cpu_s).items()))
-        )
-
-
-def per_request(outcome: Outcome, cpu_s: float) -> dict[str, float]:
-    """The load's own figures and the proxies' CPU per request in microseconds."""
-    return {**outcome.metrics, "cpu_per_request": cpu_s * 1e6 / max(1, outcome.units)}
+MIB = 1 << 20
+_SAME_PROCESS_OR_NONE = ("none", "envoy-h2")  # where what the proxies speak between them makes no difference
 
 
 def _wrk(bench: Bench, connections: int) -> Load:
@@ -169,14 +48,234 @@ def _wrk(bench: Bench, connections: int) -> Load:
 
 def p1(bench: Bench) -> None:
     """HTTP/1.1 through the pair, 32 connections."""
-    with started(bench, "P1", "32 connections", Setup(), nginx) as entries:
+    with started(bench, "P1", "HTTP/1.1, 32 connections", Setup(), nginx) as entries:
         rounds(bench, entries, _wrk(bench, 32), check_http1, per_request)
 
 
 def p2(bench: Bench) -> None:
     """HTTP/1.1 through the pair, 1 connection."""
-    with started(bench, "P2", "1 connection", Setup(), nginx) as entries:
+    with started(bench, "P2", "HTTP/1.1, 1 connection", Setup(), nginx) as entries:
         rounds(bench, entries, _wrk(bench, 1), check_http1, per_request)
 
 
-SCENARIOS: dict[str, Callable[[Bench], None]] = {"P1": p1, "P2": p2}
+def p3(bench: Bench) -> None:
+    """HTTP/2 and gRPC unary through the pair."""
+    for kind, title, rules in (("http2", "HTTP/2", API_RULES), ("grpc", "gRPC", GRPC_RULES)):
+        for connections, streams in ((8, 16), (1, 100), (8, 1)):
+
+            def load(entry: Entry, seconds: float, kind: str = kind, c: int = connections, s: int = streams) -> Outcome:
+                command = program("h2", *entry.running.dial, kind, c, s, seconds)
+                return h2.parse(*entry.stage.client.output(command, seconds + 40))
+
+            server = partial(nghttpd, trailers=kind == "grpc")
+            with started(bench, "P3", f"{title}, {connections} x {streams}", Setup("http2", rules), server) as entries:
+                rounds(bench, entries, load, partial(_check_http2, kind=kind), per_request)
+
+
+def _check_http2(entry: Entry, kind: str) -> None:
+    """The load's requests pass; a path that no rule allows does not."""
+    outcome = h2.parse(*entry.stage.client.output(program("h2", *entry.running.dial, kind, 1, 1, 0.2), 20))
+    if outcome.failed or not outcome.units:
+        raise StageError(f"{entry.contestant.name} does not let the load through: {outcome.note}")
+    if entry.running.proxies:
+        outcome = h2.parse(*entry.stage.client.output(program("h2", *entry.running.dial, "denied", 1, 1, 0.1), 20))
+        if outcome.units:
+            raise StageError(f"{entry.contestant.name} answered 200 to a request that no rule allows")
+
+
+def p4(bench: Bench) -> None:
+    """Large bodies through the pair, up and down: GB/s and CPU per GB."""
+    sizes: dict[AppProtocol, list[str]] = {"http1": list(SIZES), "http2": list(SIZES), "opaque": ["64 MiB"]}
+    works = [(app, size, way) for app in sizes for size in sizes[app] for way in ("down", "up")]
+    names = {"http1": "HTTP/1.1", "http2": "HTTP/2", "opaque": "opaque TCP"}
+    for app, size, way in works:
+        if bench.plan.quick and size == "64 MiB" and app != "opaque":
+            continue
+
+        def load(entry: Entry, seconds: float, app: str = app, count: int = SIZES[size], up: bool = way == "up") -> Outcome:
+            if app == "http2":
+                return h2load.run(entry.stage.client, bench.context.peers, entry.running.dial, size=count, up=up, seconds=seconds)
+            command = program("bulk", "load", *entry.running.dial, "up" if up else "down", count, 4, seconds)
+            return _bulk_outcome(*entry.stage.client.output(command, seconds + 60))
+
+        server = nghttpd if app == "http2" else blobs
+        with started(bench, "P4", f"{names[app]}, {size} {way}", Setup(app, BULK_RULES), server) as entries:
+            rounds(bench, entries, load, no_check, _per_byte)
+
+
+def _bulk_outcome(code: int, out: str, err: str) -> Outcome:
+    line = next((line for line in out.splitlines() if line.startswith("{")), None)
+    if code != 0 or line is None:
+        return Outcome(0, 1, {}, f"bulk load: exit {code}: {err.strip()[-300:]}")
+    said = json.loads(line)
+    return Outcome(said["bytes"], said["failed"], {"bandwidth": said["bytes"] / said["seconds"] / 1e9}, said["why"])
+
+
+def _per_byte(outcome: Outcome, cpu_s: float) -> dict[str, float]:
+    return {**outcome.metrics, "cpu_per_gb": cpu_s / (outcome.units / 1e9)}
+
+
+def p5(bench: Bench) -> None:
+    """New mutual TLS connections: to the inbound proxy with one request each, and through the pair as opaque TCP."""
+    folder = bench.context.certs.folder
+
+    def to_inbound(entry: Entry, seconds: float) -> Outcome:
+        command = program("mtls", "new", *entry.running.dial, folder, dns_name("server"), entry.running.alpn, 4, seconds)
+        return h2.parse(*entry.stage.client.output(command, seconds + 40))
+
+    def figures(outcome: Outcome, cpu_s: float) -> dict[str, float]:
+        return {"connections_per_cpu_s": outcome.units / cpu_s if cpu_s else 0.0, "connections": outcome.metrics["throughput"]}
+
+    with started(bench, "P5", "inbound, HTTP/1.1", Setup(inbound_only=True), nginx) as entries:
+        rounds(bench, entries, to_inbound, no_check, figures)
+
+    def through_pair(entry: Entry, seconds: float) -> Outcome:
+        command = program("openloop", "--new", *entry.running.dial, 4, seconds)
+        return h2.parse(*entry.stage.client.output(command, seconds + 40))
+
+    with started(bench, "P5", "pair, opaque TCP", Setup("opaque"), nginx) as entries:
+        rounds(bench, entries, through_pair, no_check, figures)
+
+
+def p6(bench: Bench) -> None:
+    """Memory of idle sidecars, ten on the machine (five pairs), after start and after load."""
+    pairs = 2 if bench.plan.quick else 5
+    for contestant in bench.contestants:
+        if contestant.name in _SAME_PROCESS_OR_NONE:
+            continue
+        series = Series("P6", f"{2 * pairs} sidecars", contestant.name)
+        bench.series.append(series)
+        with contextlib.ExitStack() as stack:
+            try:
+                made = [Entry(contestant, *start_one(bench, stack, contestant, Setup(), nginx), series) for _ in range(pairs)]
+                pids = [pid for entry in made for pid in entry.pids]
+                time.sleep(1)
+                idle = [pss_bytes(pid) / MIB for pid in pids]
+                failed = [outcome for entry in made if (outcome := _wrk(bench, 32)(entry, bench.plan.warmup_s)).failed]
+                time.sleep(1)
+                loaded = [pss_bytes(pid) / MIB for pid in pids]
+            except StageError as error:
+                series.fail(str(error))
+                continue
+        if failed:
+            series.fail(failed[0].note)
+            continue
+        for one, other in zip(idle, loaded, strict=True):
+            series.add({"pss_idle": one, "pss_after_load": other})
+        bench.say(f"P6 {contestant.name}: idle {statistics.median(idle):.1f} MiB, after load {statistics.median(loaded):.1f} MiB")
+
+
+def p7(bench: Bench) -> None:
+    """Idle keep-alive connections with mutual TLS through one inbound sidecar."""
+    # Two descriptors each in a proxy that keeps an upstream connection for every client's, and some to spare.
+    count = 300 if bench.plan.quick else min(10_000, file_limit() // 2 - 100)
+    with started(bench, "P7", f"{count:,} idle connections", Setup(inbound_only=True), nginx) as entries:
+        for entry in entries:
+            try:
+                metrics = _hold(bench, entry, count)
+            except StageError as error:
+                entry.series.fail(str(error))
+                bench.say(f"{entry.label} {error}")
+            else:
+                entry.series.add(metrics)
+                bench.say(f"{entry.label} " + " ".join(f"{name}={value:,.4g}" for name, value in metrics.items()))
+
+
+def _hold(bench: Bench, entry: Entry, count: int) -> dict[str, float]:
+    """Before, with and after ``count`` idle connections; raises StageError when any of them failed."""
+    (pid,) = entry.pids
+    marks = entry.stage.workdir
+    to_inbound = program("mtls", "new", *entry.running.dial, bench.context.certs.folder, dns_name("server"), entry.running.alpn, 2, 1)
+    if (warm := h2.parse(*entry.stage.client.output(to_inbound, 40))).failed:
+        raise StageError(warm.note)
+    before = pss_bytes(pid)
+    command = program("mtls", "idle", *entry.running.dial, bench.context.certs.folder, dns_name("server"), entry.running.alpn, count)
+    holder = entry.stage.client.spawn("holder", [*command, str(bench.plan.seconds), str(marks)], cwd=ROOT)
+    wait_until((marks / "held").exists, "connections are open", 120 + count / 50, [holder])
+    held = pss_bytes(pid)
+    wait_until((marks / "active.json").exists, "the active connection is measured", bench.plan.seconds + 30, [holder])
+    active = json.loads((marks / "active.json").read_text())
+    if active["failed"] or (marks / "held").read_text() != str(count):
+        raise StageError(f"{active['failed']} failed: {active['why']}")
+    (marks / "release").touch()
+    wait_until((marks / "closed").exists, "connections are closed", 60)
+    time.sleep(2)
+    grown = max(1, held - before)
+    return {
+        "bytes_per_connection": grown / count / 1024,
+        "given_back": 100 * (held - pss_bytes(pid)) / grown,
+        "active_p50": active["p50_us"],
+        "active_p99": active["p99_us"],
+    }
+
+
+def p9(bench: Bench) -> None:
+    """Latency that the pair adds at fixed rates, open loop."""
+    for rate in (500, 2000):
+
+        def load(entry: Entry, seconds: float, rate: int = rate) -> Outcome:
+            return h2.parse(*entry.stage.client.output(program("openloop", *entry.running.dial, rate, seconds), seconds + 40))
+
+        with started(bench, "P9", f"HTTP/1.1, {rate:,} req/s open loop", Setup(), nginx) as entries:
+            rounds(
+                bench, entries, load, check_http1, lambda outcome, cpu_s: {k: outcome.metrics[k] for k in ("latency_p50", "latency_p99")}
+            )
+        bare = next((entry.series for entry in entries if not entry.pids), None)
+        for entry in entries:
+            if bare is None or entry.series is bare:
+                continue
+            for share in ("p50", "p99"):
+                base, own = bare.samples.get(f"latency_{share}"), entry.series.samples.get(f"latency_{share}")
+                if base and own:
+                    entry.series.samples[f"added_{share}"] = [value - statistics.median(base) for value in own]
+
+
+def p11(bench: Bench) -> None:
+    """From exec to ready, certificate included."""
+    made = {contestant.name: Series("P11", "exec to ready", contestant.name) for contestant in bench.contestants}
+    for contestant in interleaved([one for one in bench.contestants if one.name not in _SAME_PROCESS_OR_NONE], bench.plan.rounds):
+        series = made[contestant.name]
+        if series not in bench.series:
+            bench.series.append(series)
+        with contextlib.ExitStack() as stack:
+            try:
+                _, running = start_one(bench, stack, contestant, Setup(), nginx)
+            except StageError as error:
+                series.fail(str(error))
+                continue
+        series.add({"ready": statistics.mean(running.ready_s.values())})
+        bench.say(f"P11 {contestant.name} " + " ".join(f"{role}={value:.3f}s" for role, value in running.ready_s.items()))
+
+
+def p12(bench: Bench) -> None:
+    """P1 as the policy and the service grow; ``growth`` is CPU per request over that of the smallest size."""
+    routes = [(f"{count:,} routes", Setup(rules=grown_rules(count))) for count in (1, 10, 100, 1000)]
+    endpoints = [(f"{count:,} endpoints", Setup(endpoints=count)) for count in (1, 10, 1000)]
+    for family in (routes, endpoints):
+        if bench.plan.quick:
+            family = [family[0], family[-1]]
+        with contextlib.ExitStack() as stack:
+            chosen = [one for one in bench.contestants if one.name not in _SAME_PROCESS_OR_NONE]
+            narrowed = replace(bench, contestants=chosen)
+            entries = [entry for work, setup in family for entry in stack.enter_context(started(narrowed, "P12", work, setup, nginx))]
+            rounds(narrowed, entries, _wrk(bench, 32), check_http1, per_request)
+        smallest = {entry.series.contestant: entry.series for entry in entries if entry.series.work == family[0][0]}
+        for entry in entries:
+            base = smallest.get(entry.series.contestant)
+            if base and base.samples.get("cpu_per_request") and entry.series.samples.get("cpu_per_request"):
+                unit = statistics.median(base.samples["cpu_per_request"])
+                entry.series.samples["growth"] = [value / unit for value in entry.series.samples["cpu_per_request"]]
+
+
+SCENARIOS: dict[str, Callable[[Bench], None]] = {
+    "P1": p1,
+    "P2": p2,
+    "P3": p3,
+    "P4": p4,
+    "P5": p5,
+    "P6": p6,
+    "P7": p7,
+    "P9": p9,
+    "P11": p11,
+    "P12": p12,
+}

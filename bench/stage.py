@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 CLIENT_IP = "10.7.0.2"
 SERVICE_IP = "10.8.0.1"
 SERVICE_PORT = 80
@@ -36,7 +37,6 @@ PROXY_UID = 2102
 
 _CLONE_NEWNET = 0x40000000
 _PR_SET_PDEATHSIG = 1
-_OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # P7 holds 10,000 connections
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -46,28 +46,37 @@ class StageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Pinning:
-    """Which cores proxies and everything else run on; None leaves both to the scheduler."""
+    """Which cores each part of a stage runs on, the same for every contestant; None leaves all to the scheduler."""
 
-    proxies: frozenset[int] | None
-    rest: frozenset[int] | None
+    outbound: frozenset[int] | None = None
+    inbound: frozenset[int] | None = None
+    client: frozenset[int] | None = None
+    server: frozenset[int] | None = None
 
     @classmethod
-    def split(cls) -> Pinning:
-        """Proxies on the last core, load, server and control plane on the others: what a proxy costs is then what limits it."""
+    def named(cls, name: str) -> Pinning:
+        """``pods``: each pod with its proxy on cores of its own, as on two nodes. ``split``: both proxies on one core. ``none``."""
         cores = sorted(os.sched_getaffinity(0))
-        if len(cores) < 2:
-            return cls(None, None)
-        return cls(frozenset(cores[-1:]), frozenset(cores[:-1]))
+        first, last = frozenset(cores[:-1]), frozenset(cores[-1:])
+        if len(cores) < 2 or name == "none":
+            return cls()
+        return cls(first, last, first, last) if name == "pods" else cls(last, last, first, first)
+
+    def proxy(self, role: str) -> frozenset[int] | None:
+        """Cores of the ``outbound`` or ``inbound`` proxy."""
+        return self.outbound if role == "outbound" else self.inbound
 
     def describe(self) -> str:
         """One sentence for the report."""
-        if self.proxies is None or self.rest is None:
-            return "not pinned"
-        return f"proxies on core {_cores(self.proxies)}, load generator and server on core {_cores(self.rest)}"
+        if None in (self.outbound, self.inbound, self.client, self.server):
+            return "nothing is pinned"
+        parts = ((role, ",".join(map(str, sorted(getattr(self, role))))) for role in ("client", "outbound", "inbound", "server"))
+        return "pinned to cores: " + ", ".join(f"{role} {cores}" for role, cores in parts)
 
 
-def _cores(cores: frozenset[int]) -> str:
-    return ",".join(map(str, sorted(cores)))
+def file_limit() -> int:
+    """Descriptors that every process started here may open: this process's hard limit."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 
 def endpoint_ips(count: int) -> tuple[str, ...]:
@@ -135,7 +144,7 @@ class Proc:
 
 def _enter(ns_path: str | None, uid: int | None, cores: frozenset[int] | None) -> Callable[[], None]:
     """What a child does between fork and exec: new or given network namespace, cores, limits, uid, death with its parent."""
-    parent = os.getpid()
+    parent, files = os.getpid(), file_limit()
 
     def enter() -> None:
         if ns_path is None:
@@ -148,7 +157,7 @@ def _enter(ns_path: str | None, uid: int | None, cores: frozenset[int] | None) -
             os.close(handle)
         if cores is not None:
             os.sched_setaffinity(0, cores)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, _OPEN_FILES))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if uid is not None:
             os.setgroups([])
@@ -233,6 +242,7 @@ class Pod:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            cwd=ROOT,
             preexec_fn=_enter(self.ns_path, None, self.cores),
         ) as popen:
             try:
@@ -272,15 +282,15 @@ class Stage:
         self.endpoints = endpoint_ips(endpoints)
         self._pods: list[Pod] = []
         try:
-            self.client = self._pod("client")
-            self.server = self._pod("server")
+            self.client = self._pod("client", pinning.client)
+            self.server = self._pod("server", pinning.server)
             self._join()
         except BaseException:
             self.close()
             raise
 
-    def _pod(self, name: str) -> Pod:
-        pod = Pod.create(name, self.workdir, self.pinning.rest)
+    def _pod(self, name: str, cores: frozenset[int] | None) -> Pod:
+        pod = Pod.create(name, self.workdir, cores)
         self._pods.append(pod)
         return pod
 
@@ -295,7 +305,7 @@ class Stage:
 
     def control(self) -> Pod:
         """The namespace of a control plane, linked to both pods by links of its own."""
-        pod = self._pod("control")
+        pod = self._pod("control", self.pinning.client)
         pod.run("ip", "link", "add", "br0", "type", "bridge")
         pod.run("ip", "addr", "add", f"{CONTROL_IP}/24", "dev", "br0")
         pod.run("ip", "link", "set", "br0", "up")

@@ -71,24 +71,28 @@ def grown_rules(count: int) -> tuple[Rule, ...]:
 class Setup:
     """What the pair carries.
 
-    app: what client and server speak. between: what an HTTP/1.1 contestant variant speaks between its proxies. rules: what the inbound
-    proxy allows, by identity, method and path prefix (opaque: by identity alone). endpoints: addresses behind the service.
+    app: what client and server speak. rules: what the inbound proxy allows, by identity, method and path prefix (opaque: by identity
+    alone). endpoints: addresses behind the service. inbound_only: no outbound proxy, the load itself speaks mutual TLS.
     """
 
     app: AppProtocol = "http1"
     rules: tuple[Rule, ...] = API_RULES
     endpoints: int = 1
     inbound_only: bool = False
-    client_is_plain: bool = False
 
 
 @dataclass
 class Running:
-    """A started pair. dial: where the load goes. proxies: whose CPU and memory count, by role."""
+    """A started pair.
+
+    dial: where the load goes. proxies: whose CPU and memory count, by role. ready_s: seconds from exec to ready, by role.
+    alpn: what a client that speaks mutual TLS to the inbound proxy offers for HTTP/1.1.
+    """
 
     dial: tuple[str, int]
     proxies: dict[str, Proc]
     ready_s: dict[str, float]
+    alpn: str = "http/1.1"
 
 
 @dataclass(frozen=True)

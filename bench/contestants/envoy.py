@@ -100,7 +100,7 @@ class Envoy:
             path.write_text(text)
             pod = stage.client if role == "outbound" else stage.server
             command = [str(binary), "-c", str(path), "--concurrency", "1", "--disable-hot-restart", "-l", "error"]
-            proc = pod.spawn(f"envoy-{role}", command, uid=PROXY_UID, cores=context.pinning.proxies, cwd=stage.workdir)
+            proc = pod.spawn(f"envoy-{role}", command, uid=PROXY_UID, cores=context.pinning.proxy(role), cwd=stage.workdir)
             ready[role] = wait_ready(stage, proc, role, "/ready", ADMIN_PORT)
             proxies[role] = proc
         dial = (stage.endpoints[0], APP_PORT) if setup.inbound_only else (SERVICE_IP, SERVICE_PORT)

@@ -13,7 +13,7 @@ class NoProxy:
 
     def missing(self, setup: Setup) -> str | None:
         """Takes part wherever the client speaks to the app directly."""
-        return "the load itself speaks mutual TLS here" if setup.inbound_only and not setup.client_is_plain else None
+        return "the load itself speaks mutual TLS here" if setup.inbound_only else None
 
     def start(self, context: Context, stage: Stage, setup: Setup) -> Running:
         """Nothing to start."""
