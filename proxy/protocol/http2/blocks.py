@@ -1,0 +1,194 @@
+"""Header blocks: decoded, checked, and kept ready to be sent on to a connection with tables of its own.
+
+Theory of operation. We tell every peer SETTINGS_HEADER_TABLE_SIZE 0. Once it acknowledged that, what a block means no longer depends on
+the blocks before it: decoding, checking and encoding it again are one function of its bytes, and may be remembered across connections. A
+block is kept when it comes a second time, so that blocks that never repeat cost a lookup and a small integer, no memory. Until the
+acknowledgement a connection decodes with a table of 4096 bytes (RFC 9113 section 6.5.2) and remembers nothing.
+
+Pure. `BlockReader` belongs to one connection; the memo is shared by the process and bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from proxy.protocol.http2 import frames, messages
+from proxy.protocol.http2.frames import ConnectionFault
+from proxy.protocol.http2.hpack_codec import Field, HeaderListTooLarge, HpackFault, encode, new_decoder
+from proxy.protocol.http2.limits import Http2Limits
+from proxy.protocol.http2.messages import RequestLine, Shape, kept_fields
+from proxy.protocol.requests import HeadEdit
+
+_MEMO_ENTRIES: Final = 512
+_MEMO_BLOCK_BYTES: Final = 768
+_SEEN_ENTRIES: Final = 4096
+_EMPTY_EDIT: Final = HeadEdit()
+
+T = TypeVar("T")
+
+
+class RequestHead:
+    """A checked request, as decisions see it (requests.RequestHead), ready to be encoded. Never changes, so that it can be remembered.
+
+    size: bytes of its header list (RFC 9113 section 6.5.2). content_length: -1 when not given. connect: CONNECT, plain or extended.
+    extended: CONNECT with :protocol (RFC 8441).
+    """
+
+    __slots__ = (
+        "_block", "_edit", "_fields", "_shape", "_values", "authority", "bodiless", "connect", "content_length", "extended", "grpc",
+        "method", "size", "target",
+    )  # fmt: skip
+
+    def __init__(self, fields: list[Field], bodiless: bool) -> None:
+        line: RequestLine
+        line, self._shape, self._values, self.size = messages.request_untrusted(fields)
+        self.method = line.method
+        self.target = line.target
+        self.authority = line.authority
+        self.grpc = line.grpc
+        self.connect = line.connect
+        self.extended = line.extended
+        self.content_length = line.content_length
+        self.bodiless = bodiless
+        self._fields = fields
+        self._edit: HeadEdit | None = None
+        self._block = b""
+
+    def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
+        """For each lower-case name, the value of the first field of that name, or None."""
+        first = self._shape.first
+        values = self._values
+        return tuple([values[first[name]] if name in first else None for name in names])
+
+    def encoded(self, edit: HeadEdit) -> bytes:
+        """The block to send, without a dynamic table: stripped names removed, added fields at the end."""
+        if self._edit is not edit:
+            self._block = encode(kept_fields(self._fields, self._shape, edit.strip)) + encode_added(edit)
+            self._edit = edit
+        return self._block
+
+
+class ResponseHead:
+    """A checked response head or 1xx. content_length: -1 when not given. block: encoded to be sent on."""
+
+    __slots__ = ("block", "content_length", "size", "status")
+
+    def __init__(self, fields: list[Field]) -> None:
+        self.status, self.content_length, self.size = messages.response_untrusted(fields)
+        self.block = encode(fields)
+
+
+class Trailers:
+    """A checked trailer section."""
+
+    __slots__ = ("_fields", "_shape", "block", "size")
+
+    def __init__(self, fields: list[Field]) -> None:
+        self._shape: Shape | None
+        self._shape, self.size = messages.trailers_untrusted(fields)
+        self._fields = fields
+        self.block = encode(fields)
+
+    def encoded(self, edit: HeadEdit) -> bytes:
+        """The block to send; what is stripped from a head is stripped here too, or a receiver that merges trailers would see it."""
+        if self._shape is None or not edit.strip:
+            return self.block
+        kept = kept_fields(self._fields, self._shape, edit.strip)
+        return self.block if kept is self._fields else encode(kept)
+
+
+class _Memo:
+    """What blocks mean, once they came twice."""
+
+    def __init__(self) -> None:
+        self.known: dict[bytes, object] = {}
+        self._seen: set[int] = set()
+
+    def remember(self, block: bytes, value: object) -> None:
+        mark = hash(block)
+        if mark not in self._seen:
+            if len(self._seen) >= _SEEN_ENTRIES:
+                self._seen.clear()
+            self._seen.add(mark)
+        elif len(block) <= _MEMO_BLOCK_BYTES:
+            if len(self.known) >= _MEMO_ENTRIES:
+                self.known.clear()
+            self.known[block] = value
+
+
+_open_requests = _Memo()
+_bodiless_requests = _Memo()
+_responses = _Memo()
+_trailers = _Memo()
+
+_added: dict[HeadEdit, bytes] = {}
+
+
+def encode_added(edit: HeadEdit) -> bytes:
+    """The fields an edit appends, encoded; remembered because an edit is constant for a connection."""
+    if edit is _EMPTY_EDIT or not edit.add:
+        return b""
+    block = _added.get(edit)
+    if block is None:
+        if len(_added) >= 256:
+            _added.clear()
+        block = _added[edit] = encode([(name, value, False) for name, value in edit.add])
+    return block
+
+
+class BlockReader:
+    """Decodes and checks the header blocks of one connection.
+
+    The methods raise Malformed (a stream error), HeaderListTooLarge (431; the connection can go on) or ConnectionFault.
+    """
+
+    def __init__(self, limits: Http2Limits) -> None:
+        self._limit = limits.header_list_bytes
+        self._stateless = False
+        self._decode = new_decoder(4096, limits.header_list_bytes).decode_untrusted
+
+    def without_table(self) -> None:
+        """The peer acknowledged the table size of 0."""
+        self._stateless = True
+        self._decode = new_decoder(0, self._limit).decode_untrusted
+
+    def request_untrusted(self, block: bytes, bodiless: bool) -> RequestHead:
+        """A request's head; bodiless: the frame carried END_STREAM."""
+        memo = _bodiless_requests if bodiless else _open_requests
+        return self._read(block, memo, lambda fields: RequestHead(fields, bodiless))
+
+    def response_untrusted(self, block: bytes) -> ResponseHead:
+        """A response's head, final or 1xx."""
+        return self._read(block, _responses, ResponseHead)
+
+    def trailers_untrusted(self, block: bytes) -> Trailers:
+        """The trailer section of either."""
+        return self._read(block, _trailers, Trailers)
+
+    def discard_untrusted(self, block: bytes) -> None:
+        """A block nobody wants any more; decoded only where the table must follow."""
+        if not self._stateless:
+            self._fields(block)
+
+    def _read(self, block: bytes, memo: _Memo, make: Callable[[list[Field]], T]) -> T:
+        if self._stateless:
+            known = memo.known.get(block)
+            if known is not None:
+                return known  # type: ignore[return-value]  # a memo holds values of one type
+        value = make(self._fields(block))
+        if value.size > self._limit:  # type: ignore[attr-defined]  # all three have a size
+            raise HeaderListTooLarge
+        if self._stateless:
+            memo.remember(block, value)
+        return value
+
+    def _fields(self, block: bytes) -> list[Field]:
+        try:
+            return self._decode(block)
+        except HpackFault as fault:
+            raise ConnectionFault(frames.COMPRESSION_ERROR, f"header block: {fault}") from None
+        except HeaderListTooLarge:
+            if self._stateless:
+                raise
+            raise ConnectionFault(frames.ENHANCE_YOUR_CALM, "header list larger than allowed") from None

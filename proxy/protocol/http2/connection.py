@@ -1,0 +1,381 @@
+"""What both ends of the engine share: the scan over frames, and every frame that is about the connection (RFC 9113 sections 4 to 6).
+
+Theory of operation. `received` walks the bytes once. DATA and HEADERS go to the stream they name; the rest is small and goes through one
+table. Two exceptions carry errors up: `StreamFault` ends a stream with RST_STREAM, `ConnectionFault` the connection with GOAWAY.
+
+Floods. Time is only known by `expired`, so budgets are tokens: each frame that makes no progress costs one of `calm`, each stream the
+peer causes to be reset before it was answered costs one of `resets`; progress earns them back (limits.py says how much), and so does
+every tick. Who spends more than that is told ENHANCE_YOUR_CALM.
+
+The connection's one timer ticks every `tick_s` while there are streams, and four times per idle timeout while there are none.
+Pure; the base of client.py and upstream.py.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from proxy.protocol.http2 import frames
+from proxy.protocol.http2.blocks import BlockReader
+from proxy.protocol.http2.flow import FlowControl, StreamEnd
+from proxy.protocol.http2.frames import ConnectionFault, StreamFault
+from proxy.protocol.http2.limits import Http2Limits
+from proxy.protocol.sides import Sink
+
+_unpack = frames.HEAD.unpack_from
+_REMEMBERED_RESETS: Final = 1024
+
+
+class Connection(FlowControl):
+    """One HTTP/2 connection, seen from either end."""
+
+    def __init__(self, sink: Sink, limits: Http2Limits) -> None:
+        super().__init__(sink, limits)
+        self.blocks = BlockReader(limits)
+        self.last_id = 0  # the highest stream id that was opened
+        self.resets = limits.reset_budget
+        self._rest = b""
+        self._largest = limits.max_frame << 8 | 0xFF
+        self._settled = False  # the peer's first SETTINGS arrived
+        self._unusual = True  # the next frame is not free to be any: first SETTINGS, or CONTINUATION
+        self._block_id = 0
+        self._block: list[bytes] = []
+        self._block_size = 0
+        self._block_fin = False
+        self._table_acked = False
+        self._reset_ids: dict[int, None] = {}
+        self._timer_s = limits.head_timeout_s
+        self._quiet_s = 0.0
+        self._seen_id = 0
+        sink.expire_after(self._timer_s)
+
+    # ---- Receiver
+
+    def received(self, data: bytes) -> None:
+        """Bytes arrived."""
+        if self.dead:
+            return
+        try:
+            self._scan(data)
+        except ConnectionFault as fault:
+            self.fail(fault.code, fault.detail)
+
+    def ended(self) -> None:
+        """FIN: HTTP/2 has no half-close, so this is the peer leaving."""
+        if not self.dead:
+            self.die("the peer closed the connection")
+            self.sink.close()
+
+    def lost(self, reset: bool) -> None:
+        """The connection is dead."""
+        if not self.dead:
+            self.die("connection reset" if reset else "connection lost")
+
+    def drained(self) -> None:
+        """The sink took everything: go on."""
+        if self.dead:
+            return
+        self._backlog = 0
+        if self._paused:
+            self._paused = False
+            self.sink.resume()
+        if self.holding:
+            self.pump()
+
+    def expired(self) -> None:
+        """A tick."""
+        if self.dead:
+            return None
+        passed, limits = self._timer_s, self.limits
+        self.calm = min(limits.control_budget, self.calm + int(passed * limits.controls_per_s))
+        self.resets = min(limits.reset_budget, self.resets + int(passed * limits.resets_per_s))
+        if not self._settled:
+            return self.fail(0x4, "no SETTINGS in time")  # SETTINGS_TIMEOUT
+        if self._block_id:
+            return self.fail(frames.ENHANCE_YOUR_CALM, "header block not ended in time")
+        self._end_stalled(passed)
+        if self.busy() or self.last_id != self._seen_id:
+            self._seen_id = self.last_id
+            self._quiet_s = 0.0
+        else:
+            self._quiet_s += passed
+            if self._quiet_s >= limits.idle_timeout_s:
+                return self.leave()
+        self._arm(limits.tick_s if self.busy() else limits.idle_timeout_s / 4)
+        return None
+
+    def _arm(self, seconds: float) -> None:
+        self._timer_s = seconds
+        self.sink.expire_after(seconds)
+
+    def _end_stalled(self, passed: float) -> None:
+        for end in list(self.holding):
+            if end.progress:
+                end.progress = False
+                end.stalled_s = 0.0
+            else:
+                end.stalled_s += passed
+                if end.stalled_s >= self.limits.stall_timeout_s and not end.over:
+                    self.stalled(end)
+
+    # ---- what the ends decide
+
+    def busy(self) -> bool:
+        """There are streams."""
+        return bool(self.streams_by_id)
+
+    def on_block(self, stream_id: int, block: bytes, fin: bool) -> None:
+        """A whole header block. Raises ConnectionFault."""
+        raise NotImplementedError
+
+    def on_reset(self, end: StreamEnd, code: int) -> None:
+        """RST_STREAM for a stream that is open here."""
+        raise NotImplementedError
+
+    def on_goaway(self, last_id: int, code: int, debug: bytes) -> None:
+        """The peer will open (or look at) no stream above last_id."""
+        raise NotImplementedError
+
+    def on_setting(self, key: int, value: int) -> None:
+        """A setting that only one end has a use for."""
+
+    def on_settled(self) -> None:
+        """A SETTINGS frame was applied."""
+
+    def on_ping_ack(self, opaque: bytes) -> None:
+        """The peer answered a PING of ours."""
+
+    def stream_fault(self, end: StreamEnd, fault: StreamFault) -> None:
+        """The peer broke a rule on an open stream."""
+        raise NotImplementedError
+
+    def stalled(self, end: StreamEnd) -> None:
+        """The peer takes nothing of what is held for it on this stream."""
+        raise NotImplementedError
+
+    def die(self, detail: str) -> None:
+        """The connection is gone, or is about to be closed: end its streams."""
+        raise NotImplementedError
+
+    # ---- ending
+
+    def fail(self, code: int, detail: str) -> None:
+        """A connection error: GOAWAY, then close."""
+        self.control(frames.goaway(self.answered_id(), code, detail.encode()[:128]))
+        self.die(detail)
+        self.sink.close()
+
+    def leave(self) -> None:
+        """Close a connection that has no streams, saying so."""
+        self.control(frames.goaway(self.answered_id(), frames.NO_ERROR))
+        self.die("idle")
+        self.sink.close()
+
+    def answered_id(self) -> int:
+        """The highest stream of the peer that was looked at; 0 at the end that opens the streams itself."""
+        return 0
+
+    def send_reset(self, stream_id: int, code: int) -> None:
+        """RST_STREAM; frames of that stream that are still on their way are ignored."""
+        if len(self._reset_ids) >= _REMEMBERED_RESETS:
+            del self._reset_ids[next(iter(self._reset_ids))]
+        self._reset_ids[stream_id] = None
+        self.control(frames.rst_stream(stream_id, code))
+
+    def spend_reset(self) -> None:
+        """The peer caused a reset. Raises ConnectionFault."""
+        self.resets -= 1
+        if self.resets < 0:
+            raise ConnectionFault(frames.ENHANCE_YOUR_CALM, "streams reset faster than they complete")
+
+    def spend(self, cost: int = 1) -> None:
+        """A frame without progress. Raises ConnectionFault."""
+        self.calm = min(self.calm, self.limits.control_budget) - cost
+        if self.calm < 0:
+            raise ConnectionFault(frames.ENHANCE_YOUR_CALM, "too many frames without progress")
+
+    # ---- frames
+
+    def _scan(self, data: bytes) -> None:
+        if self._rest:
+            data = self._rest + data
+        at, size = 0, len(data)
+        while size - at >= 9:
+            word, flags, stream_id = _unpack(data, at)
+            if word > self._largest:
+                raise ConnectionFault(frames.FRAME_SIZE_ERROR, f"frame of {word >> 8} bytes")
+            start = at + 9
+            at = start + (word >> 8)
+            if at > size:
+                at = start - 9
+                break
+            kind = word & 0xFF
+            if self._unusual:
+                self._expect(kind, flags, stream_id)
+            if kind == 0:
+                self._on_data(data, start, at, flags, stream_id & 0x7FFFFFFF)
+            elif kind == 1:
+                self._on_headers(data, start, at, flags, stream_id & 0x7FFFFFFF)
+            else:
+                self._on_other(kind, flags, stream_id & 0x7FFFFFFF, data[start:at])
+            if self.dead:
+                return
+        self._rest = data[at:] if at < size else b""
+
+    def _expect(self, kind: int, flags: int, stream_id: int) -> None:
+        if self._block_id:
+            if kind != frames.CONTINUATION or stream_id & 0x7FFFFFFF != self._block_id:
+                raise ConnectionFault(frames.PROTOCOL_ERROR, "header block interrupted")
+        elif kind != frames.SETTINGS or flags & frames.ACK:
+            raise ConnectionFault(frames.PROTOCOL_ERROR, "the first frame is not SETTINGS")
+        else:
+            self._unusual = False
+
+    def _on_data(self, data: bytes, start: int, stop: int, flags: int, stream_id: int) -> None:
+        size = stop - start
+        self.count_received(size)
+        if flags & frames.PADDED:
+            start, stop = frames.strip_padding(start, stop, data, frames.PADDED)
+        if start == stop and not flags & 1:
+            self.spend()
+        end = self.streams_by_id.get(stream_id)
+        if end is None:
+            return self._on_stale(stream_id, frames.STREAM_CLOSED)
+        try:
+            if end.remote_done:
+                raise StreamFault(frames.STREAM_CLOSED, "data after the end of the stream")
+            self.take(end, data[start:stop], size, bool(flags & 1))
+        except StreamFault as fault:
+            self.stream_fault(end, fault)
+        return None
+
+    def _on_stale(self, stream_id: int, code: int) -> None:
+        """A frame other than HEADERS for a stream that is not open: late, or about one that never was."""
+        self.spend()
+        if stream_id == 0 or self.is_idle(stream_id):
+            raise ConnectionFault(frames.PROTOCOL_ERROR, f"frame for stream {stream_id}, which was never opened")
+        if code and stream_id not in self._reset_ids:
+            self.spend_reset()
+            self.send_reset(stream_id, code)
+
+    def is_idle(self, stream_id: int) -> bool:
+        """Neither end has opened this stream."""
+        return not stream_id & 1 or stream_id > self.last_id
+
+    def _on_headers(self, data: bytes, start: int, stop: int, flags: int, stream_id: int) -> None:
+        if flags & (frames.PADDED | frames.HAS_PRIORITY):
+            start, stop = frames.strip_padding(start, stop, data, flags)
+        if flags & frames.END_HEADERS:
+            return self.on_block(stream_id, data[start:stop], bool(flags & 1))
+        if stream_id == 0:
+            raise ConnectionFault(frames.PROTOCOL_ERROR, "HEADERS on stream 0")
+        self._block_id = stream_id
+        self._block = [data[start:stop]]
+        self._block_size = stop - start
+        self._block_fin = bool(flags & 1)
+        self._unusual = True
+        self._arm(self.limits.head_timeout_s)
+        return None
+
+    def _on_continuation(self, flags: int, payload: bytes) -> None:
+        if not self._block_id:
+            raise ConnectionFault(frames.PROTOCOL_ERROR, "CONTINUATION without HEADERS")
+        self._block.append(payload)
+        self._block_size += len(payload)
+        if self._block_size > self.limits.header_list_bytes * 2 or len(self._block) > self.limits.max_continuations + 1:
+            raise ConnectionFault(frames.ENHANCE_YOUR_CALM, "header block too long")
+        if flags & frames.END_HEADERS:
+            stream_id, block = self._block_id, b"".join(self._block)
+            self._block_id, self._block, self._unusual = 0, [], False
+            self._arm(self.limits.tick_s)
+            self.on_block(stream_id, block, self._block_fin)
+
+    def _on_other(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
+        if kind == frames.CONTINUATION:
+            return self._on_continuation(flags, payload)
+        self.spend()
+        if kind == frames.WINDOW_UPDATE:
+            self._on_window_update(stream_id, payload)
+        elif kind == frames.RST_STREAM:
+            self._on_rst_stream(stream_id, payload)
+        elif kind == frames.PRIORITY:
+            self._on_priority(stream_id, payload)
+        elif kind == frames.PUSH_PROMISE:
+            raise ConnectionFault(frames.PROTOCOL_ERROR, "PUSH_PROMISE, which we do not allow")
+        elif kind in (frames.SETTINGS, frames.PING, frames.GOAWAY):
+            if stream_id:
+                raise ConnectionFault(frames.PROTOCOL_ERROR, f"frame of type {kind} on stream {stream_id}")
+            if kind == frames.SETTINGS:
+                self._on_settings(flags, payload)
+            elif kind == frames.PING:
+                self._on_ping(flags, payload)
+            else:
+                self.on_goaway(*frames.read_goaway_untrusted(payload))
+        return None  # unknown types are ignored (RFC 9113 section 4.1)
+
+    def _on_window_update(self, stream_id: int, payload: bytes) -> None:
+        if len(payload) != 4:
+            raise ConnectionFault(frames.FRAME_SIZE_ERROR, "WINDOW_UPDATE is not 4 bytes")
+        increment = frames.read_u32(payload) & frames.MAX_WINDOW
+        if stream_id == 0:
+            return self.grow_window(None, increment)
+        end = self.streams_by_id.get(stream_id)
+        if end is None:
+            return self._on_stale(stream_id, 0)
+        try:
+            self.grow_window(end, increment)
+        except StreamFault as fault:
+            self.stream_fault(end, fault)
+        return None
+
+    def _on_rst_stream(self, stream_id: int, payload: bytes) -> None:
+        if len(payload) != 4:
+            raise ConnectionFault(frames.FRAME_SIZE_ERROR, "RST_STREAM is not 4 bytes")
+        end = self.streams_by_id.get(stream_id)
+        if end is None:
+            return self._on_stale(stream_id, 0)
+        self.on_reset(end, frames.read_u32(payload))
+        return None
+
+    def _on_priority(self, stream_id: int, payload: bytes) -> None:
+        if stream_id == 0:
+            raise ConnectionFault(frames.PROTOCOL_ERROR, "PRIORITY on stream 0")
+        if len(payload) != 5:
+            end = self.streams_by_id.get(stream_id)
+            fault = StreamFault(frames.FRAME_SIZE_ERROR, "PRIORITY is not 5 bytes")
+            if end is None:
+                raise ConnectionFault(fault.code, fault.detail)
+            self.stream_fault(end, fault)
+
+    def _on_settings(self, flags: int, payload: bytes) -> None:
+        if flags & frames.ACK:
+            if payload:
+                raise ConnectionFault(frames.FRAME_SIZE_ERROR, "SETTINGS acknowledgement with a payload")
+            if not self._table_acked:
+                self._table_acked = True
+                self.blocks.without_table()
+            return
+        pairs = frames.read_settings_untrusted(payload)
+        self.spend(len(pairs) + 8)  # applying one may touch every stream
+        for key, value in pairs:
+            if key == frames.INITIAL_WINDOW_SIZE:
+                self.change_initial_window(value)
+            elif key == frames.MAX_FRAME_SIZE:
+                self.max_frame = value
+            else:
+                self.on_setting(key, value)
+        self.control(frames.SETTINGS_ACK)
+        if not self._settled:
+            self._settled = True
+            self._arm(self.limits.tick_s)
+        if self.holding:
+            self.pump()
+        self.on_settled()
+
+    def _on_ping(self, flags: int, payload: bytes) -> None:
+        if len(payload) != 8:
+            raise ConnectionFault(frames.FRAME_SIZE_ERROR, "PING is not 8 bytes")
+        if flags & frames.ACK:
+            self.on_ping_ack(payload)
+        else:
+            self.control(frames.ping(payload, ack=True))

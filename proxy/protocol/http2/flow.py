@@ -1,0 +1,316 @@
+"""Flow control and what is held because of it (RFC 9113 section 5.2, 6.9): windows of streams and of the connection, both directions.
+
+Theory of operation. A request is two `StreamEnd`s, one on the client's connection and one on an upstream's, each the other's `other`.
+DATA that arrives at one leaves at the other. Credit is split: the connection's is returned on receipt, so that no unread stream can
+freeze its neighbours; the stream's is returned when the bytes were forwarded, so that its sender is told to stop by the receiver that
+does not read. What cannot leave (stream window, connection window, `sink.blocked`, or no upstream chosen yet) is held at the end it will
+leave from, at most one stream window of it. Held data leaves in turns of one frame a stream, so that a long one does not starve a short.
+
+What follows DATA (END_STREAM, trailers) waits behind it: `fin`. Pure; the base of connection.py.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+from proxy.protocol.http2 import frames
+from proxy.protocol.http2.frames import ConnectionFault, StreamFault, head
+from proxy.protocol.http2.hpack_codec import NO_TABLE
+from proxy.protocol.http2.limits import Http2Limits
+from proxy.protocol.sides import Sink
+
+_EARNED: Final = 4  # control frames a DATA frame of ours entitles the peer to: two WINDOW_UPDATEs and two PINGs (BDP probes)
+
+
+class StreamEnd:
+    """One end of an exchange: a stream on one connection.
+
+    conn: None while no connection carries it. window: bytes the peer lets us send. credit: bytes we let the peer send. owed: bytes
+    forwarded whose credit was not returned yet. expect: bytes of body still due by content-length, -1 when unknown. held, held_bytes:
+    data waiting to be sent here. fin: what follows it, b"" for END_STREAM, else an encoded trailer section. remote_done, local_done: the
+    peer, we have sent END_STREAM. over: closed in both directions. progress, stalled_s: for the stall timeout. sent: DATA or trailers left.
+    """
+
+    __slots__ = (
+        "conn", "credit", "expect", "fin", "held", "held_bytes", "id", "local_done", "other", "over", "owed", "progress", "remote_done",
+        "sent", "stalled_s", "window",
+    )  # fmt: skip
+
+    other: StreamEnd
+
+    def __init__(self, conn: FlowControl | None, stream_id: int, window: int, credit: int) -> None:
+        self.conn = conn
+        self.id = stream_id
+        self.window = window
+        self.credit = credit
+        self.owed = 0
+        self.expect = -1
+        self.held: deque[bytes] | None = None
+        self.held_bytes = 0
+        self.fin: bytes | None = None
+        self.remote_done = self.local_done = self.over = self.sent = False
+        self.progress = False
+        self.stalled_s = 0.0
+
+
+class FlowControl:
+    """The sending half of a connection and the bookkeeping of both directions' windows."""
+
+    def __init__(self, sink: Sink, limits: Http2Limits) -> None:
+        self.sink = sink
+        self.limits = limits
+        self.queue = sink.queue
+        self.dead = False
+        self.streams_by_id: dict[int, StreamEnd] = {}
+        self.window = 65535  # what the peer lets us send, all streams together
+        self.initial_window = 65535
+        self.max_frame = 16384
+        self.credit = limits.connection_window
+        self.owed = 0
+        self.held_from = 0  # bytes this peer sent that are held at the other ends of its streams
+        self.calm = limits.control_budget
+        self.holding: dict[StreamEnd, None] = {}
+        self._half_stream = limits.stream_window // 2
+        self.half_connection = limits.connection_window // 2
+        self._prefix = NO_TABLE
+        self._backlog = 0
+        self._paused = False
+
+    # ---- sending
+
+    def control(self, frame: bytes) -> None:
+        """Send a frame that flow control does not bound; a peer that lets too many of them pile up is no longer read."""
+        if self.sink.blocked:
+            self._backlog += len(frame)
+            if self._backlog > self.limits.backlog_bytes and not self._paused:
+                self._paused = True
+                self.sink.pause()
+        self.queue(frame)
+
+    def send_block(self, end: StreamEnd, block: bytes, fin: bool) -> None:
+        """Send HEADERS on a stream now."""
+        self.send_head(end.id, block, fin)
+        if fin:
+            self.sent_fin(end)
+
+    def send_head(self, stream_id: int, block: bytes, fin: bool) -> None:
+        """Send a header block, the connection's first one after the announcement that we use no dynamic table."""
+        if self._prefix:
+            block, self._prefix = self._prefix + block, b""
+        self.control(frames.header_block(stream_id, block, fin, self.max_frame))
+
+    def sent_fin(self, end: StreamEnd) -> None:
+        """END_STREAM left on this stream."""
+        end.local_done = True
+        if end.remote_done:
+            self.stream_over(end)
+
+    def cancel(self, end: StreamEnd, code: int) -> None:
+        """The other end of an exchange is gone: reset this one."""
+        raise NotImplementedError
+
+    def stream_over(self, end: StreamEnd) -> None:
+        """Both directions of a stream are done."""
+        raise NotImplementedError
+
+    def pump(self) -> None:
+        """Send held data in turns, one frame a stream, until a window or the sink stops it."""
+        turn = [end for end in self.holding if end.window > 0]
+        while turn:
+            again = []
+            for end in turn:
+                if self.sink.blocked or self.window <= 0:
+                    return
+                if not end.over:
+                    self._send_held(end)
+                    if end.held and end.window > 0:
+                        again.append(end)
+            turn = again
+
+    def pump_stream(self, end: StreamEnd) -> None:
+        """The same for one stream."""
+        while end.held and end.window > 0 and self.window > 0 and not self.sink.blocked:
+            self._send_held(end)
+        if not end.held:
+            self.send_fin(end)
+
+    def _send_held(self, end: StreamEnd) -> None:
+        held = end.held
+        assert held
+        chunk = held[0]
+        size = min(len(chunk), end.window, self.window, self.max_frame)
+        if size == len(chunk):
+            held.popleft()
+        else:
+            chunk, held[0] = chunk[:size], chunk[size:]
+        end.held_bytes -= size
+        end.window -= size
+        self.window -= size
+        end.progress = end.sent = True
+        self.calm += _EARNED
+        fin = not held and end.fin == b""
+        self.queue(head(size << 8, fin, end.id) + chunk)
+        source = end.other
+        if source.conn is not None:
+            source.conn.held_from -= size
+            source.conn.give_back(source, size)
+        if held:
+            return
+        if fin:
+            self.holding.pop(end, None)
+            end.fin = None
+            self.sent_fin(end)
+        else:
+            self.send_fin(end)
+
+    def send_fin(self, end: StreamEnd) -> None:
+        """Send what follows the data of a stream, if that is known."""
+        fin = end.fin
+        self.holding.pop(end, None)
+        if fin is None or end.over:
+            return
+        end.fin = None
+        end.sent = True
+        if fin:
+            self.send_block(end, fin, True)
+        else:
+            self.queue(head(0, frames.END_STREAM, end.id))
+            self.sent_fin(end)
+
+    # ---- receiving
+
+    def take(self, end: StreamEnd, payload: bytes, size: int, fin: bool) -> None:
+        """DATA arrived at `end`: forward it, or hold it where it will leave. size: with padding. Raises StreamFault."""
+        end.credit -= size
+        if end.credit < 0:
+            raise StreamFault(frames.FLOW_CONTROL_ERROR, "more data than the stream's window")
+        length = len(payload)
+        if end.expect >= 0:
+            end.expect -= length
+            if end.expect < 0 or (fin and end.expect):
+                raise StreamFault(frames.PROTOCOL_ERROR, "content-length and data disagree")
+        if fin:
+            end.remote_done = True
+        to = end.other
+        conn = to.conn
+        if to.over or to.local_done:  # nobody wants it any more
+            self.give_back(end, size)
+        elif (
+            conn is None or to.held or to.fin is not None or length > to.window or length > conn.window
+            or length > conn.max_frame or conn.sink.blocked
+        ):  # fmt: skip
+            self._hold(end, to, payload, fin)
+            if size > length:
+                self.give_back(end, size - length)
+        else:
+            to.window -= length
+            conn.window -= length
+            conn.calm += _EARNED
+            to.sent = True
+            conn.queue(head(length << 8, fin, to.id) + payload)
+            if fin:
+                conn.sent_fin(to)
+            else:
+                self.give_back(end, size)
+        if fin and end.local_done and not end.over:
+            self.stream_over(end)
+
+    def _hold(self, end: StreamEnd, to: StreamEnd, payload: bytes, fin: bool) -> None:
+        if payload:
+            if to.held is None:
+                to.held = deque()
+            # Small pieces are joined: a deque of single bytes would cost sixty times what its window allows.
+            if to.held and len(to.held[-1]) + len(payload) <= 2048:
+                to.held[-1] += payload
+            else:
+                to.held.append(payload)
+            to.held_bytes += len(payload)
+            self.held_from += len(payload)
+        if fin:
+            to.fin = b""
+        if to.conn is not None:
+            to.conn.holding[to] = None
+            to.conn.pump_stream(to)
+
+    def take_trailers(self, end: StreamEnd, block: bytes) -> None:
+        """A trailer section arrived, encoded to be sent on; b"" when it was empty. Raises StreamFault."""
+        if end.expect > 0:
+            raise StreamFault(frames.PROTOCOL_ERROR, "content-length and data disagree")
+        end.remote_done = True
+        to = end.other
+        if not (to.over or to.local_done):
+            to.fin = block
+            if to.conn is not None and not to.held:
+                to.conn.send_fin(to)
+        if end.local_done and not end.over:
+            self.stream_over(end)
+
+    def give_back(self, end: StreamEnd, size: int) -> None:
+        """Bytes of a stream were forwarded: return its credit once half a window is due."""
+        end.owed += size
+        if end.owed >= self._half_stream and not end.remote_done and not end.over:
+            end.credit += end.owed
+            self.control(frames.window_update(end.id, end.owed))
+            end.owed = 0
+        if self.owed >= self.half_connection:
+            self.return_credit()
+
+    def count_received(self, size: int) -> None:
+        """A DATA frame of any stream arrived. Raises ConnectionFault."""
+        self.credit -= size
+        self.owed += size
+        if self.credit < 0:
+            raise ConnectionFault(frames.FLOW_CONTROL_ERROR, "more data than the connection's window")
+        if self.owed >= self.half_connection:
+            self.return_credit()
+
+    def return_credit(self) -> None:
+        """Return the connection's credit, unless unread streams hold too much already."""
+        if self.held_from <= self.limits.held_bytes and not self.dead:
+            self.control(frames.window_update(0, self.owed))
+            self.credit += self.owed
+            self.owed = 0
+
+    def forget_held(self, end: StreamEnd) -> None:
+        """A stream ended early: drop what waits to be sent on it."""
+        self.holding.pop(end, None)
+        drop_held(end)
+
+    # ---- what the peer says about windows
+
+    def grow_window(self, end: StreamEnd | None, increment: int) -> None:
+        """WINDOW_UPDATE. Raises ConnectionFault, or StreamFault when it is about a stream."""
+        if end is None:
+            self.window += increment
+            if not increment or self.window > frames.MAX_WINDOW:
+                raise ConnectionFault(frames.FLOW_CONTROL_ERROR if increment else frames.PROTOCOL_ERROR, f"window increment {increment}")
+            if self.holding:
+                self.pump()
+            return
+        end.window += increment
+        if not increment or end.window > frames.MAX_WINDOW:
+            raise StreamFault(frames.FLOW_CONTROL_ERROR if increment else frames.PROTOCOL_ERROR, f"window increment {increment}")
+        if end.held:
+            self.pump_stream(end)
+
+    def change_initial_window(self, value: int) -> None:
+        """SETTINGS_INITIAL_WINDOW_SIZE: windows of all streams move, below zero if need be (RFC 9113 section 6.9.2)."""
+        delta = value - self.initial_window
+        self.initial_window = value
+        for end in self.streams_by_id.values():
+            end.window += delta
+            if end.window > frames.MAX_WINDOW:
+                raise ConnectionFault(frames.FLOW_CONTROL_ERROR, "initial window makes a stream's window overflow")
+
+
+def drop_held(end: StreamEnd) -> None:
+    """Forget what waits to be sent at an end, and stop counting it against the connection it came from."""
+    source = end.other.conn
+    if source is not None and end.held_bytes:
+        source.held_from -= end.held_bytes
+        if source.owed >= source.half_connection:
+            source.return_credit()
+    end.held = None
+    end.held_bytes = 0
+    end.fin = None

@@ -1,0 +1,249 @@
+"""What an HTTP/2 header list may look like, and what of it decisions read (RFC 9113 sections 8.1 to 8.3, 8.5; RFC 8441).
+
+Theory of operation. The names of a message repeat even where its values never do. So everything that depends on names alone (are they
+lower-case tokens, is a pseudo-header missing, doubled or misplaced, is there a connection-specific field, where is ``:path``) is computed
+once per tuple of names and remembered as a `Shape`. What is left per message is one `bytes.translate` over the joined values, which
+leaves nothing but separators when all characters are allowed, and the rules of the few values that have one.
+
+Every function here raises `Malformed` for a message that must not be forwarded, and nothing else. Pure; called by blocks.py.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from proxy.protocol.http2.hpack_codec import Field
+
+_is_name = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+").fullmatch
+_is_method = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch
+# The request target is held to the same characters as under HTTP/1, so that a path means the same on either.
+_is_path = re.compile(rb"(?:/[\x21\x22\x24-\x7e]*|\*)").fullmatch
+_is_authority = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9\-._~!$&'()*+;=%]{1,255})(?::[0-9]{0,5})?").fullmatch
+_is_length = re.compile(rb"[0-9]{1,18}").fullmatch
+_is_status = re.compile(rb"[1-5][0-9][0-9]").fullmatch
+
+_REQUEST_PSEUDO: Final = frozenset((b":method", b":scheme", b":path", b":authority", b":protocol"))
+_RESPONSE_PSEUDO: Final = frozenset((b":status",))
+_CONNECTION_SPECIFIC: Final = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"))
+# Fields of which a second one would give a message two readings.
+_SINGLE: Final = frozenset((b"host", b"content-length", b"content-type"))
+
+# Deleting all that a field value may hold leaves the separators; HTAB and SP are allowed inside, not at the ends (section 8.2.1).
+_ALLOWED: Final = bytes(c for c in range(256) if (c >= 0x20 and c != 0x7F) or c == 0x09)
+_SHAPES: Final = 512  # remembered tuples of names per kind of message
+_SHAPE_BYTES: Final = 2048  # a tuple of longer names is checked every time instead of being kept
+
+
+class Malformed(Exception):
+    """A message that is not forwarded; the text says which rule."""
+
+
+class Shape:
+    """What a tuple of names says about a message.
+
+    first: index of the first field of each name. size: bytes of the names plus 32 each (RFC 9113 section 6.5.2). The others are indexes
+    into the values, -1 when there is no such field. stripped_for, kept: which fields stay under the HeadEdit.strip asked for last.
+    """
+
+    __slots__ = (
+        "authority", "content_length", "content_type", "first", "host", "kept", "method", "path", "protocol", "scheme", "separators",
+        "size", "status", "stripped_for", "te",
+    )  # fmt: skip
+
+    def __init__(self, names: tuple[bytes, ...], first: dict[bytes, int]) -> None:
+        get = first.get
+        self.first = first
+        self.size = sum(map(len, names)) + 32 * len(names)
+        self.separators = b"\n" * (len(names) - 1)
+        self.method = get(b":method", -1)
+        self.scheme = get(b":scheme", -1)
+        self.path = get(b":path", -1)
+        self.authority = get(b":authority", -1)
+        self.protocol = get(b":protocol", -1)
+        self.status = get(b":status", -1)
+        self.host = get(b"host", -1)
+        self.content_length = get(b"content-length", -1)
+        self.content_type = get(b"content-type", -1)
+        self.te = get(b"te", -1)
+        self.stripped_for: tuple[bytes, ...] | None = None
+        self.kept: tuple[int, ...] | None = None
+
+
+class RequestLine:
+    """The values of a request that have a meaning here. content_length: -1 when not given. connect: the method is CONNECT."""
+
+    __slots__ = ("authority", "connect", "content_length", "extended", "grpc", "method", "target")
+
+    def __init__(self, method: bytes, target: bytes, authority: bytes) -> None:
+        self.method = method
+        self.target = target
+        self.authority = authority
+        self.grpc = self.connect = self.extended = False
+        self.content_length = -1
+
+
+def _read_names_untrusted(names: tuple[bytes, ...], pseudo: frozenset[bytes]) -> Shape:
+    first: dict[bytes, int] = {}
+    regular = False
+    for at, name in enumerate(names):
+        if name[:1] == b":":
+            if name not in pseudo:
+                raise Malformed(f"pseudo-header {name[:64]!r} does not belong here")
+            if regular:
+                raise Malformed(f"pseudo-header {name!r} after a regular field")
+            if name in first:
+                raise Malformed(f"two {name!r}")
+        else:
+            regular = True
+            if not _is_name(name):
+                raise Malformed(f"field name {name[:64]!r} is not a lower-case token")
+            if name in _CONNECTION_SPECIFIC:
+                raise Malformed(f"connection-specific field {name!r}")
+            if name in first and name in _SINGLE:
+                raise Malformed(f"two {name!r} fields")
+        first.setdefault(name, at)
+    return Shape(names, first)
+
+
+class _Shapes:
+    """Bounded memo of one kind of message. Only sound shapes are kept, so that bad ones cost their sender's connection, not memory."""
+
+    def __init__(self, pseudo: frozenset[bytes], required: tuple[bytes, ...]) -> None:
+        self._known: dict[tuple[bytes, ...], Shape] = {}
+        self._pseudo = pseudo
+        self._required = required
+        self.get = self._known.get
+
+    def learn_untrusted(self, names: tuple[bytes, ...]) -> Shape:
+        shape = _read_names_untrusted(names, self._pseudo)
+        for name in self._required:
+            if name not in shape.first:
+                raise Malformed(f"no {name!r}")
+        if shape.size <= _SHAPE_BYTES:
+            if len(self._known) >= _SHAPES:
+                self._known.clear()
+            self._known[names] = shape
+        return shape
+
+
+_requests = _Shapes(_REQUEST_PSEUDO, (b":method",))
+_responses = _Shapes(_RESPONSE_PSEUDO, (b":status",))
+_trailers = _Shapes(frozenset(), ())
+
+
+def _check_values_untrusted(values: tuple[bytes, ...], shape: Shape) -> int:
+    """Characters and te; returns the size of the list. Raises Malformed."""
+    joined = b"\n".join(values)
+    if joined.translate(None, _ALLOWED) != shape.separators:
+        raise Malformed("control character in a field value")
+    if b" \n" in joined or b"\n " in joined or len(joined.strip(b" \t")) != len(joined):
+        raise Malformed("field value begins or ends with white space")
+    if b"\t" in joined and (b"\t\n" in joined or b"\n\t" in joined):
+        raise Malformed("field value begins or ends with a tab")
+    if shape.te >= 0 and values[shape.te].lower() != b"trailers":
+        raise Malformed("te is not trailers")
+    return len(joined) - len(shape.separators) + shape.size
+
+
+def _content_length_untrusted(values: tuple[bytes, ...], shape: Shape) -> int:
+    value = values[shape.content_length]
+    if not _is_length(value):
+        raise Malformed("content-length is not a number")
+    return int(value)
+
+
+def request_untrusted(fields: list[Field]) -> tuple[RequestLine, Shape, tuple[bytes, ...], int]:
+    """A request's line, shape, values in order, and size. Raises Malformed (RFC 9113 section 8.3.1, 8.5; RFC 8441 section 4)."""
+    if not fields:
+        raise Malformed("no fields")
+    names, values, _ = zip(*fields, strict=True)
+    shape = _requests.get(names) or _requests.learn_untrusted(names)
+    size = _check_values_untrusted(values, shape)
+    method = values[shape.method]
+    if not _is_method(method):
+        raise Malformed(":method is not a token")
+    authority = values[shape.authority] if shape.authority >= 0 else b""
+    if shape.host >= 0:
+        host = values[shape.host]
+        if shape.authority < 0:
+            authority = host
+        elif host != authority and host.lower() != authority.lower():
+            raise Malformed("host and :authority disagree")
+    if not _is_authority(authority):
+        raise Malformed("no valid :authority or host")
+    if method == b"CONNECT":
+        line = _connect_untrusted(values, shape, authority)
+    else:
+        if shape.scheme < 0 or shape.path < 0 or shape.protocol >= 0:
+            raise Malformed("request without :scheme or :path, or with :protocol though it is no CONNECT")
+        _check_target_untrusted(method, values, shape)
+        line = RequestLine(method, values[shape.path], authority)
+    if shape.content_type >= 0:
+        line.grpc = values[shape.content_type].startswith(b"application/grpc")
+    if shape.content_length >= 0:
+        line.content_length = _content_length_untrusted(values, shape)
+        if line.connect and not line.extended:
+            raise Malformed("content-length in a CONNECT")
+    return line, shape, values, size
+
+
+def _check_target_untrusted(method: bytes, values: tuple[bytes, ...], shape: Shape) -> None:
+    path = values[shape.path]
+    if not _is_path(path) or (path == b"*" and method != b"OPTIONS"):
+        raise Malformed(":path is neither an origin-form nor OPTIONS *")
+    if values[shape.scheme] not in (b"http", b"https"):
+        raise Malformed(":scheme is neither http nor https")
+
+
+def _connect_untrusted(values: tuple[bytes, ...], shape: Shape, authority: bytes) -> RequestLine:
+    if shape.authority < 0:
+        raise Malformed("CONNECT without :authority")
+    if shape.protocol >= 0:
+        if shape.scheme < 0 or shape.path < 0:
+            raise Malformed("extended CONNECT without :scheme or :path")
+        if not _is_method(values[shape.protocol]):
+            raise Malformed(":protocol is not a token")
+        _check_target_untrusted(b"CONNECT", values, shape)
+        line = RequestLine(b"CONNECT", values[shape.path], authority)
+        line.extended = True
+    else:
+        if shape.scheme >= 0 or shape.path >= 0:
+            raise Malformed("CONNECT with :scheme or :path")
+        line = RequestLine(b"CONNECT", authority, authority)
+    line.connect = True
+    return line
+
+
+def response_untrusted(fields: list[Field]) -> tuple[int, int, int]:
+    """(status, content length or -1, size) of a response. Raises Malformed (RFC 9113 section 8.3.2)."""
+    if not fields:
+        raise Malformed("no fields")
+    names, values, _ = zip(*fields, strict=True)
+    shape = _responses.get(names) or _responses.learn_untrusted(names)
+    size = _check_values_untrusted(values, shape)
+    status = values[shape.status]
+    if not _is_status(status) or status == b"101":
+        raise Malformed(":status is not a status of HTTP/2")
+    return int(status), _content_length_untrusted(values, shape) if shape.content_length >= 0 else -1, size
+
+
+def trailers_untrusted(fields: list[Field]) -> tuple[Shape | None, int]:
+    """(shape, size) of a trailer section; the shape is None when it is empty. Raises Malformed (RFC 9113 section 8.1)."""
+    if not fields:
+        return None, 0
+    names, values, _ = zip(*fields, strict=True)
+    shape = _trailers.get(names) or _trailers.learn_untrusted(names)
+    return shape, _check_values_untrusted(values, shape)
+
+
+def kept_fields(fields: list[Field], shape: Shape, strip: tuple[bytes, ...]) -> list[Field]:
+    """The fields whose name is not in `strip` (lower case); the same list when none is."""
+    if not strip:
+        return fields
+    if shape.stripped_for is not strip:  # constant for a connection, so that identity is enough and costs nothing
+        first = shape.first
+        gone = {name for name in strip if name in first and not name.startswith(b":")}
+        shape.kept = tuple(at for at, field in enumerate(fields) if field[0] not in gone) if gone else None
+        shape.stripped_for = strip
+    return fields if shape.kept is None else [fields[at] for at in shape.kept]

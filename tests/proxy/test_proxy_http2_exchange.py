@@ -1,0 +1,50 @@
+"""Requests through the HTTP/2 engine, with the h2 package as client and as server."""
+
+from __future__ import annotations
+
+import h2.events
+import pytest
+
+from proxy.protocol.requests import HeadEdit
+from tests.proxy.http2_fakes import GRPC, OK, Chain
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 7])
+def test_a_unary_call_passes_with_trailers_whole_or_split(chunk: int) -> None:
+    chain = Chain(chunk=chunk)
+    stream = chain.ask(GRPC, b"ping")
+    assert chain.server.headers(1, h2.events.RequestReceived) == dict(GRPC)
+    assert chain.server.body(1) == b"ping"
+    assert chain.server.of(h2.events.StreamEnded, 1)
+    chain.server.h2.send_headers(1, OK)
+    chain.server.h2.send_data(1, b"pong")
+    chain.server.h2.send_headers(1, [("grpc-status", "0")], end_stream=True)
+    chain.run()
+    assert chain.client.headers(stream, h2.events.ResponseReceived) == dict(OK)
+    assert chain.client.body(stream) == b"pong"
+    assert chain.client.headers(stream, h2.events.TrailersReceived) == {"grpc-status": "0"}
+    assert chain.client.of(h2.events.StreamEnded, stream)
+    assert chain.gate.log == [("finished", stream, 200, None)]
+    assert chain.far.streams == 0
+    assert chain.idle == [chain.far]
+    assert not chain.near.streams_by_id
+
+
+def test_the_gate_sees_what_decisions_need() -> None:
+    chain = Chain()
+    chain.ask([(":method", "GET"), (":scheme", "http"), (":path", "/p?q=1"), (":authority", "a.test"), ("x-a", "1"), ("x-a", "2")])
+    [head] = chain.gate.seen
+    assert (head.method, head.target, head.authority, head.grpc, head.bodiless) == (b"GET", b"/p?q=1", b"a.test", False, True)
+    assert head.values((b"x-a", b"x-b", b"user-agent")) == (b"1", None, None)
+
+
+def test_fields_are_stripped_and_added() -> None:
+    chain = Chain()
+    chain.gate.edit = HeadEdit((b"pillion-client-id",), ((b"pillion-client-id", b"spiffe://a/ns/b/sa/c"),))
+    stream = chain.ask([*GRPC, ("pillion-client-id", "forged"), ("x-last", "1")], b"x", end=False)
+    got = chain.server.of(h2.events.RequestReceived, 1)[0].headers
+    assert [v for n, v in got if n == "pillion-client-id"] == ["spiffe://a/ns/b/sa/c"]
+    assert ("x-last", "1") in got
+    chain.client.h2.send_headers(stream, [("pillion-client-id", "forged"), ("x-sum", "2")], end_stream=True)
+    chain.run()
+    assert chain.server.headers(1, h2.events.TrailersReceived) == {"x-sum": "2"}
