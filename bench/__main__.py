@@ -16,6 +16,7 @@ from bench.contestants.base import Contestant, Context
 from bench.contestants.envoy import Envoy
 from bench.contestants.haproxy import Haproxy
 from bench.contestants.none import NoProxy
+from bench.contestants.pillion import Pillion
 from bench.measure import Series, results
 from bench.rig import FULL, QUICK, Bench
 from bench.scenarios import SCENARIOS
@@ -46,6 +47,7 @@ def contestants(found: peers.Peers, wanted: str) -> list[Contestant]:
         everyone += [Envoy(), Envoy("envoy-h2", between="http2")]
     if found.haproxy:
         everyone.append(Haproxy())
+    everyone.append(Pillion())
     names = set(wanted.split(",")) if wanted else {one.name for one in everyone}
     return [one for one in everyone if one.name in names]
 

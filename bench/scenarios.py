@@ -249,8 +249,8 @@ def p11(bench: Bench) -> None:
 
 def p12(bench: Bench) -> None:
     """P1 as the policy and the service grow; ``growth`` is CPU per request over that of the smallest size."""
-    routes = [(f"{count:,} routes", Setup(rules=grown_rules(count))) for count in (1, 10, 100, 1000)]
-    endpoints = [(f"{count:,} endpoints", Setup(endpoints=count)) for count in (1, 10, 1000)]
+    routes = [(f"{count:,} route{'s' * (count > 1)}", Setup(rules=grown_rules(count))) for count in (1, 10, 100, 1000)]
+    endpoints = [(f"{count:,} endpoint{'s' * (count > 1)}", Setup(endpoints=count)) for count in (1, 10, 1000)]
     for family in (routes, endpoints):
         if bench.plan.quick:
             family = [family[0], family[-1]]

@@ -296,12 +296,14 @@ class Stage:
 
     def _join(self) -> None:
         self.client.run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", str(self.server.holder.pid))
-        self.client.run("ip", "addr", "add", f"{CLIENT_IP}/16", "dev", "eth0")
+        self.client.run("ip", "addr", "add", f"{CLIENT_IP}/32", "dev", "eth0")
         batch = "".join(f"addr add {ip}/16 dev eth0\n" for ip in self.endpoints)
         self.server.run("ip", "-batch", "-", stdin=batch)
         for pod in (self.client, self.server):
             pod.run("ip", "link", "set", "eth0", "up")
-        self.client.run("ip", "route", "add", "default", "via", self.endpoints[0])
+        # By way of one neighbour: a thousand endpoints on the link would overflow the kernel's neighbour table (1,024).
+        self.client.run("ip", "route", "add", self.endpoints[0], "dev", "eth0")
+        self.client.run("ip", "route", "add", "default", "via", self.endpoints[0], "src", CLIENT_IP)
 
     def control(self) -> Pod:
         """The namespace of a control plane, linked to both pods by links of its own."""
