@@ -60,7 +60,7 @@ class Config:
     header_timeout_s: float = setting("PILLION_HEADER_TIMEOUT_S", number(1, 600), default="10", unit="s", reason="to finish a request head that was begun (408)")
     idle_timeout_s: float = setting("PILLION_IDLE_TIMEOUT_S", number(1, 86_400), default="300", unit="s", reason="a keep-alive connection without a request is closed after this")
     opaque_idle_timeout_s: float = setting("PILLION_OPAQUE_IDLE_TIMEOUT_S", number(1, 864_000), default="86400", unit="s", reason="an opaque connection without a byte is closed after this")
-    pool_idle_s: float = setting("PILLION_POOL_IDLE_S", number(0, 3600), default="10", unit="s", reason="an unused upstream connection is closed after this")
+    pool_idle_s: float = setting("PILLION_POOL_IDLE_S", number(0, 3600), default="60", unit="s", reason="an unused upstream connection is closed after this")
     shutdown_grace_s: float = setting("PILLION_SHUTDOWN_GRACE_S", number(0, 3600), default="30", unit="s", reason="how long drain waits for open connections")
     shutdown_endpoint: bool = setting("PILLION_SHUTDOWN_ENDPOINT", boolean, default="true", reason="whether POST /shutdown on loopback works")
 

@@ -90,6 +90,10 @@ class Drain:
         """Return once draining has started."""
         await self._started.wait()
 
+    async def wait_hurried(self) -> None:
+        """Return once somebody asked not to wait any longer."""
+        await self._hurried.wait()
+
     async def wait_idle(self, grace_s: float) -> int:
         """Once started, wait until no work is left, at most ``grace_s`` seconds or until `hurry`; returns how much is left."""
         await self._started.wait()

@@ -94,7 +94,8 @@ def _parse(hello: bytes) -> ClientHello:
     reader.vector(1)  # legacy_session_id
     reader.vector(2)  # cipher_suites
     reader.vector(1)  # legacy_compression_methods
-    name, alpn = "", ()
+    name = ""
+    alpn: tuple[bytes, ...] = ()
     if not reader.more:
         return ClientHello(name, alpn)
     extensions = reader.vector(2)

@@ -83,10 +83,6 @@ class Gate(Protocol):
         """The engine answered or closed by itself (bad bytes, limits, timeouts), before any decision was asked for."""
         ...
 
-    def closed(self) -> None:
-        """The client's connection is over, in whatever way; every exchange was reported before. Called exactly once, last."""
-        ...
-
     def cancelled(self, token: int) -> None:
         """The client went away while the gate still owed a verdict; ``proceed`` for this token will be ignored."""
         ...

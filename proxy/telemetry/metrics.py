@@ -247,3 +247,18 @@ class Metrics:
 def build_info(version: str, python: str) -> Sample:
     """``pillion_proxy_build_info``: always 1; what runs is in the labels."""
     return Sample("pillion_proxy_build_info", "gauge", "What runs here.", 1, (("version", version), ("python", python)))
+
+
+def process_samples(
+    cpu_s: float, resident_bytes: int, virtual_bytes: int, open_fds: int, max_fds: int, threads: int, start_time_s: float
+) -> list[Sample]:
+    """``process_*`` from the fields of core.runtime.process.ProcessFigures, in their order."""
+    return [
+        Sample("process_cpu_seconds_total", "counter", "User and system CPU time.", cpu_s),
+        Sample("process_resident_memory_bytes", "gauge", "Resident memory.", resident_bytes),
+        Sample("process_virtual_memory_bytes", "gauge", "Virtual memory.", virtual_bytes),
+        Sample("process_open_fds", "gauge", "Open file descriptors.", open_fds),
+        Sample("process_max_fds", "gauge", "Most file descriptors that may be open.", max_fds),
+        Sample("process_threads", "gauge", "Threads.", threads),
+        Sample("process_start_time_seconds", "gauge", "When the process started, since the epoch.", start_time_s),
+    ]

@@ -22,12 +22,14 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, TypeVar
 
 import trio
 
 from proxy.protocol.sides import Receiver
 from proxy.transport.tls_bio import READ_MAX, RECEIVE_BUFFER, Records, TlsBroken
+
+R = TypeVar("R", bound=Receiver)
 
 _EVENTS_PER_PASS: Final = 128
 _READ_START: Final = 16 * 1024  # one TLS record or a typical request; grows while reads come back full
@@ -42,12 +44,12 @@ _UNWATCHED: Final = -1
 class Link:
     """One plaintext connection under the relay's care; a `Sink` for its engine. Made by `Relay.adopt`.
 
-    read_bytes, written_bytes: application bytes so far, for metrics.
+    read_bytes, written_bytes: application bytes so far, for metrics. on_gone: called once when the socket is closed, after the pass.
     """
 
     __slots__ = (
         "_closing", "_dead", "_ended", "_fd", "_held", "_mask", "_paused", "_queued", "_read_size", "_recv", "_relay", "_send",
-        "_shut", "blocked", "bucket", "deadline", "read_bytes", "receiver", "sock", "written_bytes",
+        "_shut", "blocked", "bucket", "deadline", "on_gone", "read_bytes", "receiver", "sock", "written_bytes",
     )  # fmt: skip
 
     def __init__(self, relay: Relay, sock: socket.socket, receiver: Receiver) -> None:
@@ -62,6 +64,7 @@ class Link:
         self._queued: list[bytes] = []
         self.bucket = 0
         self.deadline = _NEVER
+        self.on_gone: Callable[[], None] | None = None
         self.blocked = self._paused = self._ended = self._shut = self._closing = self._dead = False
         self.read_bytes = self.written_bytes = 0
 
@@ -269,6 +272,8 @@ class Link:
             self._relay.epoll.unregister(self._fd)
         self._relay.release(self._fd)
         self.sock.close()
+        if self.on_gone is not None:
+            self._relay.later(self.on_gone)
 
     def _watch(self) -> None:
         if self._dead:
@@ -288,10 +293,6 @@ class Link:
     def wants_read(self) -> bool:
         """Whether readiness to read is to be acted upon (it may have been switched off earlier in the same pass)."""
         return not (self._paused or self._ended or self._dead)
-
-    def detach_receiver(self, receiver: Receiver) -> None:
-        """Hand the connection to another receiver (a pool, another engine)."""
-        self.receiver = receiver
 
 
 class TlsLink(Link):
@@ -417,6 +418,14 @@ class Relay:
         self.dirty: list[Link] = []
         self.in_pass = False
         self.now = clock()
+
+    def attach(self, sock: socket.socket, make: Callable[[Link], R], records: Records | None = None) -> R:
+        """Take over a connection and start to deliver to the receiver that ``make`` builds on its link."""
+        link = self.adopt(sock, _DISCARD, records)
+        receiver = make(link)
+        link.receiver = receiver
+        link.start()
+        return receiver
 
     def adopt(self, sock: socket.socket, receiver: Receiver, records: Records | None = None) -> Link:
         """Take over a connected non-blocking socket; with records, after its TLS handshake. Delivery starts with `Link.start`."""

@@ -17,8 +17,9 @@ from proxy.protocol.http1.heads import CHUNKED, FIELD, TOKEN
 LINE_BYTES: Final = 4096  # one chunk-size line with its extensions
 TRAILER_BYTES: Final = 16384
 
-_QUOTED: Final = rb'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+"'
-_match_size = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;" + TOKEN + rb"++(?:=(?:" + TOKEN + rb"++|" + _QUOTED + rb"))?+)*+\r\n").match
+# Without possessive repeats: Python before 3.11.5 gets them wrong around choices. Each byte has one reading, so nothing is tried twice.
+_QUOTED: Final = rb'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
+_match_size = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;" + TOKEN + rb"+(?:=(?:" + TOKEN + rb"+|" + _QUOTED + rb"))?)*\r\n").match
 _may_be_size = re.compile(rb"[0-9A-Fa-f]{0,16}(?:(?<=[0-9A-Fa-f]);[\t\x20-\x7e\x80-\xff]*)?\r?").fullmatch
 _match_trailer = re.compile(rb"(?:" + FIELD + rb")*+\r\n").match
 # RFC 9110 6.5.1: a recipient that merges trailers into the head would change what was decided on.

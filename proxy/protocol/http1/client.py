@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Final
 
 from proxy.protocol.http1.body import BodyError, BodyReader, Chunked, Length, reader_of
-from proxy.protocol.http1.heads import UNTIL_CLOSE, HeadError, Http1Limits, RequestHead, ResponseHead, editor, request_untrusted
+from proxy.protocol.http1.heads import UNTIL_CLOSE, HeadError, Http1Limits, RequestHead, ResponseHead, editor, incomplete_untrusted, request_untrusted
 from proxy.protocol.http1.responses import switching, translated
 from proxy.protocol.http1.upstream import REMEMBERED_BYTES, Http1Upstream
 from proxy.protocol.requests import Forward, Gate, HeadEdit, Verdict
@@ -139,9 +139,9 @@ class Http1Client:
         state = self._state
         if state == _HEAD:
             if self._held:
-                data = self._held + data
-                self._held = b""
-            self._read(data)
+                self._read_on(data)
+            else:
+                self._read(data)
         elif state == _BODY:
             self._relay_body(data)
         elif state == _TUNNEL:
@@ -205,12 +205,30 @@ class Http1Client:
 
     # Reading requests.
 
+    def _read_on(self, data: bytes) -> None:
+        """More of a head that was not complete."""
+        known = len(self._held)
+        self._held += data
+        limits = self._limits
+        try:
+            if incomplete_untrusted(self._held, known, limits.head_bytes, limits.target_bytes):
+                return
+        except HeadError as error:
+            return self._refuse(error.cause, error.detail)
+        data, self._held = self._held, b""
+        return self._read(data)
+
     def _read(self, data: bytes) -> None:
         """Look at the bytes at the beginning of a request."""
         memo = self._memo
         if memo is not None and data.startswith(self._raw):
             head = memo
         else:
+            if data.startswith(b"\r\n"):
+                # RFC 9112 2.2: some clients end a body with one empty line too many.
+                data = data[2:]
+                if not data:
+                    return
             fresh = self._parse(data)
             if fresh is None:
                 return

@@ -28,8 +28,13 @@ UNTIL_CLOSE: Final = -2
 
 TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 FIELD: Final = TOKEN + rb"++:[\t\x20-\x7e\x80-\xff]*+\r\n"
-_match_request = re.compile(rb"(" + TOKEN + rb"++) ([\x21\x22\x24-\x7e]++) HTTP/1\.([01])\r\n(?:" + FIELD + rb")*+\r\n").match
-_match_response = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*+)?+\r\n(?:" + FIELD + rb")*+\r\n").match
+# Possessive repeats hold no choice and no group here: Python before 3.11.5 gets those wrong.
+# The fourth group is the Host field where it comes first and is a plain name: nothing more to look at then.
+_match_request = re.compile(
+    rb"(" + TOKEN + rb"++) ([\x21\x22\x24-\x7e]++) HTTP/1\.([01])\r\n"
+    rb"(?:[Hh]ost: ([A-Za-z0-9._\-]{1,255}(?::[0-9]{1,5})?)\r\n)?(?:" + FIELD + rb")*+\r\n"
+).match
+_match_response = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*+)?\r\n(?:" + FIELD + rb")*+\r\n").match
 _request_fields = re.compile(
     rb"\n(host|content-length|transfer-encoding|connection|upgrade|expect|te|keep-alive|proxy-connection"
     rb"|content-type(?=:[ \t]*application/grpc)):[ \t]*+([^\r]*)"
@@ -37,12 +42,13 @@ _request_fields = re.compile(
 _response_fields = re.compile(
     rb"\n(content-length|transfer-encoding|connection|upgrade|keep-alive|proxy-connection):[ \t]*+([^\r]*)"
 ).findall
+_is_field = re.compile(FIELD).fullmatch
 _is_host = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9\-._~!$&'()*+;=%]{0,255})(?::[0-9]{0,5})?").fullmatch
-_is_absolute = re.compile(rb"(?i:https?)://([^/?@]+)(/[^?]*+)?(\?.*)?").fullmatch
+_is_absolute = re.compile(rb"(?i:https?)://([^/?@]+)(/[^?]*)?(\?.*)?").fullmatch
 _is_authority = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9\-._~!$&'()*+;=%]{1,255}):[0-9]{1,5}").fullmatch
 _is_length = re.compile(rb"[0-9]{1,18}").fullmatch
 _is_token = re.compile(TOKEN + rb"+").fullmatch
-_breaks_lines = re.compile(rb"(?<!\r)\n|\r(?!\n)(?!\Z)|\x00").search
+_breaks_lines = re.compile(rb"(?<!\r)\n|\r[^\n]|\x00").search
 
 # Fields that say where a message ends or whom it is for: a Connection field that names one would make the next hop read another message.
 _NEVER_NAMED: Final = frozenset((b"host", b"content-length", b"transfer-encoding", b"content-type", b"content-encoding", b"expect"))
@@ -83,10 +89,10 @@ class RequestHead:
     plain: nothing about it changes how a response is read or sent on.
     """
 
-    __slots__ = (
-        "authority", "bodiless", "connects", "expects", "grpc", "keep", "length", "lower", "method", "old", "plain", "replayable",
-        "size", "target", "upgrades", "wire",
-    )  # fmt: skip
+    # Defaults of the class, not of each instance: most heads differ from few of them, and making one is on the path of every request.
+    length = 0
+    keep = bodiless = plain = True
+    grpc = old = expects = upgrades = connects = False
 
     def __init__(self, size: int, method: bytes, target: bytes, authority: bytes, wire: bytes, lower: bytes) -> None:
         self.size = size
@@ -95,11 +101,11 @@ class RequestHead:
         self.authority = authority
         self.wire = wire
         self.lower = lower
-        self.length = 0
-        self.keep = self.bodiless = True
-        self.grpc = self.old = self.expects = self.upgrades = self.connects = False
-        self.plain = method != b"HEAD"
-        self.replayable = method in _REPLAYABLE
+
+    @property
+    def replayable(self) -> bool:
+        """Sending it twice does what sending it once does (RFC 9110 9.2.2), and nothing of it is lost by the first sending."""
+        return self.bodiless and not self.upgrades and self.method in _REPLAYABLE
 
     def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
         """For each lower-case name the value of the first field of that name, or None. Fields that end at this hop are not seen."""
@@ -120,17 +126,15 @@ class ResponseHead:
     connection. old: HTTP/1.0. connection: its Connection field, lower case. plain: can be sent on as received, ends by its length.
     """
 
-    __slots__ = ("connection", "keep", "length", "old", "plain", "received", "size", "status", "wire")
+    length = UNTIL_CLOSE
+    keep = plain = True
+    old = False
+    connection = b""
 
-    def __init__(self, size: int, status: int, old: bool, wire: bytes) -> None:
+    def __init__(self, size: int, status: int, wire: bytes) -> None:
         self.size = size
         self.status = status
-        self.old = old
         self.wire = self.received = wire
-        self.length = UNTIL_CLOSE
-        self.keep = not old
-        self.plain = not old and status >= 200 and status != 204 and status != 304
-        self.connection = b""
 
 
 def request_untrusted(data: bytes, limits: Http1Limits) -> RequestHead | None:
@@ -140,22 +144,20 @@ def request_untrusted(data: bytes, limits: Http1Limits) -> RequestHead | None:
         _refuse_untrusted(data, limits.head_bytes, limits.target_bytes)
         return None
     size = found.end()
-    method, target, minor = found.groups()
+    method, target, minor, authority = found.groups()
     if len(target) > limits.target_bytes:
         raise HeadError(Cause.TARGET_TOO_LONG, f"the target has {len(target)} bytes")
     wire = data if size == len(data) else data[:size]
     # The shortest field is four bytes long, so short heads cannot have too many.
-    if size > limits.header_count * 4 and (size > limits.head_bytes or wire.count(b"\n") - 2 > limits.header_count):
-        raise HeadError(Cause.HEAD_TOO_LARGE, f"the head has {size} bytes")
+    if size > limits.head_bytes or (size > limits.header_count * 4 and wire.count(b"\n") - 2 > limits.header_count):
+        raise HeadError(Cause.HEAD_TOO_LARGE, f"the head has {size} bytes or more than {limits.header_count} fields")
     lower = wire.lower()
     fields = _request_fields(lower)
-    at = lower.find(b"\nhost:") + 6
-    authority = wire[at : wire.index(b"\r", at)].strip(b" \t") if at > 5 else b""
     head = RequestHead(size, method, target, authority, wire, lower)
-    if len(fields) != 1 or at < 6 or minor == b"0":
+    if authority is None or len(fields) != 1 or minor == b"0":
         _request_rules(head, fields, minor == b"0")
-    if not _known_host(authority):
-        raise HeadError(Cause.BAD_REQUEST, "the Host field is not a host with an optional port")
+    if method == b"HEAD":
+        head.plain = False
     if target[0] != 47 or method == b"CONNECT":
         _reduce_target(head)
     return head
@@ -166,11 +168,15 @@ def _request_rules(head: RequestHead, fields: list[tuple[bytes, bytes]], old: bo
     seen = _collect(fields, single=(b"host", b"content-length", b"transfer-encoding", b"expect", b"te"))
     if b"host" not in seen and not old:
         raise HeadError(Cause.BAD_REQUEST, "an HTTP/1.1 request needs a Host field")
+    # As received, not in lower case.
+    at = head.lower.find(b"\nhost:") + 6
+    head.authority = head.wire[at : head.wire.index(b"\r", at)].strip(b" \t") if at > 5 else b""
+    if not _is_host(head.authority):
+        raise HeadError(Cause.BAD_REQUEST, "the Host field is not a host with an optional port")
     head.old = old
     head.grpc = b"content-type" in seen
     head.length = _length(seen, old, 0)
     head.bodiless = head.length == 0
-    head.replayable = head.replayable and head.bodiless
     # RFC 9110 10.1.1: an HTTP/1.0 client does not understand 100.
     head.expects = not old and not head.bodiless and seen.get(b"expect") == b"100-continue"
     _end_request_hop(head, seen)
@@ -214,13 +220,13 @@ def _reduce_target(head: RequestHead) -> None:
             raise HeadError(Cause.BAD_REQUEST, "CONNECT needs host:port as its target")
         if head.length != 0 or head.upgrades:
             raise HeadError(Cause.BAD_REQUEST, "CONNECT with a body or an upgrade")
-        head.connects, head.plain, head.replayable = True, False, False
+        head.connects, head.plain = True, False
         authority = target
     elif target == b"*" and head.method == b"OPTIONS":
         return
     else:
         absolute = _is_absolute(target)
-        if absolute is None or not _known_host(absolute[1]):
+        if absolute is None or not _is_host(absolute[1]):
             raise HeadError(Cause.BAD_REQUEST, "the target is neither a path nor an http URI")
         head.target = (absolute[2] or b"/") + (absolute[3] or b"")
         authority = absolute[1]
@@ -241,18 +247,30 @@ def response_untrusted(data: bytes, head_bytes: int) -> ResponseHead | None:
         raise HeadError(Cause.HEAD_TOO_LARGE, f"the head has {size} bytes")
     minor, status = found.groups()
     wire = data if size == len(data) else data[:size]
-    head = ResponseHead(size, int(status), minor == b"0", wire)
+    head = ResponseHead(size, int(status), wire)
     fields = _response_fields(wire.lower())
-    if len(fields) == 1 and fields[0][0] == b"content-length" and _is_length(fields[0][1]) and head.plain:
-        head.length = int(fields[0][1])
+    # Kept alive and framed by its length, as nearly all are: known without a second look.
+    length = -1
+    for name, value in fields:
+        if name == b"content-length" and length < 0 and _is_length(value):
+            length = int(value)
+        elif name == b"connection" and value == b"keep-alive":
+            head.connection = value
+        else:
+            break
     else:
-        _response_rules(head, fields)
+        if length >= 0 and minor == b"1" and status >= b"200" and status != b"204" and status != b"304":
+            head.length = length
+            return head
+    _response_rules(head, fields, minor == b"0")
     return head
 
 
-def _response_rules(head: ResponseHead, fields: list[tuple[bytes, bytes]]) -> None:
+def _response_rules(head: ResponseHead, fields: list[tuple[bytes, bytes]], old: bool) -> None:
+    """Apply the fields that decide something. fields: lower-case name and value, in order."""
     seen = _collect(fields, single=(b"content-length", b"transfer-encoding"))
-    head.length = _length(seen, head.old, UNTIL_CLOSE)
+    head.old = old
+    head.length = _length(seen, old, UNTIL_CLOSE)
     if head.length not in (0, UNTIL_CLOSE) and (head.status < 200 or head.status == 204):
         raise HeadError(Cause.BAD_REQUEST, f"a {head.status} response with a body")  # RFC 9110 8.6, RFC 9112 6.1
     head.connection = seen.get(b"connection", b"")
@@ -263,7 +281,7 @@ def _response_rules(head: ResponseHead, fields: list[tuple[bytes, bytes]]) -> No
         hops.update(named)
     if head.status in (101, 426):  # these two tell the client what to upgrade to
         hops.discard(b"upgrade")
-    head.plain = head.plain and not hops and head.length >= 0
+    head.plain = not (hops or old or head.length < 0 or head.status < 200 or head.status in (204, 304))
     if hops - {b"close"}:
         head.wire = without(head.wire, hops)
 
@@ -310,23 +328,26 @@ def _named(connection: bytes) -> list[bytes]:
     return options
 
 
-def _refuse_untrusted(data: bytes, head_bytes: int, target_bytes: int) -> None:
-    """Say why ``data`` is no head, by HeadError, or return because it may become one."""
-    line = data.find(b"\n")
-    if (line if line >= 0 else len(data)) > target_bytes + 64 and data.count(b" ", 0, target_bytes) < 2:
-        raise HeadError(Cause.TARGET_TOO_LONG, "the first line does not end")
-    end = data.find(b"\r\n\r\n")
+def incomplete_untrusted(data: bytes, known: int, head_bytes: int, target_bytes: int) -> bool:
+    """Whether ``data`` is the beginning of a head and no more. Raises HeadError when it cannot become one.
+
+    known: so many bytes of it were found incomplete before; they are not searched again, or a head sent byte by byte would cost its square.
+    """
+    end = data.find(b"\r\n\r\n", max(known - 3, 0))
     if end > head_bytes or (end < 0 and len(data) > head_bytes):
         raise HeadError(Cause.HEAD_TOO_LARGE, f"the head has more than {head_bytes} bytes")
-    if _breaks_lines(data, 0, end if end >= 0 else len(data)):
+    line = data.find(b"\n", 0, target_bytes + 64)
+    if line < 0 and len(data) > target_bytes + 64:
+        raise HeadError(Cause.TARGET_TOO_LONG, "the first line does not end")
+    if _breaks_lines(data, max(known - 1, 0), end if end >= 0 else len(data)):
         raise HeadError(Cause.BAD_REQUEST, "bare CR, bare LF or NUL in the head")
-    if end >= 0:
+    return end < 0
+
+
+def _refuse_untrusted(data: bytes, head_bytes: int, target_bytes: int) -> None:
+    """Say why ``data`` is no head, by HeadError, or return because it may become one."""
+    if not incomplete_untrusted(data, 0, head_bytes, target_bytes):
         raise HeadError(Cause.BAD_REQUEST, "not an HTTP/1.x head, or a malformed field")
-
-
-@lru_cache(maxsize=512)
-def _known_host(authority: bytes) -> bool:
-    return _is_host(authority) is not None
 
 
 def without(head: bytes, names: Iterable[bytes]) -> bytes:
@@ -349,9 +370,11 @@ def editor(edit: HeadEdit) -> Callable[[RequestHead], bytes]:
     A name to strip matches with ``_`` for ``-`` too: gateways that turn names into variables (CGI, WSGI) cannot tell them apart.
     Raises ValueError when a field to add is not one line.
     """
-    block = b"".join(name + b": " + value + b"\r\n" for name, value in edit.add)
-    if not re.fullmatch(rb"(?:" + FIELD + rb")*", block):
-        raise ValueError(f"not a list of header fields: {block!r}")
+    lines = [name + b": " + value + b"\r\n" for name, value in edit.add]
+    for line in lines:
+        if not _is_field(line):
+            raise ValueError(f"not a header field: {line!r}")
+    block = b"".join(lines)
     names = b"|".join(re.escape(name.replace(b"_", b"-")).replace(rb"\-", b"[-_]") for name in edit.strip)
     if not names:
         return (lambda head: head.wire[:-2] + block + b"\r\n") if block else (lambda head: head.wire)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from proxy.protocol.http1.body import BodyError, BodyReader, reader_of
-from proxy.protocol.http1.heads import CHUNKED, UNTIL_CLOSE, HeadError, ResponseHead, response_untrusted
+from proxy.protocol.http1.heads import CHUNKED, UNTIL_CLOSE, HeadError, ResponseHead, incomplete_untrusted, response_untrusted
 from proxy.protocol.sides import Sink
 from proxy.rescue import Cause
 
@@ -108,11 +108,13 @@ class Http1Upstream:
         """See sides.Receiver."""
         state = self._state
         if state == _HEAD:
-            if self._held:
-                data = self._held + data
-                self._held = b""
             client = self._client
             assert client is not None
+            if self._held:
+                known, self._held = len(self._held), self._held + data
+                if not self._is_head(known):
+                    return
+                data, self._held = self._held, b""
             memo = self._memo
             if memo is not None and data.startswith(self._raw):
                 head = memo
@@ -166,6 +168,14 @@ class Http1Upstream:
             self._give_up(self.sink.close)
 
     # Reading the response.
+
+    def _is_head(self, known: int) -> bool:
+        """Whether what is held is a whole head; when it cannot become one, the exchange is broken off."""
+        try:
+            return not incomplete_untrusted(self._held, known, RESPONSE_HEAD_BYTES, RESPONSE_HEAD_BYTES)
+        except HeadError as error:
+            self._broken(Cause.UPSTREAM_PROTOCOL, error.detail)
+            return False
 
     def _read_head(self, data: bytes) -> ResponseHead | None:
         """The head at the beginning of ``data``, or None when it is not complete or was refused."""

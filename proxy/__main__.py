@@ -1,0 +1,45 @@
+"""``python -m proxy``: run the sidecar; ``--check-config``: report every error of its settings and exit."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import trio
+
+from core.env import InvalidSettings, describe
+from core.names import InvalidName
+from core.runtime import logs
+from core.runtime.listen import CannotListen
+from proxy.config import Config, load_config
+from proxy.probes import InvalidProbe, read_probes
+
+
+def main(arguments: list[str]) -> int:
+    """Exit codes: 0 ended in order, 1 wrong settings, 2 wrong arguments."""
+    if arguments not in ([], ["--check-config"]):
+        print(f"usage: python -m proxy [--check-config]\n\nSettings come from the environment:\n{describe(Config)}", file=sys.stderr)
+        return 0 if arguments in (["--help"], ["-h"]) else 2
+    try:
+        config = load_config(os.environ)
+        read_probes(config.probes)
+    except (InvalidSettings, InvalidName, InvalidProbe) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if arguments:
+        print("ok")
+        return 0
+    logs.configure(config.log_level, config.log_format)
+    from proxy.app import run
+
+    taken: list[BaseException] = []
+    try:
+        trio.run(run, config)
+    except* CannotListen as errors:
+        taken.extend(errors.exceptions)
+    print(*taken, sep="\n", end="\n" if taken else "", file=sys.stderr)
+    return 1 if taken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

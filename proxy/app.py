@@ -1,0 +1,228 @@
+"""The sidecar as a whole: the only module that constructs everything. Settings in, a running process out.
+
+Order of life: admin port first (so that probes see why we are not ready), then identity and policy in the background, then the two
+listeners. Drain: readiness off, stop accepting, GOAWAY or ``connection: close``, wait for what is open, at most the grace time.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from core.credentials import Credentials
+from core.runtime import logs
+from core.runtime.admin import AdminServer, standard_routes
+from core.runtime.drain import Drain, drain_on_signals
+from core.runtime.listen import listen, trio_listener
+from core.runtime.tls import HandshakeFailed
+from core.runtime.watch import Cell
+from identity.client import IdentitySettings, keep_certified
+from policy.client import PolicyClient
+from policy.wire import Hello
+from proxy.config import Config
+from proxy.discover import Discovery
+from proxy.dumps import dump_routes
+from proxy.inbound.serve import Inbound
+from proxy.live import Live
+from proxy.outbound.gate import Services
+from proxy.outbound.pool import Http1Pool, Http2Pool
+from proxy.outbound.serve import Outbound
+from proxy.probes import PREFIX, ProbeRunner, read_probes
+from proxy.protocol.http1 import Http1Limits
+from proxy.protocol.http2 import Http2Limits
+from proxy.rescue import Cause, Failure, effect
+from proxy.telemetry.metrics import Direction, Metrics, build_info
+from proxy.telemetry.prometheus import Sample
+from proxy.telemetry.record import Recorder
+from proxy.transport.accept import Accepted, accept_forever
+from proxy.transport.connect import Dialer
+from proxy.transport.relay import Relay
+from proxy.transport.secure import Security
+
+VERSION = "0.1.0"
+_log = logs.logger("proxy")
+_access = logs.logger("access")
+
+
+class _Certificates:
+    """Tells the metrics and the log what happens to our certificate."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def certified(self, credentials: Credentials) -> None:
+        self._metrics.certified(credentials.not_after, time.time())
+        _log.info("certified", identity=credentials.identity.uri, expires_at=int(credentials.not_after))
+
+    def bundle_changed(self, credentials: Credentials, generation: int) -> None:
+        _log.info("trust bundle replaced", generation=generation)
+
+    def failed(self, reason: str, detail: str, retry_in_s: float) -> None:
+        self._metrics.certification_failed(reason)
+        _log.warning("certification failed", reason=reason, detail=detail, retry_in_s=round(retry_in_s, 2))
+
+
+class Sidecar:
+    """All parts of one sidecar."""
+
+    def __init__(self, config: Config, nursery: trio.Nursery) -> None:
+        self.config = config
+        self.drain = Drain()
+        self.credentials: Cell[Credentials | None] = Cell(None)
+        self.metrics = Metrics(time.monotonic)
+        self.relay = Relay(_report_crash)
+        self.live = Live(self.relay)
+        hello = Hello(config.namespace, config.pod, VERSION)
+        policy_addr = (config.policy_addr.host, config.policy_addr.port)
+        self.policy = PolicyClient(policy_addr, config.control_identity("pillion-policy"), self.credentials, hello)
+        self.discovery = Discovery(self.policy, config.trust_domain, config.policy_wait_s)
+        self.recorder = Recorder(self.metrics, time.monotonic, _write_log, config.access_log, lambda line: _access.info("request", **line))
+        security = Security(config.identity, self.credentials, config.handshake_timeout_s)
+        dialer = Dialer(security, config.connect_timeout_s, config.pod_ips)
+        http1, http2 = _limits(config)
+        self.http1_pool, self.http2_pool = Http1Pool(self.relay, config.pool_idle_s), Http2Pool(self.relay, replace(http2, idle_timeout_s=config.pool_idle_s))
+        services = Services(dialer, self.relay, nursery, self.http1_pool, self.http2_pool, time.monotonic)
+        self.inbound = Inbound(
+            config, self.discovery, security, dialer, self.relay, self.live, self.recorder, nursery, http1, http2
+        )
+        self.outbound = Outbound(config, self.discovery, services, self.live, self.recorder, http1, http2)
+        self.metrics.add_source(self._samples)
+
+    def _samples(self) -> Iterator[Sample]:
+        yield build_info(VERSION, platform.python_version())
+
+    def not_ready(self) -> list[str]:
+        """Why traffic should not come here now, one sentence each; empty when it may."""
+        reasons = []
+        credentials = self.credentials.value
+        if self.drain.started:
+            reasons.append(f"draining: {self.drain.reason}")
+        if credentials is None:
+            reasons.append("no certificate yet from the identity service")
+        elif credentials.not_after <= time.time():
+            reasons.append("the certificate has expired and could not be renewed")
+        missing = [str(port) for port in self.config.inbound_ports if self.discovery.port(port).authorizer is None]
+        if missing:
+            reasons.append(f"no policy yet for port {', '.join(missing)}")
+        elif not self.config.inbound_ports and not self.policy.connected.value and not self.discovery.ports:
+            reasons.append("not connected to the policy controller yet")
+        return reasons
+
+    def admit(self) -> bool:
+        """Whether one more connection may be accepted."""
+        return self.relay.open_links < 2 * self.config.max_connections
+
+    async def take(self, direction: Direction, serve: Callable[[Accepted], Awaitable[None]], accepted: Accepted) -> None:
+        """Serve one connection; whatever goes wrong ends this connection only."""
+        try:
+            await serve(accepted)
+            return
+        except Failure as failure:
+            self.recorder.failed(direction, accepted.client, accepted.dst, failure.cause.value, failure.detail, effect(failure.cause).level)
+        except HandshakeFailed as error:
+            self.recorder.failed(direction, accepted.client, accepted.dst, f"tls-{error.reason}", error.detail, "warning")
+        except (trio.BrokenResourceError, trio.TooSlowError, OSError) as error:
+            self.recorder.failed(direction, accepted.client, accepted.dst, "connection-lost", str(error), "debug")
+        except Exception as error:
+            self.metrics.error(direction, Cause.INTERNAL.value)
+            _report_crash(error)
+        accepted.stream.abort()
+
+
+async def run(config: Config) -> None:
+    """Run the sidecar until it is told to end and has drained."""
+    async with trio.open_nursery() as nursery:
+        sidecar = Sidecar(config, nursery)
+        await nursery.start(drain_on_signals, sidecar.drain)
+        await _start_admin(sidecar, nursery)
+        nursery.start_soon(sidecar.relay.run)
+        nursery.start_soon(keep_certified, _identity_settings(config), sidecar.credentials, _Certificates(sidecar.metrics))
+        nursery.start_soon(sidecar.policy.run)
+        nursery.start_soon(sidecar.discovery.run)
+        for port in config.inbound_ports:
+            sidecar.discovery.port(port)
+        accepting = await nursery.start(_accept, sidecar, nursery)
+        gc.collect()
+        gc.freeze()  # what exists now lives for ever: later collections need not look at it
+        await sidecar.drain.wait_started()
+        accepting.cancel()
+        await _finish(sidecar)
+        nursery.cancel_scope.cancel()
+
+
+async def _start_admin(sidecar: Sidecar, nursery: trio.Nursery) -> None:
+    config = sidecar.config
+    routes = standard_routes(
+        not_ready=sidecar.not_ready, metrics=sidecar.metrics.render, shutdown=sidecar.drain.start if config.shutdown_endpoint else None
+    )
+    routes |= dump_routes(config, sidecar.credentials, sidecar.discovery)
+    routes["GET", PREFIX] = ProbeRunner(read_probes(config.probes), config.pod_ips[0] if config.pod_ips else "127.0.0.1").handle
+    await nursery.start(AdminServer(routes).serve, [trio_listener(listen(config.admin_listen))])
+
+
+async def _accept(sidecar: Sidecar, nursery: trio.Nursery, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED) -> None:
+    """Accept on both ports until cancelled."""
+    config = sidecar.config
+    inbound, outbound = listen(config.inbound_listen), listen(config.outbound_listen)
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as accepting:
+            take_in = partial(sidecar.take, "inbound", sidecar.inbound.serve)
+            take_out = partial(sidecar.take, "outbound", sidecar.outbound.serve)
+            accepting.start_soon(accept_forever, inbound, take_in, nursery, sidecar.admit)
+            accepting.start_soon(accept_forever, outbound, take_out, nursery, sidecar.admit)
+            task_status.started(scope)
+            _log.info("listening", inbound=str(config.inbound_listen), outbound=str(config.outbound_listen))
+
+
+async def _finish(sidecar: Sidecar) -> None:
+    """End what is open, in order, within the grace time or until a second signal."""
+    sidecar.live.drain()
+    sidecar.http1_pool.close_idle()
+    sidecar.http2_pool.drain()
+    with trio.move_on_after(sidecar.config.shutdown_grace_s):
+        async with trio.open_nursery() as nursery:
+
+            async def hurried() -> None:
+                await sidecar.drain.wait_hurried()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(hurried)
+            await sidecar.live.wait_none()
+            nursery.cancel_scope.cancel()
+    _log.info("ended", open_connections=len(sidecar.live))
+
+
+def _identity_settings(config: Config) -> IdentitySettings:
+    return IdentitySettings(
+        addr=(config.identity_addr.host, config.identity_addr.port),
+        expect=config.control_identity("pillion-identity"),
+        identity=config.identity,
+        token_file=Path(config.token_file),
+        anchors_file=Path(config.anchors_file),
+    )
+
+
+def _limits(config: Config) -> tuple[Http1Limits, Http2Limits]:
+    http1 = Http1Limits(
+        target_bytes=config.max_target_bytes,
+        head_bytes=config.max_head_bytes,
+        header_count=config.max_header_count,
+        header_timeout_s=config.header_timeout_s,
+        idle_timeout_s=config.idle_timeout_s,
+    )
+    return http1, Http2Limits(header_list_bytes=config.max_head_bytes, idle_timeout_s=config.idle_timeout_s)
+
+
+def _write_log(level: str, event: str, **fields: object) -> None:
+    getattr(_log, level)(event, **fields)
+
+
+def _report_crash(error: BaseException) -> None:
+    _log.error("a bug of ours ended a connection", exc_info=error)

@@ -1,0 +1,151 @@
+"""What the policy controller told us, compiled for use and kept current: the policy of our ports, what stands behind dialled addresses.
+
+States are shared: every connection to one port or address holds the same object and sees its replacement as soon as it arrives.
+Losing the controller changes nothing here: the last known state keeps serving. What was never known is waited for, bounded, and then
+refused: nothing is ever let through because nobody could be asked.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+import trio
+
+from core.addrs import Addr
+from core.runtime.watch import Cell
+from policy.authorize import PortAuthorizer
+from policy.client import PolicyClient
+from policy.wire import Destination, InboundPolicy
+from proxy.balance import Balancer
+from proxy.rescue import Cause, Failure
+
+_UNUSED_S = 90.0  # a destination nobody dialled for this long is forgotten (Linkerd keeps 5 s outbound, 90 s inbound)
+_DESTINATIONS_MAX = 4096  # what the controller accepts from one sidecar; beyond it, dialling a new address is refused
+
+
+class PortState:
+    """The policy of one of our ports. authorizer is None until the first one arrived; listeners hear of every replacement."""
+
+    __slots__ = ("_cell", "_trust_domain", "authorizer", "changed", "port")
+
+    def __init__(self, port: int, cell: Cell[InboundPolicy | None], trust_domain: str) -> None:
+        self.port = port
+        self._cell = cell
+        self._trust_domain = trust_domain
+        self.authorizer: PortAuthorizer | None = None
+        self.changed: set[Callable[[], None]] = set()
+        cell.subscribe(self._replace)
+        if cell.value is not None:
+            self._replace(cell.value)
+
+    def _replace(self, policy: InboundPolicy | None) -> None:
+        if policy is None:
+            return
+        self.authorizer = PortAuthorizer(policy, self._trust_domain)
+        for listener in tuple(self.changed):
+            listener()
+
+    async def wait_known(self) -> PortAuthorizer:
+        """The policy, as soon as there is one. The caller bounds the time."""
+        await self._cell.wait_for(lambda policy: policy is not None)
+        assert self.authorizer is not None
+        return self.authorizer
+
+
+class DestinationState:
+    """What stands behind one dialled address. users: connections that hold it now."""
+
+    __slots__ = ("_cell", "addr", "balancer", "destination", "unused_since", "users")
+
+    def __init__(self, addr: Addr, cell: Cell[Destination | None], now: float) -> None:
+        self.addr = addr
+        self._cell = cell
+        self.destination: Destination | None = None
+        self.balancer = Balancer(random.random)
+        self.users = 0
+        self.unused_since = now
+        cell.subscribe(self._replace)
+        if cell.value is not None:
+            self._replace(cell.value)
+
+    def _replace(self, destination: Destination | None) -> None:
+        if destination is None:
+            return
+        self.destination = destination
+        self.balancer.replace(destination.endpoints, time.monotonic())
+
+    async def wait_known(self) -> Destination:
+        """The destination, as soon as it is known. The caller bounds the time."""
+        await self._cell.wait_for(lambda destination: destination is not None)
+        assert self.destination is not None
+        return self.destination
+
+    def hold(self) -> DestinationState:
+        """A connection begins to use it."""
+        self.users += 1
+        return self
+
+    def release(self, now: float) -> None:
+        """A connection is done with it."""
+        self.users -= 1
+        self.unused_since = now
+
+
+class Discovery:
+    """Ports and destinations of this sidecar, subscribed on first use."""
+
+    def __init__(self, client: PolicyClient, trust_domain: str, wait_s: float) -> None:
+        self._client = client
+        self._trust_domain = trust_domain
+        self._wait_s = wait_s
+        self.ports: dict[int, PortState] = {}
+        self.destinations: dict[Addr, DestinationState] = {}
+
+    def port(self, port: int) -> PortState:
+        """The state of one of our ports; subscribes at the first call. At most 65,535 exist."""
+        state = self.ports.get(port)
+        if state is None:
+            state = self.ports[port] = PortState(port, self._client.watch_port(port), self._trust_domain)
+        return state
+
+    async def wait_port(self, port: int) -> PortState:
+        """The same, with its policy known; raises Failure(NO_POLICY) when it does not arrive in time."""
+        state = self.port(port)
+        if state.authorizer is None:
+            with trio.move_on_after(self._wait_s) as scope:
+                await state.wait_known()
+            if scope.cancelled_caught:
+                raise Failure(Cause.NO_POLICY, f"no policy for port {port} arrived within {self._wait_s:g} s")
+        return state
+
+    async def wait_destination(self, addr: Addr) -> DestinationState:
+        """What stands behind a dialled address, known and held for the caller; raises Failure(NO_POLICY, OVERLOADED)."""
+        state = self.destinations.get(addr)
+        if state is None:
+            if len(self.destinations) >= _DESTINATIONS_MAX:
+                raise Failure(Cause.OVERLOADED, f"more than {_DESTINATIONS_MAX} destinations are in use")
+            cell = self._client.watch_destination(str(addr))
+            state = self.destinations[addr] = DestinationState(addr, cell, time.monotonic())
+        state.hold()
+        if state.destination is None:
+            with trio.move_on_after(self._wait_s) as scope:
+                await state.wait_known()
+            if scope.cancelled_caught:
+                state.release(time.monotonic())
+                raise Failure(Cause.NO_POLICY, f"nothing is known about {addr} after {self._wait_s:g} s")
+        return state
+
+    def forget_unused(self, now: float) -> None:
+        """Unsubscribe what no connection used for a while."""
+        for addr, state in list(self.destinations.items()):
+            if not state.users and now - state.unused_since > _UNUSED_S:
+                del self.destinations[addr]
+                self._client.forget_destination(str(addr))
+
+    async def run(self) -> None:
+        """Forget unused destinations from time to time, until cancelled."""
+        while True:
+            await trio.sleep(_UNUSED_S / 3)
+            self.forget_unused(time.monotonic())

@@ -1,0 +1,59 @@
+"""Step 11: facts and policy become a permit or a cause. The evaluation itself is policy.authorize; here it meets a live connection.
+
+`Authorization` belongs to one client connection and follows the policy of its port: a replaced policy is noticed with the next request,
+so the memo of decisions never outlives the policy it came from.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from policy.authorize import BadTarget, Client, ClientAuthorizer, Denied, NoRoute, Permit, PortAuthorizer
+from proxy.protocol.requests import RequestHead
+from proxy.rescue import Cause
+
+_CAUSES: dict[type, Cause] = {Denied: Cause.DENIED, NoRoute: Cause.NO_ROUTE, BadTarget: Cause.BAD_TARGET}
+
+
+class PolicyOfPort(Protocol):
+    """What discovery keeps current."""
+
+    authorizer: PortAuthorizer | None
+
+
+class Authorization:
+    """The standing question of one connection: may this client do this now?"""
+
+    __slots__ = ("_client", "_made_from", "_names", "_port", "_view")
+
+    def __init__(self, port: PolicyOfPort, client: Client) -> None:
+        self._port = port
+        self._client = client
+        self._made_from: PortAuthorizer | None = None
+        self._view: ClientAuthorizer | None = None
+        self._names: tuple[bytes, ...] = ()
+
+    def _current(self) -> ClientAuthorizer:
+        authorizer = self._port.authorizer
+        if authorizer is not self._made_from or self._view is None:
+            if authorizer is None:
+                raise RuntimeError("a connection was admitted before the policy of its port was known")
+            self._made_from = authorizer
+            self._names = authorizer.header_names
+            self._view = authorizer.for_client(self._client)
+        return self._view
+
+    def request(self, head: RequestHead) -> Permit | Denied | NoRoute | BadTarget:
+        """Decide about one request under the policy of this moment."""
+        view = self._view if self._port.authorizer is self._made_from and self._view is not None else self._current()
+        names = self._names
+        return view.request(head.method, head.target, head.authority, head.values(names) if names else ())
+
+    def connection(self) -> Permit | Denied:
+        """Decide about the connection as opaque bytes."""
+        return self._current().connection()
+
+
+def cause_of(decision: Denied | NoRoute | BadTarget) -> Cause:
+    """What rescue.py is to answer."""
+    return _CAUSES[type(decision)]

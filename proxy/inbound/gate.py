@@ -1,0 +1,132 @@
+"""The gate of inbound requests: authorize each, then forward it to the app (steps 11 and 12).
+
+One gate for each client connection. A permitted request goes to this connection's own upstream, which is dialled with the first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from policy.authorize import Permit
+from proxy.inbound.authorize import Authorization, cause_of
+from proxy.inbound.forward import Forwarder
+from proxy.protocol.http1 import Http1Client, Http1Upstream
+from proxy.protocol.http2 import Http2Client, Http2Upstream
+from proxy.protocol.requests import LATER, Answer, Forward, HeadEdit, RequestHead, Verdict
+from proxy.rescue import Cause, Failure
+from proxy.transport.relay import Relay
+from proxy.telemetry.record import InboundRecord
+
+CLIENT_ID = b"pillion-client-id"
+
+
+class InboundGate:
+    """Decides about the requests of one client connection; `engine` is set right after construction.
+
+    record: counts and logs what becomes of each request. identity: the client's verified SPIFFE URI, which the app is told; a value
+    that the client sends itself is removed in any case.
+    """
+
+    engine: Http1Client | Http2Client
+
+    def __init__(
+        self, authorization: Authorization, forwarder: Forwarder, record: InboundRecord, relay: Relay, nursery: trio.Nursery, identity: str | None
+    ) -> None:
+        self._authorization = authorization
+        self._forwarder = forwarder
+        self._record = record
+        self._relay = relay
+        self._nursery = nursery
+        self.explain = identity is not None
+        added = ((CLIENT_ID, identity.encode()),) if identity is not None else ()
+        self._edit = HeadEdit(strip=(CLIENT_ID,), add=added)
+        self._upstream: Http1Upstream | Http2Upstream | None = None
+        self._waiting: dict[int, object] = {}
+        self._connecting = False
+
+    # --- Gate ----------------------------------------------------------------------------------------------------------
+
+    def request(self, head: RequestHead, token: int) -> Verdict | None:
+        """See requests.Gate."""
+        decision = self._authorization.request(head)
+        exchange = self._record.begin(decision, head)
+        if not isinstance(decision, Permit):
+            return Answer(cause_of(decision), self.explain, exchange)
+        return self._forward(decision, exchange, token)
+
+    def retry(self, exchange: object, head: RequestHead, token: int) -> Verdict | None:
+        """See requests.Gate: a fresh connection to the same app, under the policy of now."""
+        decision = self._authorization.request(head)
+        if not isinstance(decision, Permit):
+            return Answer(cause_of(decision), self.explain, exchange)
+        self._upstream = None
+        return self._forward(decision, exchange, token)
+
+    def finished(self, exchange: object, status: int, cause: Cause | None) -> None:
+        """See requests.Gate."""
+        self._record.finish(exchange, status, cause)
+
+    def refused(self, cause: Cause, detail: str) -> None:
+        """See requests.Gate."""
+        self._record.refused(cause, detail)
+
+    def cancelled(self, token: int) -> None:
+        """See requests.Gate."""
+        exchange = self._waiting.pop(token, None)
+        if exchange is not None:
+            self._record.finish(exchange, 0, Cause.CLIENT_GONE)
+
+    def closed(self) -> None:
+        """The client's connection is over, in whatever way. Called once, after everything else."""
+        for token in list(self._waiting):
+            self.cancelled(token)
+        upstream, self._upstream = self._upstream, None
+        if isinstance(upstream, Http1Upstream):
+            upstream.close()
+        elif upstream is not None:
+            upstream.drain()
+
+    # --- the upstream --------------------------------------------------------------------------------------------------
+
+    def _forward(self, permit: Permit, exchange: object, token: int) -> Verdict | None:
+        upstream = self._upstream
+        if upstream is not None:
+            return Forward(upstream, self._edit, exchange)
+        self._waiting[token] = exchange
+        if not self._connecting:
+            self._connecting = True
+            self._nursery.start_soon(self._connect, permit)
+        return LATER
+
+    async def _connect(self, permit: Permit) -> None:
+        """Dial the app for everybody who waits for it."""
+        try:
+            dialled = await self._forwarder.open(permit)
+        except Failure as failure:
+            self._record.note(failure)
+            self._tell(lambda exchange: Answer(failure.cause, self.explain, exchange))
+            return
+        finally:
+            self._connecting = False
+        if not self._waiting:
+            dialled.close()  # everybody who wanted it went away meanwhile
+            return
+        with self._relay.batch():
+            if isinstance(self.engine, Http1Client):
+                self._upstream = self._forwarder.http1(dialled, self._gone)
+            else:
+                self._upstream = self._forwarder.http2(dialled, self._gone)
+            upstream = self._upstream
+            self._tell(lambda exchange: Forward(upstream, self._edit, exchange))
+
+    def _tell(self, verdict: Callable[[object], Verdict]) -> None:
+        waiting, self._waiting = self._waiting, {}
+        with self._relay.batch():
+            for token, exchange in waiting.items():
+                self.engine.proceed(token, verdict(exchange))
+
+    def _gone(self, upstream: Http1Upstream | Http2Upstream) -> None:
+        if self._upstream is upstream:
+            self._upstream = None

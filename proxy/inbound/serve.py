@@ -1,0 +1,221 @@
+"""The path of an inbound connection, in order. Each step is one line of `Inbound.serve` and one module.
+
+    8 accept      transport/accept.py         Accepted(client, original destination)
+      discover    discover.py                 the policy of the dialled port, or no connection
+      sniff       transport/sniff.py          TLS addressed to us? something else's TLS? plaintext? silence?
+    9 secure      transport/secure.py         the peer's verified identity, or the reason there is none
+   10 protocol    ALPN, policy, or first bytes
+   11 authorize   inbound/authorize.py        Permit | Denied, for each request or for the connection
+   12 forward     inbound/forward.py          to the app, needs the Permit
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import trio
+
+from core import alpn
+from core.names import WorkloadId
+from policy.authorize import Client, Denied, Permit
+from proxy.config import Config
+from proxy.discover import Discovery, PortState
+from proxy.inbound.authorize import Authorization
+from proxy.inbound.forward import Forwarder
+from proxy.inbound.gate import InboundGate
+from proxy.live import Live
+from proxy.protocol.client_hello import ClientHello
+from proxy.protocol.detect import Detected
+from proxy.protocol.http1 import Http1Client, Http1Limits
+from proxy.protocol.http2 import Http2Client, Http2Limits
+from proxy.rescue import Cause, Failure
+from proxy.telemetry.record import InboundRecord, Recorder
+from proxy.transport.accept import Accepted
+from proxy.transport.connect import Dialer, Dialled
+from proxy.transport.join import NOBODY, join, who_speaks_first
+from proxy.transport.relay import Relay
+from proxy.transport.secure import Security
+from proxy.transport.sniff import Sniffed, sniff
+from proxy.transport.tls_bio import Records
+
+_INSIDE = {alpn.HTTP1: Detected.HTTP1, alpn.HTTP2: Detected.HTTP2, alpn.OPAQUE: Detected.OPAQUE}
+_DECLARED = {"http1": Detected.HTTP1, "http2": Detected.HTTP2, "grpc": Detected.HTTP2, "opaque": Detected.OPAQUE, "tls": Detected.OPAQUE}
+_HTTP = (Detected.HTTP1, Detected.HTTP2)
+
+
+class Heard(NamedTuple):
+    """What the client said first. to_app: a connection made while both were silent, which is used if the client's words allow it."""
+
+    sniffed: Sniffed
+    to_app: Dialled | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Authenticated:
+    """Who is there and what it speaks. identity None comes with a reason. data: plaintext already received. records: under our TLS."""
+
+    identity: WorkloadId | None
+    reason: str
+    protocol: Detected
+    data: bytes
+    records: Records | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inbound:
+    """Serves connections to this pod. Everything here is shared by all of them."""
+
+    config: Config
+    discovery: Discovery
+    security: Security
+    dialer: Dialer
+    relay: Relay
+    live: Live
+    recorder: Recorder
+    nursery: trio.Nursery
+    http1_limits: Http1Limits
+    http2_limits: Http2Limits
+
+    async def serve(self, accepted: Accepted) -> None:
+        """Take one connection from accept to the relay; raises Failure, HandshakeFailed, trio.BrokenResourceError."""
+        self._refuse_loops(accepted)
+        port = await self.discovery.wait_port(accepted.dst.port)
+        heard = await self._listen(accepted, port)
+        peer = await self._authenticate(accepted, heard.sniffed, port)
+        client = Client(accepted.client.ip, peer.identity.uri if peer.identity else None, peer.reason)
+        authorization = Authorization(port, client)
+        record = self.recorder.inbound(accepted.client, accepted.dst, client)
+        forwarder = self._forwarder(accepted)
+        if peer.protocol in _HTTP:
+            self._serve_http(accepted, peer, authorization, forwarder, record, heard.to_app)
+        else:
+            await self._serve_opaque(accepted, peer, port, authorization, forwarder, record, heard.to_app)
+
+    def _refuse_loops(self, accepted: Accepted) -> None:
+        """Our own ports are never an app: a connection made to them directly would be forwarded to ourselves for ever."""
+        if accepted.dst.port in (self.config.inbound_listen.port, self.config.outbound_listen.port):
+            raise Failure(Cause.LOOP, f"{accepted.dst} is a port of the sidecar itself")
+
+    async def _listen(self, accepted: Accepted, port: PortState) -> Heard:
+        """The client's first words, or, when it stays silent, whoever speaks first.
+
+        A silent client may be waiting for the app (SMTP, MySQL). Only a client that may use the port as opaque bytes gets the app
+        connected for it; everybody else has to speak before anything happens.
+        """
+        config = self.config
+        sniffed = await sniff(accepted.stream, config.detect_silence_s, config.detect_timeout_s)
+        if sniffed.protocol is not None:
+            return Heard(sniffed)
+        authorization = Authorization(port, Client(accepted.client.ip, None, "plaintext"))
+        permit = authorization.connection()
+        if _declared(port) in _HTTP or not isinstance(permit, Permit):
+            return Heard(await self._wait_words(accepted))
+        to_app = await self._forwarder(accepted).open(permit)
+        try:
+            with trio.fail_after(config.opaque_idle_timeout_s):
+                if await who_speaks_first(accepted.stream, to_app) == "server":
+                    return Heard(Sniffed(b"", Detected.OPAQUE), to_app)
+            return Heard(await self._wait_words(accepted), to_app)
+        except BaseException:
+            to_app.close()
+            raise
+
+    def _forwarder(self, accepted: Accepted) -> Forwarder:
+        return Forwarder(self.relay, self.dialer, accepted.dst, self.http2_limits)
+
+    async def _wait_words(self, accepted: Accepted) -> Sniffed:
+        sniffed = await sniff(accepted.stream, self.config.idle_timeout_s, self.config.detect_timeout_s)
+        if sniffed.protocol is None:
+            raise Failure(Cause.HEAD_TIMEOUT, f"the client said nothing for {self.config.idle_timeout_s:g} s")
+        return sniffed
+
+    async def _authenticate(self, accepted: Accepted, sniffed: Sniffed, port: PortState) -> Authenticated:
+        if sniffed.hello is not None and self._addressed_to_us(sniffed.hello):
+            secured = await self.security.accept(accepted.stream, sniffed.data)
+            return Authenticated(secured.peer, "", _INSIDE[secured.alpn], b"", secured.records)
+        if sniffed.hello is not None:
+            return Authenticated(None, "tls-not-addressed-to-us", Detected.OPAQUE, sniffed.data, None)
+        return Authenticated(None, "plaintext", _plain_protocol(sniffed, _declared(port)), sniffed.data, None)
+
+    def _addressed_to_us(self, hello: ClientHello) -> bool:
+        """TLS is ours to terminate when it names this workload and offers what only sidecars speak; any other is the app's own."""
+        return hello.server_name == self.security.identity.server_name and any(name in alpn.BETWEEN_SIDECARS for name in hello.alpn)
+
+    def _serve_http(
+        self,
+        accepted: Accepted,
+        peer: Authenticated,
+        authorization: Authorization,
+        forwarder: Forwarder,
+        record: InboundRecord,
+        to_app: Dialled | None,
+    ) -> None:
+        if to_app is not None:
+            to_app.close()  # requests are permitted one by one; none was yet
+        identity = peer.identity.uri if peer.identity else None
+        gate = InboundGate(authorization, forwarder, record, self.relay, self.nursery, identity)
+        link = self.relay.adopt(accepted.stream.release(), NOBODY, peer.records)
+        http1 = peer.protocol is Detected.HTTP1
+        gate.engine = Http1Client(link, gate, self.http1_limits) if http1 else Http2Client(link, gate, self.http2_limits)
+
+        def closed() -> None:
+            gate.closed()
+            record.closed(link.read_bytes, link.written_bytes)
+
+        self.live.add(link, gate.engine, closed)
+        link.receiver = gate.engine
+        with self.relay.batch():
+            if peer.data:
+                gate.engine.received(peer.data)
+            link.start()
+
+    async def _serve_opaque(
+        self,
+        accepted: Accepted,
+        peer: Authenticated,
+        port: PortState,
+        authorization: Authorization,
+        forwarder: Forwarder,
+        record: InboundRecord,
+        to_app: Dialled | None,
+    ) -> None:
+        """Join the connection with the app; cut it when a later policy takes the permit back."""
+        decision = authorization.connection()
+        record.connection(decision)
+        if not isinstance(decision, Permit):
+            if to_app is not None:
+                to_app.close()
+            raise Failure(Cause.DENIED, decision.reason)
+        app = to_app or await forwarder.open(decision)
+
+        def finished(cause: str) -> None:
+            port.changed.discard(recheck)
+            record.ended(cause)
+
+        link, splice = join(self.relay, accepted.stream, peer.records, peer.data, app, finished, self.config.opaque_idle_timeout_s)
+        self.live.add(link, None, lambda: record.closed(link.read_bytes, link.written_bytes))
+
+        def recheck() -> None:
+            now = authorization.connection()
+            if isinstance(now, Denied):
+                record.terminated(now)
+                splice.cut("denied")
+
+        port.changed.add(recheck)
+        recheck()  # the policy may have changed while the app was dialled
+
+
+def _declared(port: PortState) -> Detected | None:
+    """The protocol that the policy declares for the port, None when it is to be detected."""
+    assert port.authorizer is not None
+    return _DECLARED.get(port.authorizer.policy.protocol)
+
+
+def _plain_protocol(sniffed: Sniffed, declared: Detected | None) -> Detected:
+    """The protocol of plaintext: as declared, else as it looks. HTTP/2 on a port declared HTTP/1 is still HTTP, with the same rules."""
+    seen = Detected.OPAQUE if sniffed.protocol in (None, Detected.TLS) else sniffed.protocol
+    assert seen is not None
+    if declared is None or (declared in _HTTP and seen in _HTTP):
+        return seen
+    return declared

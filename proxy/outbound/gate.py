@@ -1,0 +1,283 @@
+"""The gate of outbound requests: choose an endpoint for each, and a connection to it (steps 5 to 7).
+
+One gate for each client connection. With one endpoint the client connection keeps its upstream connection, one to one; with several,
+each request goes where the balancer says and connections come from the pools. An endpoint that cannot be reached costs the request
+nothing as long as another one is there: nothing was sent yet.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import trio
+
+from core import alpn
+from core.addrs import parse_addr
+from policy.wire import Endpoint
+from proxy.balance import EndpointLoad
+from proxy.discover import DestinationState
+from proxy.outbound.pool import Http1Pool, Http2Pool
+from proxy.protocol.http1 import Http1Client, Http1Upstream
+from proxy.protocol.http2 import Http2Client, Http2Upstream
+from proxy.protocol.requests import LATER, Answer, Forward, HeadEdit, RequestHead, Verdict
+from proxy.rescue import Cause, Failure
+from proxy.telemetry.record import OutboundRecord
+from proxy.transport.connect import Dialer, Dialled
+from proxy.transport.relay import Relay
+
+_ATTEMPTS = 3  # endpoints tried for one request before its client is told
+_UNTOUCHED = HeadEdit()
+
+
+class Services(NamedTuple):
+    """What every outbound gate works with."""
+
+    dialer: Dialer
+    relay: Relay
+    nursery: trio.Nursery
+    http1: Http1Pool
+    http2: Http2Pool
+    now: Callable[[], float]
+
+
+class Exchange(NamedTuple):
+    """What a gate remembers of a request in flight. note: the record's own."""
+
+    load: EndpointLoad
+    started: float
+    note: object
+
+
+class _Gate(ABC):
+    """What both protocols share. `engine` is set right after construction."""
+
+    explain = True  # the client is our own app
+    inside: bytes
+    engine: Http1Client | Http2Client
+
+    def __init__(self, services: Services, destination: DestinationState, record: OutboundRecord) -> None:
+        self._services = services
+        self._destination = destination
+        self._balancer = destination.balancer
+        self._record = record
+        self._now = services.now
+        self._gone = False
+        self._owed: dict[int, Exchange] = {}
+
+    # --- Gate ------------------------------------------------------------------------------------------------------------
+
+    def request(self, head: RequestHead, token: int) -> Verdict | None:
+        """See requests.Gate."""
+        now = self._now()
+        load = self._balancer.choose(now)
+        if load is None:
+            return Answer(Cause.NO_ENDPOINTS, self.explain, self._unsent(now, head))
+        return self._go(load, Exchange(load, now, self._record.begin(load.endpoint, head)), token)
+
+    def retry(self, exchange: object, head: RequestHead, token: int) -> Verdict | None:
+        """See requests.Gate: on a fresh connection, to the endpoint the balancer prefers now."""
+        assert isinstance(exchange, Exchange)
+        exchange.load.active -= 1
+        load = self._balancer.choose(self._now()) or exchange.load
+        self._open(load, exchange._replace(load=load), token)
+        return LATER
+
+    def finished(self, exchange: object, status: int, cause: Cause | None) -> None:
+        """See requests.Gate."""
+        assert isinstance(exchange, Exchange)
+        load, started, note = exchange
+        now = self._now()
+        load.active -= 1
+        if cause is None:
+            load.observe(now - started, now)
+        elif not status:
+            load.failed(now)
+        self._record.finish(note, status, cause)
+
+    def refused(self, cause: Cause, detail: str) -> None:
+        """See requests.Gate."""
+        self._record.refused(cause, detail)
+
+    def cancelled(self, token: int) -> None:
+        """See requests.Gate: a connection that is being opened for it is kept for others."""
+        exchange = self._owed.pop(token, None)
+        if exchange is not None:
+            exchange.load.active -= 1
+            self._record.finish(exchange.note, 0, Cause.CLIENT_GONE)
+
+    def closed(self) -> None:
+        """The client's connection is over, in whatever way. Called once, after everything else."""
+        if self._gone:
+            return
+        self._gone = True
+        for token in list(self._owed):
+            self.cancelled(token)
+        self._leave()
+        self._destination.release(self._now())
+
+    # --- inside ----------------------------------------------------------------------------------------------------------
+
+    def _unsent(self, now: float, head: RequestHead) -> Exchange:
+        nowhere = EndpointLoad(_NOWHERE, now)
+        nowhere.active = 1
+        return Exchange(nowhere, now, self._record.begin(None, head))
+
+    def _go(self, load: EndpointLoad, exchange: Exchange, token: int) -> Verdict | None:
+        upstream = self._ready(load.endpoint)
+        if upstream is None:
+            self._open(load, exchange, token)
+            return LATER
+        load.active += 1
+        return Forward(upstream, _UNTOUCHED, exchange)
+
+    def _open(self, load: EndpointLoad, exchange: Exchange, token: int) -> None:
+        load.active += 1
+        self._owed[token] = exchange
+        self._services.nursery.start_soon(self._dial, load, token)
+
+    async def _dial(self, load: EndpointLoad, token: int) -> None:
+        """Open a connection for one request, trying other endpoints while the first ones cannot be reached."""
+        tried: frozenset[str] = frozenset()
+        while True:
+            endpoint = load.endpoint
+            try:
+                dialled = await self._services.dialer.endpoint(endpoint, parse_addr(endpoint.addr), self.inside)
+            except Failure as failure:
+                self._record.note(failure)
+                load.failed(self._now())
+                tried |= {endpoint.addr}
+                other = self._balancer.choose(self._now(), avoid=tried) if len(tried) < _ATTEMPTS else None
+                if other is None:
+                    self._proceed(token, failure.cause)
+                    return
+                self._move(token, load, other)
+                load = other
+                continue
+            if self._gone:
+                dialled.close()
+                return
+            with self._services.relay.batch():
+                self._proceed(token, self._adopt(endpoint, dialled))
+            return
+
+    def _move(self, token: int, away: EndpointLoad, to: EndpointLoad) -> None:
+        """Another endpoint will serve the request, if somebody still waits for it."""
+        exchange = self._owed.get(token)
+        if exchange is not None:
+            away.active -= 1
+            to.active += 1
+            self._owed[token] = exchange._replace(load=to)
+
+    def _proceed(self, token: int, found: Http1Upstream | Http2Upstream | Cause) -> None:
+        """Pay the verdict that is owed; the client may have left meanwhile."""
+        exchange = self._owed.pop(token, None)
+        if exchange is None:
+            return
+        verdict = Answer(found, self.explain, exchange) if isinstance(found, Cause) else Forward(found, _UNTOUCHED, exchange)
+        with self._services.relay.batch():
+            self.engine.proceed(token, verdict)
+
+    @abstractmethod
+    def _ready(self, endpoint: Endpoint) -> Http1Upstream | Http2Upstream | None:
+        """A connection that can take a request now."""
+
+    @abstractmethod
+    def _adopt(self, endpoint: Endpoint, dialled: Dialled) -> Http1Upstream | Http2Upstream:
+        """Make a fresh connection ours."""
+
+    @abstractmethod
+    def _leave(self) -> None:
+        """The client is gone: give back what others can use."""
+
+
+_NOWHERE = Endpoint("")
+
+
+class Http1Gate(_Gate):
+    """Requests of one HTTP/1.1 client connection: one at a time, each with an upstream connection to itself."""
+
+    inside = alpn.HTTP1
+
+    def __init__(self, services: Services, destination: DestinationState, record: OutboundRecord) -> None:
+        super().__init__(services, destination, record)
+        self._mine: Http1Upstream | None = None
+        self._mine_at: Endpoint | None = None
+
+    def _ready(self, endpoint: Endpoint) -> Http1Upstream | None:
+        mine = self._mine
+        if mine is not None:
+            if self._mine_at is endpoint and mine.reusable:
+                return mine
+            self._leave()
+        upstream = self._services.http1.take(endpoint)
+        if upstream is not None:
+            self._mine, self._mine_at = upstream, endpoint
+        return upstream
+
+    def _adopt(self, endpoint: Endpoint, dialled: Dialled) -> Http1Upstream:
+        self._leave()
+        self._mine, self._mine_at = self._services.http1.adopt(endpoint, dialled), endpoint
+        return self._mine
+
+    def _leave(self) -> None:
+        mine, at = self._mine, self._mine_at
+        self._mine = self._mine_at = None
+        if mine is not None and at is not None:
+            self._services.http1.put(at, mine)
+
+
+class Http2Gate(_Gate):
+    """Requests of one HTTP/2 client connection, many at a time.
+
+    With one endpoint the upstream connection is this client's own; with several, connections are shared by all clients.
+    """
+
+    inside = alpn.HTTP2
+
+    def __init__(self, services: Services, destination: DestinationState, record: OutboundRecord) -> None:
+        super().__init__(services, destination, record)
+        self._own: dict[Endpoint, Http2Upstream] = {}
+        self._waiting: dict[Endpoint, list[int]] = {}
+
+    def _alive(self) -> dict[Endpoint, Http2Upstream]:
+        return self._own if len(self._balancer) == 1 else self._services.http2.shared
+
+    def _ready(self, endpoint: Endpoint) -> Http2Upstream | None:
+        upstream = self._alive().get(endpoint)
+        return upstream if upstream is not None and upstream.capacity > 0 else None
+
+    def _open(self, load: EndpointLoad, exchange: Exchange, token: int) -> None:
+        waiting = self._waiting.get(load.endpoint)
+        if waiting is None:
+            self._waiting[load.endpoint] = []
+            super()._open(load, exchange, token)
+        else:  # a connection to it is on its way
+            load.active += 1
+            self._owed[token] = exchange
+            waiting.append(token)
+
+    async def _dial(self, load: EndpointLoad, token: int) -> None:
+        endpoint = load.endpoint
+        try:
+            await super()._dial(load, token)
+        finally:
+            waiting = self._waiting.pop(endpoint, [])
+        with self._services.relay.batch():
+            for other in waiting:
+                upstream = self._ready(endpoint)
+                exchange = self._owed.get(other)
+                if upstream is not None:
+                    self._proceed(other, upstream)
+                elif exchange is not None:  # not reached, or full already: each on its own, so that each may try other endpoints
+                    exchange.load.active -= 1
+                    self._open(exchange.load, exchange, other)
+
+    def _adopt(self, endpoint: Endpoint, dialled: Dialled) -> Http2Upstream:
+        return self._services.http2.adopt(dialled, self._alive(), endpoint)
+
+    def _leave(self) -> None:
+        for upstream in list(self._own.values()):
+            upstream.drain()
+        self._own.clear()

@@ -1,0 +1,180 @@
+"""The path of an outbound connection, in order. Each step is one line of `Outbound.serve` and one module.
+
+    1 accept      transport/accept.py       Accepted(client, original destination)
+    2 discover    discover.py               what stands behind the dialled address, or no connection
+    3 sniff       transport/sniff.py        the protocol, when discovery does not name it
+    4 head        protocol/http1, http2     a request, decided on by the gate
+    5-6 choose    outbound/gate.py          endpoint by balance.py, its identity from discovery
+    7 connect     outbound/pool.py, transport/connect.py, transport/secure.py; then transport/relay.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import trio
+
+from core import alpn
+from core.addrs import parse_addr
+from policy.wire import Destination, Endpoint
+from proxy.balance import EndpointLoad
+from proxy.config import Config
+from proxy.discover import DestinationState, Discovery
+from proxy.live import Live
+from proxy.outbound.gate import Http1Gate, Http2Gate, Services
+from proxy.protocol.detect import Detected
+from proxy.protocol.http1 import Http1Client, Http1Limits
+from proxy.protocol.http2 import Http2Client, Http2Limits
+from proxy.rescue import Cause, Failure
+from proxy.telemetry.record import OutboundRecord, Recorder
+from proxy.transport.accept import Accepted
+from proxy.transport.connect import Dialled
+from proxy.transport.join import NOBODY, join, who_speaks_first
+from proxy.transport.sniff import Sniffed, sniff
+
+_DECLARED = {"http1": Detected.HTTP1, "http2": Detected.HTTP2, "grpc": Detected.HTTP2, "opaque": Detected.OPAQUE, "tls": Detected.OPAQUE}
+_HTTP = (Detected.HTTP1, Detected.HTTP2)
+_UNKNOWN = Sniffed(b"", Detected.OPAQUE)
+
+
+class Chosen(NamedTuple):
+    """A connection for opaque bytes and the endpoint it goes to."""
+
+    load: EndpointLoad
+    dialled: Dialled
+
+
+@dataclass(frozen=True, slots=True)
+class Outbound:
+    """Serves connections that the app makes. Everything here is shared by all of them."""
+
+    config: Config
+    discovery: Discovery
+    services: Services
+    live: Live
+    recorder: Recorder
+    http1_limits: Http1Limits
+    http2_limits: Http2Limits
+
+    async def serve(self, accepted: Accepted) -> None:
+        """Take one connection from accept to the relay; raises Failure, trio.BrokenResourceError."""
+        self._refuse_loops(accepted)
+        state = await self.discovery.wait_destination(accepted.dst)
+        try:
+            await self._serve_known(accepted, state)
+        except BaseException:
+            state.release(self.services.now())
+            raise
+
+    async def _serve_known(self, accepted: Accepted, state: DestinationState) -> None:
+        destination = _usable(state, accepted)
+        record = self.recorder.outbound(accepted.client, accepted.dst, destination.ref)
+        chosen: Chosen | None = None
+        sniffed = await self._listen(accepted, destination)
+        if sniffed.protocol is None:
+            chosen, sniffed = await self._break_silence(accepted, state, destination, record)
+        if sniffed.protocol in _HTTP:
+            if chosen is not None:
+                chosen.dialled.close()  # it speaks HTTP after all: requests are balanced one by one
+                chosen.load.active -= 1
+            self._serve_http(accepted, sniffed, state, record)
+        else:
+            chosen = chosen or await self._connect_opaque(state, destination, accepted, record)
+            self._join(accepted, sniffed, chosen, state, record)
+
+    def _refuse_loops(self, accepted: Accepted) -> None:
+        """Our own ports are never a destination: a connection made to them directly would be forwarded to ourselves for ever."""
+        ours = (self.config.inbound_listen.port, self.config.outbound_listen.port)
+        local = accepted.dst.ip in self.config.pod_ips or accepted.dst.ip in ("127.0.0.1", "::1")
+        if local and accepted.dst.port in ours:
+            raise Failure(Cause.LOOP, f"{accepted.dst} is a port of the sidecar itself")
+
+    async def _listen(self, accepted: Accepted, destination: Destination) -> Sniffed:
+        """The protocol: as declared, opaque beyond the mesh, else by the client's first bytes."""
+        declared = Detected.OPAQUE if destination.kind == "external" else _DECLARED.get(destination.protocol)
+        if declared is Detected.OPAQUE:
+            return _UNKNOWN
+        return await sniff(accepted.stream, self.config.detect_silence_s, self.config.detect_timeout_s)
+
+    async def _break_silence(
+        self, accepted: Accepted, state: DestinationState, destination: Destination, record: OutboundRecord
+    ) -> tuple[Chosen | None, Sniffed]:
+        """The client may be waiting for the server: connect for it, and let whoever speaks first decide."""
+        declared = _DECLARED.get(destination.protocol)
+        chosen = None if declared in _HTTP else await self._connect_opaque(state, destination, accepted, record)
+        try:
+            if chosen is not None:
+                with trio.fail_after(self.config.opaque_idle_timeout_s):
+                    if await who_speaks_first(accepted.stream, chosen.dialled) == "server":
+                        return chosen, _UNKNOWN
+            sniffed = await sniff(accepted.stream, self.config.idle_timeout_s, self.config.detect_timeout_s)
+            if sniffed.protocol is None:
+                raise Failure(Cause.HEAD_TIMEOUT, f"the client said nothing for {self.config.idle_timeout_s:g} s")
+        except BaseException:
+            if chosen is not None:
+                chosen.dialled.close()
+                chosen.load.active -= 1
+            raise
+        return chosen, sniffed
+
+    async def _connect_opaque(
+        self, state: DestinationState, destination: Destination, accepted: Accepted, record: OutboundRecord
+    ) -> Chosen:
+        """A connection to one endpoint, another one when the first cannot be reached; raises Failure."""
+        dialer, now = self.services.dialer, self.services.now
+        if destination.kind == "external":
+            return Chosen(EndpointLoad(Endpoint(str(accepted.dst)), now()), await dialer.plain(accepted.dst))
+        tried: frozenset[str] = frozenset()
+        last = Failure(Cause.NO_ENDPOINTS, f"{destination.ref} has no ready endpoint")
+        while (load := state.balancer.choose(now(), avoid=tried)) is not None and len(tried) < 3:
+            try:
+                dialled = await dialer.endpoint(load.endpoint, parse_addr(load.endpoint.addr), alpn.OPAQUE)
+            except Failure as failure:
+                record.note(failure)
+                load.failed(now())
+                tried |= {load.endpoint.addr}
+                last = failure
+                continue
+            load.active += 1
+            return Chosen(load, dialled)
+        raise last
+
+    def _serve_http(self, accepted: Accepted, sniffed: Sniffed, state: DestinationState, record: OutboundRecord) -> None:
+        http1 = sniffed.protocol is Detected.HTTP1
+        link = self.services.relay.adopt(accepted.stream.release(), NOBODY)
+        gate = Http1Gate(self.services, state, record) if http1 else Http2Gate(self.services, state, record)
+        gate.engine = Http1Client(link, gate, self.http1_limits) if http1 else Http2Client(link, gate, self.http2_limits)
+
+        def closed() -> None:
+            gate.closed()
+            record.closed(link.read_bytes, link.written_bytes)
+
+        self.live.add(link, gate.engine, closed)
+        link.receiver = gate.engine
+        with self.services.relay.batch():
+            if sniffed.data:
+                gate.engine.received(sniffed.data)
+            link.start()
+
+    def _join(self, accepted: Accepted, sniffed: Sniffed, chosen: Chosen, state: DestinationState, record: OutboundRecord) -> None:
+        load, dialled = chosen
+        link, _ = join(
+            self.services.relay, accepted.stream, None, sniffed.data, dialled, record.ended, self.config.opaque_idle_timeout_s
+        )
+
+        def closed() -> None:
+            load.active -= 1
+            state.release(self.services.now())
+            record.closed(link.read_bytes, link.written_bytes)
+
+        self.live.add(link, None, closed)
+
+
+def _usable(state: DestinationState, accepted: Accepted) -> Destination:
+    destination = state.destination
+    if destination is None:
+        raise Failure(Cause.NO_POLICY, f"nothing is known about {accepted.dst}")
+    if destination.kind == "refused":
+        raise Failure(Cause.PORT_UNDEFINED, f"{destination.ref} has no port {accepted.dst.port}")
+    return destination

@@ -1,0 +1,111 @@
+"""Dial an endpoint: TCP within a time, TLS when it has an identity, which it must prove. Every way to fail has its own cause."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import trio
+
+from core.addrs import Addr
+from core.names import InvalidName, WorkloadId, parse_workload_id
+from core.runtime.sockets import RawStream, connect
+from core.runtime.tls import HandshakeFailed
+from policy.wire import Endpoint
+from proxy.rescue import Cause, Failure
+from proxy.transport.secure import Security
+from proxy.transport.tls_bio import RECEIVE_BUFFER, Records, TlsBroken
+
+_HANDSHAKE_CAUSES = {"identity-mismatch": Cause.PEER_IDENTITY, "foreign-trust-domain": Cause.PEER_IDENTITY}
+
+
+class Dialled:
+    """A connection ready for the relay; records None means plaintext. early: plaintext that `wait_words` had to read to see it."""
+
+    __slots__ = ("early", "records", "sock")
+
+    def __init__(self, sock: socket.socket, records: Records | None) -> None:
+        self.sock = sock
+        self.records = records
+        self.early = b""
+
+    async def wait_words(self) -> None:
+        """Return when the server has said something, or closed. Under TLS a readable socket may hold records that say nothing."""
+        while not self.early:
+            await trio.lowlevel.wait_readable(self.sock)
+            if self.records is None:
+                return
+            try:
+                n = self.sock.recv_into(RECEIVE_BUFFER)
+                if not n:
+                    return
+                self.early = self.records.decrypt(n)
+            except BlockingIOError:
+                continue
+            except (OSError, TlsBroken):
+                return  # the relay meets the same condition and reports it to the right receiver
+            if self.records.ended:
+                return
+
+    def close(self) -> None:
+        """Nobody wants it after all."""
+        self.sock.close()
+
+
+class Dialer:
+    """Opens connections for both paths. own_ips: addresses of this pod, where our own inbound does not listen in between."""
+
+    def __init__(self, security: Security, connect_s: float, own_ips: tuple[str, ...]) -> None:
+        self._security = security
+        self._connect_s = connect_s
+        self._own_ips = frozenset(own_ips)
+
+    async def plain(self, addr: Addr) -> Dialled:
+        """Connect without TLS; raises Failure."""
+        stream = await self._connect(addr)
+        return Dialled(stream.release(), None)
+
+    async def endpoint(self, endpoint: Endpoint, addr: Addr, inside: bytes) -> Dialled:
+        """Connect as discovery says: mutual TLS when the endpoint has an identity, plaintext when not; raises Failure.
+
+        inside: the ALPN name of what will be spoken. A call of the pod to itself stays inside it and is plain, because traffic over
+        loopback is not redirected to any sidecar (as in Linkerd).
+        """
+        if endpoint.identity is None or addr.ip in self._own_ips:
+            return await self.plain(addr)
+        try:
+            expect = parse_workload_id(endpoint.identity)
+        except InvalidName as error:
+            raise Failure(Cause.PEER_IDENTITY, f"{addr}: {error}") from None
+        try:
+            return await self._secure(addr, expect, inside)
+        except HandshakeFailed as error:
+            if error.reason != "protocol":
+                raise _handshake_failure(addr, error) from None
+        # The other side answered in plaintext: its app spoke first because our ClientHello was late, and nothing of ours was used up.
+        try:
+            return await self._secure(addr, expect, inside)
+        except HandshakeFailed as error:
+            raise _handshake_failure(addr, error) from None
+
+    async def _secure(self, addr: Addr, expect: WorkloadId, inside: bytes) -> Dialled:
+        stream = await self._connect(addr)
+        try:
+            secured = await self._security.dial(stream, expect, inside)
+        except BaseException:
+            stream.close()
+            raise
+        return Dialled(stream.release(), secured.records)
+
+    async def _connect(self, addr: Addr) -> RawStream:
+        try:
+            with trio.fail_after(self._connect_s):
+                return await connect(addr)
+        except trio.TooSlowError:
+            raise Failure(Cause.CONNECT_TIMEOUT, f"{addr} did not answer within {self._connect_s:g} s") from None
+        except OSError as error:
+            refused = error.errno == errno.ECONNREFUSED
+            raise Failure(Cause.CONNECT_REFUSED if refused else Cause.CONNECT_FAILED, f"{addr}: {error.strerror or error}") from None
+
+
+def _handshake_failure(addr: Addr, error: HandshakeFailed) -> Failure:
+    return Failure(_HANDSHAKE_CAUSES.get(error.reason, Cause.TLS_FAILED), f"{addr}: {error}")

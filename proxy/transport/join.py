@@ -1,0 +1,66 @@
+"""Opaque connections: who speaks first, and joining the two sides in the relay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Literal
+
+import trio
+
+from core.runtime.sockets import RawStream
+from proxy.protocol.opaque import Splice
+from proxy.protocol.sides import Receiver
+from proxy.transport.connect import Dialled
+from proxy.transport.relay import Link, Relay
+from proxy.transport.tls_bio import Records
+
+
+async def who_speaks_first(client: RawStream, upstream: Dialled) -> Literal["client", "server"]:
+    """Wait until either side says something (or closes); nothing is consumed that is not handed on. The caller bounds the time."""
+    spoken: list[Literal["client", "server"]] = []
+    async with trio.open_nursery() as nursery:
+
+        async def listen_to_client() -> None:
+            await trio.lowlevel.wait_readable(client.sock)
+            spoken.append("client")
+            nursery.cancel_scope.cancel()
+
+        async def listen_to_server() -> None:
+            await upstream.wait_words()
+            spoken.append("server")
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(listen_to_client)
+        nursery.start_soon(listen_to_server)
+    return "server" if "server" in spoken else "client"
+
+
+def join(
+    relay: Relay, client: RawStream, records: Records | None, received: bytes, upstream: Dialled, finished: Callable[[str], None], idle_s: float
+) -> tuple[Link, Splice]:
+    """Hand both connections to the relay as one splice, with what was already received from either side first."""
+    client_link = relay.adopt(client.release(), NOBODY, records)
+    upstream_link = relay.adopt(upstream.sock, NOBODY, upstream.records)
+    splice = Splice(client_link, upstream_link, finished, idle_s)
+    client_link.receiver, upstream_link.receiver = splice.client, splice.upstream
+    with relay.batch():
+        if received:
+            splice.client.received(received)
+        if upstream.early:
+            splice.upstream.received(upstream.early)
+        client_link.start()
+        upstream_link.start()
+    return client_link, splice
+
+
+class _Nobody:
+    """Receiver of a connection in the instant before its engine exists."""
+
+    def received(self, data: bytes) -> None: ...
+    def ended(self) -> None: ...
+    def lost(self, reset: bool) -> None: ...
+    def drained(self) -> None: ...
+    def expired(self) -> None: ...
+
+
+NOBODY: Final[Receiver] = _Nobody()
