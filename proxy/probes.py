@@ -149,10 +149,10 @@ async def _http(probe: Probe, ip: str) -> None:
 
 
 async def _get(probe: Probe, path: str, ip: str) -> h11.Response:
+    connection, request = _request_bytes(probe, path, ip)
     stream: trio.abc.Stream = await trio.open_tcp_stream(ip, probe.port)
     if probe.scheme == "HTTPS":
         stream = trio.SSLStream(stream, _unverified(), server_hostname=probe.host or None, https_compatible=True)
-    connection, request = _request_bytes(probe, path, ip)
     try:
         await stream.send_all(request)
         while True:

@@ -1,0 +1,43 @@
+"""What the kernel says about this process, for ``process_*`` metrics: memory, CPU, descriptors. Called at every scrape."""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import NamedTuple
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class ProcessFigures(NamedTuple):
+    """Names, units and meaning as in Prometheus' process collector; ``start_time_s`` since the epoch."""
+
+    cpu_s: float
+    resident_bytes: int
+    virtual_bytes: int
+    open_fds: int
+    max_fds: int
+    threads: int
+    start_time_s: float
+
+
+def read_process() -> ProcessFigures:
+    """The figures now."""
+    with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+        # the second field, the program's name, is in parentheses and may hold anything, parentheses included
+        fields = file.read().rpartition(")")[2].split()
+    return ProcessFigures(
+        cpu_s=(int(fields[11]) + int(fields[12])) / _TICKS,
+        resident_bytes=int(fields[21]) * _PAGE_BYTES,
+        virtual_bytes=int(fields[20]),
+        open_fds=len(os.listdir("/proc/self/fd")) - 1,  # without the one that lists
+        max_fds=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        threads=int(fields[17]),
+        start_time_s=_boot_time_s() + int(fields[19]) / _TICKS,
+    )
+
+
+def _boot_time_s() -> float:
+    with open("/proc/stat", encoding="ascii") as file:
+        return next((float(line.split()[1]) for line in file if line.startswith("btime ")), 0.0)
