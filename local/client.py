@@ -92,11 +92,11 @@ def start(name: str, folder: str) -> None:
 
 def prepare_state(state: Path) -> None:
     """An empty folder of our own: what a killed runner left is only files, and goes now."""
-    state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     if state.parent.stat().st_uid != os.geteuid():
         raise CannotStart(f"{state.parent} belongs to somebody else: remove it, or set XDG_RUNTIME_DIR to a folder of your own")
     shutil.rmtree(state, ignore_errors=True)
-    state.mkdir(mode=0o700)
+    state.mkdir(mode=0o711)  # the control plane's own users must get to their folders; nobody can list it
 
 
 def wait_ready(name: str, timeout_s: float) -> protocol.MeshStatus:

@@ -18,14 +18,18 @@ import trio
 from core.k8s.fields import InvalidObject
 from core.k8s.objects import Service, read_core_object
 from core.refs import Ref
+from injector.sidecar import Mesh as Installation
 from local import rules, services, volumes, workloads
-from local.injection import Injected, inject
+from local.injection import inject
 from local.network import POD_CIDR4, POD_CIDR6, SERVICE_CIDR4, SERVICE_CIDR6, Addresses, AddressPool, OutOfAddresses
 from local.objects import Manifest
 from local.pod import Node, Pod, now_text
 from local.podspec import Base
 from local.sandbox import SetupFailed, run_program
 from local.workloads import PodPlan
+
+
+INSTALLATION = Installation()
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,6 @@ class Setup:
     sign: Callable[[Mapping[str, Any], str, int], str]
     ipv6: bool
     names: Sequence[tuple[str, str]]
-    inject: bool
     own_objects: Sequence[Mapping[str, Any]] = ()
 
 
@@ -65,7 +68,8 @@ class Mesh:
         self.settled_rounds = 0
         scratch = setup.state / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
-        (setup.state / "api").mkdir(exist_ok=True)
+        # tokens and logs lie in there: apps of other pods see the same file system and must not read them
+        (setup.state / "pods").mkdir(mode=0o700, exist_ok=True)
         self._node = Node(setup.state / "pods", scratch, setup.base, setup.sign, self._hosts_lines, self.changed)
 
     # --- changes -------------------------------------------------------------------------------------------------
@@ -93,7 +97,7 @@ class Mesh:
         self._dirty.set()
 
     @property
-    def services(self) -> list[Service]:
+    def known_services(self) -> list[Service]:
         """All Services with their addresses."""
         return [service for service, _ in self._services]
 
@@ -163,7 +167,7 @@ class Mesh:
     def _start(self, plan: PodPlan, nursery: trio.Nursery) -> None:
         namespace = self.manifests.get(Ref("", "Namespace", "", plan.ref.namespace))
         annotations = namespace.metadata.annotations if namespace else {}
-        result = inject(plan.raw, annotations) if self._setup.inject else Injected(plan.raw, None)
+        result = inject(plan.raw, annotations, INSTALLATION)
         if isinstance(result, str):
             self.refused[plan.owner] = result
             return
@@ -180,6 +184,7 @@ class Mesh:
         capture = rules.capture(*result.skips) if result.skips is not None else ""
         lookup = self._lookup_in(plan.ref.namespace)
         pod = Pod(plan, raw, addresses, capture, f"pod{self._links}", self._node, lookup)
+        pod.why_unmeshed = result.why_not
         self.pods[plan.ref] = pod
         nursery.start_soon(self._run_pod, pod)
 

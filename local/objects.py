@@ -13,6 +13,7 @@ import msgspec
 from core.k8s.fields import InvalidObject, shown
 from core.k8s.objects import ObjectMeta, group_kind, namespaced, read_meta
 from core.refs import Ref
+from policy.admission import parse_object
 
 WORKLOADS = (
     ("apps", "Deployment"),
@@ -50,6 +51,8 @@ def read_manifest(raw: Mapping[str, Any]) -> Manifest | None:
         return Manifest(msgspec.structs.replace(meta, namespace=""), Ref(group, kind, "", meta.name), raw)
     raw = namespaced(raw)
     meta = read_meta(raw)
+    if group in POLICY_GROUPS:
+        parse_object(raw)  # refused here already, where the author's file has a name
     if (group, kind) in WORKLOADS:
         check_pod_spec(pod_template(kind, raw).get("spec"), template_path(kind) + ".spec")
     return Manifest(meta, Ref(group, kind, meta.namespace, meta.name), raw)

@@ -26,7 +26,8 @@ from local.services import PodFacts, hosts_file
 from local.workloads import PodPlan
 
 DEFAULT_GRACE_S = 30.0  # Pod.spec.terminationGracePeriodSeconds
-_RETRY_S = 1.0
+_RETRY_S = 0.25  # what is missing at start is the trust bundle or a ConfigMap of the next file
+_TOKEN_LIFETIME_MAX_S = 600
 
 SignToken = Callable[[Mapping[str, Any], str, int], str]
 """(pod object, audience, lifetime in seconds) -> a service account token."""
@@ -57,6 +58,7 @@ class Pod:
         self.containers: list[Container] = []
         self.phase = "Pending"
         self.message = "starting"
+        self.why_unmeshed = ""
         self.stopping = trio.Event()
         self.ended = trio.Event()
         self._sandbox: Sandbox | None = None
@@ -253,9 +255,10 @@ class Pod:
             self._sources[volume.name] = volumes.materialise(volume, folder, 0, 0)
             for token in volume.tokens:
                 path = folder / token.path
+                lifetime_s = min(token.lifetime_s, _TOKEN_LIFETIME_MAX_S)
                 age_s = time.time() - path.stat().st_mtime if path.exists() else None
-                if age_s is None or age_s > token.lifetime_s * 0.7:
-                    text = self._node.sign(self.raw, token.audience, token.lifetime_s)
+                if age_s is None or age_s > lifetime_s * 0.7:
+                    text = self._node.sign(self.raw, token.audience, lifetime_s)
                     volumes.write_atomically(path, text.encode(), 0o444)
 
     def update_hosts(self) -> None:

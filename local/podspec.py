@@ -13,8 +13,6 @@ from typing import Any
 
 
 APP_UID = 65532  # `nonroot` of the usual minimal images: belongs to nobody on a normal machine
-SIDECAR_NAME = "pillion-proxy"
-SIDECAR_UID = 2102
 
 _REFERENCE = re.compile(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)")
 
@@ -98,8 +96,7 @@ def container_plans(pod: Mapping[str, Any], lookup: Lookup, base: Base) -> list[
 
 def _container(pod: Mapping[str, Any], container: Mapping[str, Any], kind: str, lookup: Lookup, base: Base) -> ContainerPlan:
     env = {**base.env, "HOSTNAME": hostname_of(pod), **environment(pod, container, lookup)}
-    is_ours = container["name"] == SIDECAR_NAME
-    command = list(base.sidecar_argv) if is_ours else container["command"]
+    command = container.get("command") or list(base.sidecar_argv)  # only the injected sidecar comes without one
     words = [*command, *(container.get("args") or [])]
     uid, gid = user_of(pod, container)
     return ContainerPlan(

@@ -81,6 +81,7 @@ class PodStatus(msgspec.Struct, frozen=True):
     ready: bool
     meshed: bool
     message: str
+    why_unmeshed: str
     addresses: tuple[str, ...]
     containers: tuple[ContainerStatus, ...]
 

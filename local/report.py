@@ -65,6 +65,7 @@ def pod_status(pod: Pod) -> protocol.PodStatus:
         ready=pod.ready,
         meshed=bool(pod.capture),
         message=pod.message,
+        why_unmeshed=pod.why_unmeshed,
         addresses=pod.addresses.all,
         containers=tuple(
             protocol.ContainerStatus(
@@ -92,5 +93,5 @@ def _services(mesh: Mesh) -> list[protocol.ServiceStatus]:
             tuple(port.port for port in service.spec.ports),
             tuple(pod.addresses.v4 for pod in services.selected(service, facts) if pod.ready),
         )
-        for service in mesh.services
+        for service in mesh.known_services
     ]

@@ -23,6 +23,7 @@ from core.k8s.folder import FolderSource
 from core.k8s.source import Apply, Delete, Event
 from local import namespaces, network
 from local.control import serve
+from local.control_plane import NAMES, NAMESPACE, ControlPlane
 from local.mesh import Mesh, Setup
 from local.objects import Manifest, read_manifest
 from local.podspec import Base
@@ -91,15 +92,22 @@ def has_ipv6() -> bool:
 
 async def _main(order: Order) -> None:
     state = Path(order.state)
+    (state / "api").mkdir(exist_ok=True)
     base = Base(_base_env(), (sys.executable, "-P", "-m", "proxy"))
-    mesh = Mesh(Setup(state, base, lambda pod, audience, lifetime: "", has_ipv6(), [], inject=True))
+    changed: list[Mesh] = []
+    control_plane = ControlPlane(
+        state, base.env, lambda: changed[0].changed(), lambda pem: changed[0].set_bundle(pem), own_uids=not order.rootless
+    )
+    mesh = Mesh(Setup(state, base, control_plane.sign, has_ipv6(), NAMES, (_namespace(NAMESPACE),)))
+    changed.append(mesh)
     source = FolderSource(Path(order.folder), read_manifest)
     ended = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_until_signal, ended)
+        nursery.start_soon(control_plane.run)
         nursery.start_soon(mesh.run)
         await nursery.start(source.run, lambda events: take(mesh, events))
-        await nursery.start(serve, control_socket(state), mesh, lambda: report(order.name, state, mesh, source.refusals), ended.set)
+        await nursery.start(serve, control_socket(state), mesh, lambda: report(order.name, state, mesh, source.refusals, control_plane.states), ended.set)
         _tell(order.ready_fd, "up")
         await ended.wait()
         await mesh.stop_all()
@@ -114,6 +122,10 @@ def take(mesh: Mesh, events: Sequence[Event]) -> None:
             mesh.apply(event.object)
         elif isinstance(event, Delete):
             mesh.delete(event.ref)
+
+
+def _namespace(name: str) -> dict[str, object]:
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
 
 
 async def _until_signal(ended: trio.Event) -> None:

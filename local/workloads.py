@@ -103,7 +103,7 @@ def _pod(manifest: Manifest, name: str, template: Mapping[str, Any], digest: str
         _claims_as_volumes(pod_spec, spec.get("volumeClaimTemplates") or [])
     elif kind == "Job":
         labels["batch.kubernetes.io/job-name"] = labels["job-name"] = manifest.ref.name
-    raw = {
+    raw: dict[str, Any] = {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {
