@@ -63,7 +63,7 @@ class FakeGate:
 
     def __init__(self) -> None:
         self.edit = HeadEdit()
-        self.verdict: Verdict | None | str = "forward"
+        self.verdict: Verdict | str | None = "forward"
         self.upstreams: list[Http1Upstream] = []
         self.seen: list[RequestHead] = []
         self.log: list[tuple[object, ...]] = []

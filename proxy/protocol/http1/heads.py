@@ -154,13 +154,32 @@ def request_untrusted(data: bytes, limits: Http1Limits) -> RequestHead | None:
     lower = wire.lower()
     fields = _request_fields(lower)
     head = RequestHead(size, method, target, authority, wire, lower)
-    if authority is None or len(fields) != 1 or minor == b"0":
+    if authority is None or minor == b"0" or (len(fields) != 1 and not _usual(head, fields)):
         _request_rules(head, fields, minor == b"0")
     if method == b"HEAD":
         head.plain = False
     if target[0] != 47 or method == b"CONNECT":
         _reduce_target(head)
     return head
+
+
+def _usual(head: RequestHead, fields: list[tuple[bytes, bytes]]) -> bool:
+    """Apply the fields if they are one Host, at most one Content-Length, and others that change nothing; else leave the head alone."""
+    hosts = 0
+    length = -1
+    for name, value in fields:
+        if name == b"host":
+            hosts += 1
+        elif name == b"content-length" and length < 0 and _is_length(value):
+            length = int(value)
+        elif name != b"connection" or value != b"keep-alive":
+            return False
+    if hosts != 1:
+        return False
+    if length > 0:
+        head.length = length
+        head.bodiless = False
+    return True
 
 
 def _request_rules(head: RequestHead, fields: list[tuple[bytes, bytes]], old: bool) -> None:
@@ -256,11 +275,15 @@ def response_untrusted(data: bytes, head_bytes: int) -> ResponseHead | None:
             length = int(value)
         elif name == b"connection" and value == b"keep-alive":
             head.connection = value
+        elif name == b"keep-alive":  # parameters of this hop, on every response of some servers
+            head.plain = False
         else:
             break
     else:
         if length >= 0 and minor == b"1" and status >= b"200" and status != b"204" and status != b"304":
             head.length = length
+            if not head.plain:
+                head.wire = without(wire, (b"keep-alive",))
             return head
     _response_rules(head, fields, minor == b"0")
     return head

@@ -7,7 +7,7 @@ in `_respond`.
 
 An upstream is offered for reuse only when nothing is open: the whole request was sent, the response ended by its own framing, nothing
 followed it and both ends keep the connection. In any other case it is closed, because the next response on it might answer an earlier
-request. This module must not decide anything about requests; it talks to client.py only. Pure.
+request. This module must not decide anything about requests; it talks to connection.py only. Pure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from proxy.protocol.sides import Sink
 from proxy.rescue import Cause
 
 if TYPE_CHECKING:
-    from proxy.protocol.http1.client import Http1Client
+    from proxy.protocol.http1.connection import ClientConnection
 
 _IDLE: Final = 0
 _HEAD: Final = 1
@@ -51,7 +51,7 @@ class Http1Upstream:
         """Exchanges completed; more than none makes a sudden end look like a stale pooled connection."""
         self._on_idle = on_idle
         self._on_gone = on_gone
-        self._client: Http1Client | None = None
+        self._client: ClientConnection | None = None
         self._state = _IDLE
         self._held = b""  # the beginning of a head, chunk-size line or trailer section
         self._head: ResponseHead | None = None  # the final response being relayed
@@ -75,7 +75,7 @@ class Http1Upstream:
 
     # What the client's engine calls.
 
-    def start(self, client: Http1Client, data: bytes) -> None:
+    def start(self, client: ClientConnection, data: bytes) -> None:
         """Begin an exchange with the first bytes of a request. Raises RuntimeError when the connection is not `reusable`."""
         if self._state != _IDLE:
             raise RuntimeError("an HTTP/1.1 upstream serves one exchange at a time")
@@ -190,7 +190,7 @@ class Http1Upstream:
             self._memo, self._raw = head, head.received
         return head
 
-    def _respond(self, client: Http1Client, head: ResponseHead, data: bytes) -> None:
+    def _respond(self, client: ClientConnection, head: ResponseHead, data: bytes) -> None:
         """Relay a response head and what came with it, whatever its kind."""
         request = client.head
         status = head.status
@@ -219,7 +219,7 @@ class Http1Upstream:
         self._after_span(client, body, data, end)
         return None
 
-    def _interim(self, client: Http1Client, head: ResponseHead, data: bytes) -> None:
+    def _interim(self, client: ClientConnection, head: ResponseHead, data: bytes) -> None:
         """Relay a 1xx response (RFC 9110 15.2) and go on with what follows it."""
         self._interims += 1
         if self._interims > INTERIM_RESPONSES:
@@ -246,7 +246,7 @@ class Http1Upstream:
         self._after_span(client, body, data, end)
         return None
 
-    def _after_span(self, client: Http1Client, body: BodyReader, data: bytes, end: int) -> None:
+    def _after_span(self, client: ClientConnection, body: BodyReader, data: bytes, end: int) -> None:
         if body.done:
             assert self._head is not None
             self._complete(client, self._head.status, self._head.keep and end == len(data))
@@ -254,11 +254,11 @@ class Http1Upstream:
             self._held = data[end:]
             self.pace(client)
 
-    def _to_client(self, client: Http1Client, data: bytes) -> None:
+    def _to_client(self, client: ClientConnection, data: bytes) -> None:
         client.sink.write(data)
         self.pace(client)
 
-    def pace(self, client: Http1Client) -> None:
+    def pace(self, client: ClientConnection) -> None:
         """Stop reading while the client does not read."""
         if client.sink.blocked and not self._paused:
             self._paused = True
@@ -266,7 +266,7 @@ class Http1Upstream:
 
     # The end of an exchange, and of the connection.
 
-    def _complete(self, client: Http1Client, status: int, keep: bool) -> None:
+    def _complete(self, client: ClientConnection, status: int, keep: bool) -> None:
         """The whole response went to the client."""
         self._client = None
         if keep and client.sent:

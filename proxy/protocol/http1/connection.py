@@ -1,0 +1,273 @@
+"""One client connection of HTTP/1.1 apart from its requests: what it is waiting for, its responses, its end.
+
+Theory of operation. A connection is in one of the states below. While an exchange is open, upstream.py reports how the response goes;
+when it is over, `_settle` says what becomes of the connection: the next request, throwing away what is left of a body that was answered
+early, or a close that lets the client read its last answer. Must not read requests, that is client.py. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from proxy.protocol.http1.body import BodyError, BodyReader, Length
+from proxy.protocol.http1.heads import UNTIL_CLOSE, Http1Limits, RequestHead, ResponseHead, editor
+from proxy.protocol.http1.responses import switching, translated
+from proxy.protocol.http1.upstream import Http1Upstream
+from proxy.protocol.requests import Gate, HeadEdit
+from proxy.protocol.sides import Sink
+from proxy.rescue import Cause, effect, http1_answer
+
+HEAD: Final = 0  # idle, or a head is arriving
+DECIDING: Final = 1  # the gate owes a verdict
+BODY: Final = 2  # the request body is on its way
+WAIT: Final = 3  # the request was sent, the response is not complete
+TUNNEL: Final = 4
+BLOCKED: Final = 5  # idle, but the client does not read the answers it has
+DISCARD: Final = 6  # answered early: the rest of the request body is thrown away
+LINGER: Final = 7  # answered for the last time: whatever comes is thrown away
+CLOSED: Final = 8
+
+# Why the client's connection is paused.
+FOR_UPSTREAM: Final = 1
+FOR_HELD: Final = 2
+FOR_ANSWERS: Final = 4
+
+IDLE_TICKS: Final = 4
+NO_HEAD: Final = RequestHead(0, b"", b"", b"", b"", b"")
+
+
+class ClientConnection:
+    """The part of Http1Client that upstream.py talks to.
+
+    head: the present request. sent: all of it was sent. plain: a plain response to it may be sent on as it is.
+    """
+
+    __slots__ = (
+        "_apply", "_body", "_closing", "_continued", "_draining", "_edit", "_edited", "_ended", "_exchange", "_gate", "_held", "_limits",
+        "_memo", "_out", "_pumping", "_quiet", "_raw", "_retried", "_span", "_spare", "_state", "_status", "_stopped", "_tick", "_timing",
+        "_token", "_up", "_up_ended", "head", "plain", "sent", "sink",
+    )  # fmt: skip
+
+    def __init__(self, sink: Sink, gate: Gate, limits: Http1Limits | None = None) -> None:
+        self.sink = sink
+        self._gate = gate
+        self._limits = limits or Http1Limits()
+        self._state = HEAD
+        self._held = b""
+        self._raw = b"\0"  # no head begins like this
+        self._memo: RequestHead | None = None  # the head that came as `_raw`
+        self._edit: HeadEdit | None = None
+        self._apply = editor(HeadEdit())
+        self._edited: RequestHead | None = None  # the head that `_edit` turned into `_out`
+        self._out = b""
+        self.head = NO_HEAD
+        self._token = 0
+        self._exchange: object = None
+        self._up: Http1Upstream | None = None
+        self._body: BodyReader | None = None
+        self._span = 0  # how much of `_held` is checked body
+        self.sent = self.plain = True
+        self._status = 0  # of the response that has begun
+        self._spare = 0  # bytes that may still be thrown away
+        self._closing = self._draining = self._ended = self._up_ended = False
+        self._continued = self._retried = self._pumping = self._timing = False
+        self._stopped = 0
+        self._quiet = 0  # ticks without progress
+        self._tick = self._limits.idle_timeout_s / IDLE_TICKS
+        sink.expire_after(self._tick)
+
+    def upstream_broken(self, cause: Cause, stale: bool) -> None:
+        """The exchange cannot be completed. stale: the upstream had served before and died before any byte of this response."""
+        raise NotImplementedError
+
+    def _next(self) -> None:
+        """Look at the requests that are held."""
+        raise NotImplementedError
+
+    # What upstream.py reports.
+
+    def interim(self, head: ResponseHead) -> None:
+        """A 1xx response. HTTP/1.0 clients do not know them (RFC 9110 15.2)."""
+        if not self.head.old:
+            self._continued = self._continued or head.status == 100
+            self.sink.write(translated(head, self.head, close=False))
+
+    def respond(self, head: ResponseHead, length: int, body: bytes) -> None:
+        """The final response has begun: its head, the length of its body as in ResponseHead, and what is there of it."""
+        request = self.head
+        # What follows a CONNECT that was turned down was meant for the tunnel: reading it as a request would be a second reading.
+        close = self._draining or not request.keep or length == UNTIL_CLOSE or request.connects
+        if not self.sent:
+            # An early answer. Whether the client still sends the body it announced is only certain when nobody told it to wait or to stop.
+            close = close or not head.keep or (request.expects and not self._continued)
+        self._status = head.status
+        self._closing = close
+        self.sink.write(translated(head, request, close) + body)
+
+    def responded(self, status: int, up: Http1Upstream, on_idle: Callable[[Http1Upstream], None] | None) -> None:
+        """The response is complete. on_idle: to be told that the upstream is free, None when it is not."""
+        exchange, self._exchange, self._up = self._exchange, None, None
+        self._gate.finished(exchange, status, None)
+        if on_idle is not None:
+            on_idle(up)
+        self._settle()
+
+    def tunnel(self, status: int, head: ResponseHead, rest: bytes) -> None:
+        """The connection is a tunnel from here on; rest: what the upstream sent after its head."""
+        up = self._up
+        assert up is not None
+        self._status, self._state = status, TUNNEL
+        self.sink.write(switching(head) + rest)
+        up.pace(self)
+        self._go(FOR_HELD)
+        if self._held:
+            held, self._held = self._held, b""
+            self._to_upstream(up, held)
+        if self._ended:
+            up.sink.end()
+
+    def upstream_half_closed(self) -> None:
+        """The upstream ended its direction of the tunnel."""
+        self._up_ended = True
+        self.sink.end()
+        self._close_tunnel()
+
+    def upstream_drained(self) -> None:
+        """The upstream takes more."""
+        self._go(FOR_UPSTREAM)
+
+    # Ending an exchange.
+
+    def _fail(self, cause: Cause) -> None:
+        """Tell the client by an answer, or by cutting the response that has begun: it must never look complete."""
+        if not self._status:
+            return self._answer(cause, self._gate.explain)
+        exchange, self._exchange = self._exchange, None
+        self._state = CLOSED
+        self._held = b""
+        self.sink.abort()
+        return self._gate.finished(exchange, self._status, cause)
+
+    def _answer(self, cause: Cause, explain: bool) -> None:
+        head, row = self.head, effect(cause)
+        keep = row.keep and head.keep and not (head.old or head.connects or self._closing or self._draining)
+        keep = keep and (self.sent or (self._can_discard() and (self._continued or not head.expects)))
+        self._closing = not keep
+        self.sink.write(http1_answer(cause, close=not keep, explain=explain, head_request=head.method == b"HEAD"))
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            self._gate.finished(exchange, row.status, cause)
+        self._settle()
+
+    def _settle(self) -> None:
+        """The exchange is over: on to the next request, or to the end of the connection."""
+        self._status = 0
+        self._retried = False
+        if self.head is not self._memo:
+            self.head = NO_HEAD  # an idle connection must not hold a large one
+        if self._stopped:
+            self._go(FOR_UPSTREAM | FOR_HELD)
+        if self._closing or self._draining:
+            self._close_after_answer()
+        elif not self.sent:
+            self._state = DISCARD
+            self._spare = self._limits.discard_bytes
+            if self._can_discard():
+                rest, self._held = self._held[self._span :], b""
+                self._span = 0
+                self._discard(rest)
+            else:
+                self._close_after_answer()
+        else:
+            if self._span:
+                self._held, self._span = self._held[self._span :], 0
+            self._state = HEAD
+            if self.sink.blocked:
+                self._state = BLOCKED
+                self._stop(FOR_ANSWERS)
+            elif self._held or self._ended:
+                self._next()
+
+    def _can_discard(self) -> bool:
+        """The rest of the request body may be short enough to be thrown away."""
+        return not (isinstance(self._body, Length) and self._body.left > self._limits.discard_bytes)
+
+    def _discard(self, data: bytes) -> None:
+        body = self._body
+        assert body is not None
+        self._quiet = 0
+        self._spare -= len(data)
+        if self._held:
+            data = self._held + data
+            self._held = b""
+        try:
+            end = body.take_untrusted(data, 0)
+        except BodyError:
+            return self._close_after_answer()
+        self._held = data[end:]
+        if body.done:
+            self.sent = True
+            self._settle()
+        elif self._spare < 0:
+            self._close_after_answer()
+        return None
+
+    def _refuse(self, cause: Cause, detail: str) -> None:
+        """Answer what never became a request, and close."""
+        self._gate.refused(cause, detail)
+        self.sink.write(http1_answer(cause, close=True, explain=self._gate.explain))
+        self._close_after_answer()
+
+    def _close_after_answer(self) -> None:
+        """Close so that the client can read its answer: closing over unread bytes would reset the connection and destroy it."""
+        if self._ended or (self.sent and self._state != HEAD and not self._held):
+            return self._close()
+        self._held = b""
+        self._state = LINGER
+        self._timing = False
+        self._spare = self._limits.discard_bytes
+        self.sink.end()
+        self._go(FOR_UPSTREAM | FOR_HELD | FOR_ANSWERS)
+        return self.sink.expire_after(self._limits.linger_s)
+
+    def _close(self) -> None:
+        self._state = CLOSED
+        self._held = b""
+        self.sink.close()
+
+    def _close_tunnel(self) -> None:
+        """Both directions have ended."""
+        up = self._up
+        if up is not None and self._ended and self._up_ended:
+            self._up = None
+            up.tunnel_closed()
+            self._close()
+            self._gate.finished(self._exchange, self._status, None)
+
+    def _leave(self) -> None:
+        """The client is gone: give up what was under way for it."""
+        up, self._up = self._up, None
+        if self._state == DECIDING:
+            self._gate.cancelled(self._token)
+        elif up is not None:
+            up.cancel()
+            self._gate.finished(self._exchange, self._status, Cause.CLIENT_GONE)
+        self._state = CLOSED
+        self._held = b""
+
+    def _stop(self, reason: int) -> None:
+        if not self._stopped:
+            self.sink.pause()
+        self._stopped |= reason
+
+    def _go(self, reasons: int) -> None:
+        if self._stopped & reasons:
+            self._stopped &= ~reasons
+            if not self._stopped:
+                self.sink.resume()
+
+    def _to_upstream(self, up: Http1Upstream, data: bytes) -> None:
+        up.sink.write(data)
+        if up.sink.blocked:
+            self._stop(FOR_UPSTREAM)
