@@ -4,7 +4,8 @@ Decides which version of an object is in force; what an object means is for whoe
 (``--source folder:DIR``) and the local runner.
 
 Rules. Files whose names start with a dot are not read. An object that two files define is taken from the one whose name sorts first.
-A version that is refused changes nothing: the last good one stays. Nothing is deleted before two looks in a row agree, because an
+A version that is refused changes nothing: the last good one stays, and
+while a file holds anything that is refused, nothing vanishes from it. Nothing is deleted before two looks in a row agree, because an
 editor that truncates and rewrites a file, or replaces it by renaming, would otherwise delete a policy for a moment.
 Writers that replace a file by an atomic rename are seen at the next look.
 """
@@ -21,7 +22,7 @@ import trio
 
 from core.k8s.fields import InvalidObject, Raw
 from core.k8s.manifests import MAX_FILE_BYTES, InvalidManifest, read_manifests
-from core.k8s.objects import Object, group_kind, read_meta
+from core.k8s.objects import Object, group_kind
 from core.k8s.source import Apply, Delete, Event, Parse, Refusal
 from core.refs import Ref
 
@@ -139,8 +140,6 @@ class FolderSource:
             except InvalidObject as error:
                 ref = _ref_of(raw)
                 refusals.append(Refusal(name, ref, str(error), kept=ref in before))
-                if ref is not None and ref in before:
-                    read.setdefault(ref, before[ref])
                 continue
             if parsed is None:
                 continue
@@ -148,6 +147,8 @@ class FolderSource:
                 refusals.append(Refusal(name, parsed.ref, "defined twice in this file", kept=True))
                 continue
             read[parsed.ref] = before[parsed.ref] if before.get(parsed.ref) == parsed else parsed
+        if refusals:  # a misspelt kind or name would otherwise delete the object it stands for
+            read = dict(before) | read
         return read, tuple(refusals)
 
     def _events(self, touched: set[Ref]) -> list[Event]:
@@ -167,9 +168,13 @@ class FolderSource:
 
 
 def _ref_of(raw: Raw) -> Ref | None:
+    """Which object a refused one is, as far as it says so: the rest of its metadata may be what is wrong."""
     try:
         group, kind = group_kind(raw)
-        meta = read_meta(raw)
     except InvalidObject:
         return None
-    return Ref(group, kind, "" if kind in _CLUSTER_WIDE else meta.namespace, meta.name)
+    meta = raw.get("metadata")
+    name, namespace = (meta.get("name"), meta.get("namespace") or "default") if isinstance(meta, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(namespace, str):
+        return None
+    return Ref(group, kind, "" if kind in _CLUSTER_WIDE else namespace[:253], name[:253])
