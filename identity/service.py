@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -199,10 +199,11 @@ async def _body(request: Request) -> bytes:
     body = bytearray()
     try:
         with trio.fail_after(_BODY_TIMEOUT_S):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > BODY_MAX_BYTES:
-                    raise Rejected(400, f"the body is longer than {BODY_MAX_BYTES} bytes")
+            async with aclosing(request.stream()) as chunks:
+                async for chunk in chunks:
+                    body += chunk
+                    if len(body) > BODY_MAX_BYTES:
+                        raise Rejected(400, f"the body is longer than {BODY_MAX_BYTES} bytes")
     except trio.TooSlowError:
         raise Rejected(400, f"the body did not arrive within {_BODY_TIMEOUT_S:.0f} s") from None
     except ClientDisconnect:

@@ -85,12 +85,12 @@ class Lab:
                 stop.set()
                 nursery.cancel_scope.cancel()
 
-    def workload(self, service_account: str, pod: str = "", **overrides: object) -> Workload:
+    def workload(self, service_account: str, pod: str = "") -> Workload:
         pod = pod or f"{service_account}-0"
         identity = WorkloadId(TRUST_DOMAIN, "shop", service_account)
         token_file = self.directory / f"{pod}.token"
         token_file.write_text(self.token(service_account, pod))
-        settings = IdentitySettings(("127.0.0.1", self.port), SERVICE, identity, token_file, self.anchors_file, **overrides)  # type: ignore[arg-type]
+        settings = IdentitySettings(("127.0.0.1", self.port), SERVICE, identity, token_file, self.anchors_file, chance=lambda: 0.0)
         return Workload(settings, Cell(None), Recorder())
 
     def token(self, service_account: str, pod: str, namespace: str = "shop") -> str:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import ssl
+import time
 from pathlib import Path
 
+import h11
+import pytest
+import trio
+import trio.testing
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from prometheus_client.parser import text_string_to_metric_families
 
+from core.names import WorkloadId
+from core.runtime.tls import TlsStream, client_context, server_context
 from identity.authority import Authority
 from identity.bundle import Step
+from identity.csr import make_csr
+from identity.exchange import exchange
+from identity.metrics import exposition
+from identity.serve import ServingCertificate
 from identity.store import Store
-from tests.identity.identity_lab import TRUST_DOMAIN, Lab, kept_certified, wait_until
+from tests.identity.identity_lab import SERVICE, TRUST_DOMAIN, Lab, Workload, kept_certified, wait_until
 
 
 def new_lab(directory: Path) -> Lab:
@@ -52,3 +67,226 @@ async def test_a_rotation_reaches_running_workloads_step_by_step(tmp_path: Path)
                 assert not workload.seen.failures
     assert len(new.anchors) == 1
     assert new.anchors[0].id != old.anchors[0].id
+
+
+async def ask(
+    lab: Lab, method: str, target: str, token: str | None, body: bytes = b"", *more: tuple[str, str]
+) -> tuple[int, dict[str, object]]:
+    context = client_context(None, lab.authority.trust.value.bundle_pem, (b"http/1.1",))
+    stream = TlsStream.client(await trio.open_tcp_stream("127.0.0.1", lab.port), context, SERVICE.server_name, SERVICE)
+    headers = [("host", "identity"), ("content-length", str(len(body))), *more]
+    if token is not None:
+        headers.append(("authorization", f"Bearer {token}"))
+    async with stream:
+        await stream.do_handshake()
+        request = h11.Request(method=method, target=target, headers=headers)
+        status, answer = await exchange(stream, h11.Connection(h11.CLIENT), request, body, 100_000)
+    return status, json.loads(answer) if answer.startswith(b"{") else {}
+
+
+def request_for(service_account: str, namespace: str = "shop") -> bytes:
+    csr = make_csr(ec.generate_private_key(ec.SECP256R1()), WorkloadId(TRUST_DOMAIN, namespace, service_account))
+    return json.dumps({"csr": csr.decode()}).encode()
+
+
+CART = request_for("cart")
+
+
+@pytest.mark.parametrize(
+    ("status", "sentence", "token", "body"),
+    [
+        pytest.param(401, "expected one header Authorization", None, CART, id="no token"),
+        pytest.param(401, "not a token of this mesh", "nonsense", CART, id="nonsense token"),
+        pytest.param(401, "longer than", "x" * 9000, CART, id="long token"),
+        pytest.param(403, "the token is of spiffe://cluster.local/ns/shop/sa/cart", "cart", request_for("web"), id="another account"),
+        pytest.param(403, "ns/bank/sa/cart", "cart", request_for("cart", "bank"), id="another namespace"),
+        pytest.param(400, "not a CertifyRequest", "cart", b"{}", id="no request"),
+        pytest.param(400, "not a CertifyRequest", "cart", b"\xff", id="no JSON"),
+        pytest.param(400, "not a PKCS#10 request", "cart", b'{"csr": "AAAA"}', id="no CSR"),
+        pytest.param(400, "longer than 16384 bytes", "cart", b" " * 20_000, id="long body"),
+    ],
+)
+async def test_a_refusal_names_what_was_wrong(tmp_path: Path, status: int, sentence: str, token: str | None, body: bytes) -> None:
+    lab = new_lab(tmp_path)
+    async with lab.serving():
+        bearer = lab.token("cart", "cart-0") if token == "cart" else token
+        found, answer = await ask(lab, "POST", "/v1/certify", bearer, body)
+    assert found == status
+    assert sentence in str(answer["error"])
+    assert list(lab.authority.ledger.live(0)) == []
+
+
+@pytest.mark.parametrize(
+    "query", ["", "?generation=1", "?issuer=a", "?generation=-1&issuer=a", "?generation=1&issuer=" + "a" * 65, "?generation=1&issuer=a/b"]
+)
+async def test_a_poll_that_reports_nonsense_is_refused(tmp_path: Path, query: str) -> None:
+    lab = new_lab(tmp_path)
+    async with lab.serving():
+        status, answer = await ask(lab, "GET", f"/v1/bundle{query}", lab.token("cart", "cart-0"))
+    assert (status, "expected the" in str(answer["error"])) == (400, True)
+
+
+async def test_a_poll_needs_a_token_too(tmp_path: Path) -> None:
+    lab = new_lab(tmp_path)
+    async with lab.serving():
+        assert (await ask(lab, "GET", "/v1/bundle?generation=0&issuer=a", None))[0] == 401
+        assert (await ask(lab, "GET", "/v1/bundle?generation=0&issuer=a", "nonsense"))[0] == 401
+
+
+@pytest.mark.parametrize(("method", "target", "status"), [("GET", "/v1/certify", 405), ("POST", "/v1/bundle", 405), ("GET", "/", 404)])
+async def test_other_requests_are_not_found(tmp_path: Path, method: str, target: str, status: int) -> None:
+    lab = new_lab(tmp_path)
+    async with lab.serving():
+        assert (await ask(lab, method, target, lab.token("cart", "cart-0")))[0] == status
+
+
+async def test_a_head_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    lab = new_lab(tmp_path)
+    async with lab.serving():
+        assert (await ask(lab, "GET", "/v1/bundle", None, b"", ("x", "y" * 20_000)))[0] in (400, 431)
+
+
+async def test_a_newer_poll_of_an_instance_ends_its_earlier_one(tmp_path: Path) -> None:
+    lab = new_lab(tmp_path)
+    target = f"/v1/bundle?generation=1&issuer={lab.authority.issuer.ref.id}"
+    answers: list[int] = []
+    async with lab.serving() as service, trio.open_nursery() as nursery:
+
+        async def poll() -> None:
+            answers.append((await ask(lab, "GET", target, lab.token("cart", "cart-0")))[0])
+
+        nursery.start_soon(poll)
+        await wait_until(lambda: service.counters.polls == 1)
+        nursery.start_soon(poll)
+        await wait_until(lambda: answers == [204])
+        service.drain()
+        await wait_until(lambda: answers == [204, 204])
+        assert (await ask(lab, "GET", target, lab.token("cart", "cart-0")))[0] == 503
+
+
+async def test_an_issuer_at_its_end_is_a_503_that_says_so(tmp_path: Path) -> None:
+    now = [time.time()]
+    lab = Lab(tmp_path, Authority.self_made(TRUST_DOMAIN, None, clock=lambda: now[0]))
+    async with lab.serving():
+        token = lab.token("cart", "cart-0")
+        now[0] += 365 * 86400
+        status, answer = await ask(lab, "POST", "/v1/certify", token, CART)
+    assert status == 503
+    assert "renew the issuer" in str(answer["error"])
+
+
+async def test_the_service_speaks_tls_1_3_and_aes_128_only_to_those_who_prefer_it(tmp_path: Path) -> None:
+    lab = new_lab(tmp_path)
+    async with lab.serving():
+        context = client_context(None, lab.authority.trust.value.bundle_pem, (b"http/1.1",))
+        stream = TlsStream.client(await trio.open_tcp_stream("127.0.0.1", lab.port), context, "any.name", SERVICE)
+        async with stream:
+            await stream.do_handshake()
+            assert stream.peer == SERVICE
+            assert stream.alpn == b"http/1.1"
+            assert stream.connection.get_protocol_version_name() == "TLSv1.3"
+            assert stream.connection.get_cipher_name() == "TLS_AES_128_GCM_SHA256"
+        old = ssl.create_default_context(cafile=str(lab.anchors_file))
+        old.maximum_version, old.check_hostname = ssl.TLSVersion.TLSv1_2, False
+        refused = trio.SSLStream(await trio.open_tcp_stream("127.0.0.1", lab.port), old)
+        with pytest.raises(trio.BrokenResourceError):
+            await refused.do_handshake()
+        await trio.aclose_forcefully(refused)
+
+
+async def test_a_workload_that_lags_is_named_and_blocks_the_step(tmp_path: Path) -> None:
+    lab = new_lab(tmp_path)
+    async with lab.serving():
+        cart, web = lab.workload("cart"), lab.workload("web")
+        async with kept_certified(cart):
+            async with kept_certified(web):
+                await cart.wait_certified()
+                await web.wait_certified()
+            assert lab.authority.rotate(Step.ADD) is None
+            await wait_until(lambda: len(lab.authority.blocking()) == 1)
+            refusal = lab.authority.rotate(Step.SWITCH)
+            assert refusal is not None
+            assert "shop/web-0 (spiffe://cluster.local/ns/shop/sa/web)" in refusal.sentence
+            assert "cart" not in refusal.sentence
+            async with kept_certified(web):
+                await wait_until(lambda: not lab.authority.blocking())
+                assert lab.authority.rotate(Step.SWITCH) is None
+
+
+async def test_a_restart_in_mid_rotation_goes_on_where_it_was(tmp_path: Path) -> None:
+    lab = new_lab(tmp_path)
+    async with trio.open_nursery() as nursery:
+        cart = None
+        for step in (Step.ADD, Step.SWITCH, Step.DROP):
+            async with lab.serving():
+                if cart is None:
+                    cart = lab.workload("cart")
+                    await nursery.start(in_background, cart)
+                await wait_until(lambda: not lab.authority.blocking())
+                assert lab.authority.rotate(step) is None
+            lab.authority = Authority.self_made(TRUST_DOMAIN, Store(tmp_path / "ca"))
+        async with lab.serving():
+            assert cart is not None
+            await cart.cell.wait_for(lambda value: value is not None and value.bundle_pem == lab.authority.trust.value.bundle_pem)
+        nursery.cancel_scope.cancel()
+    assert {reason for reason, _ in cart.seen.failures} <= {"connection-lost", "connect-failed", "tls-failed", "status-503"}
+    assert len(lab.authority.trust.value.anchors) == 1
+
+
+async def in_background(workload: Workload, task_status: trio.TaskStatus[None]) -> None:
+    async with kept_certified(workload):
+        await workload.wait_certified()
+        task_status.started()
+        await trio.sleep_forever()
+
+
+async def test_workloads_keep_speaking_to_each_other_through_every_step(tmp_path: Path) -> None:
+    """Each pair handshakes with whatever it holds at the moment, all the time, while the trust is rotated twice."""
+    lab = new_lab(tmp_path)
+    handshakes = 0
+    async with lab.serving():
+        pair = [lab.workload("cart"), lab.workload("web")]
+        async with kept_certified(*pair):
+            for workload in pair:
+                await workload.wait_certified()
+            for step in (Step.ADD, Step.SWITCH, Step.DROP) * 2:
+                with trio.fail_after(10):
+                    while lab.authority.blocking():
+                        await both_handshakes(*pair)
+                        handshakes += 2
+                assert lab.authority.rotate(step) is None
+                await both_handshakes(*pair)
+            issuers = {x509.load_pem_x509_certificates(c.chain_pem)[1].subject.rfc4514_string() for c in pair[0].seen.certificates}
+    assert handshakes >= 8
+    assert len(issuers) == 3
+
+
+async def both_handshakes(one: Workload, other: Workload) -> None:
+    for client, server in ((one, other), (other, one)):
+        near, far = trio.testing.memory_stream_pair()
+        mine, theirs = await client.wait_certified(), await server.wait_certified()
+        dialled = TlsStream.client(near, client_context(mine, mine.bundle_pem, (b"x",)), "n", server.settings.identity)
+        accepted = TlsStream.server(far, server_context(theirs, client="required", alpn=(b"x",)), TRUST_DOMAIN)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(dialled.do_handshake)
+            nursery.start_soon(accepted.do_handshake)
+        assert (dialled.peer, accepted.peer) == (server.settings.identity, client.settings.identity)
+
+
+async def test_what_the_service_did_is_in_its_metrics(tmp_path: Path) -> None:
+    lab = new_lab(tmp_path)
+    async with lab.serving() as service:
+        cart = lab.workload("cart")
+        async with kept_certified(cart):
+            await cart.wait_certified()
+            await ask(lab, "POST", "/v1/certify", None, CART)
+        text = exposition(lab.authority, service, ServingCertificate(lab.authority, SERVICE)).decode()
+    samples = {
+        (sample.name, tuple(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert samples["pillion_identity_certified_total", ()] == 1
+    assert samples["pillion_identity_refused_total", (("status", "401"),)] == 1
+    assert samples["pillion_identity_workloads", ()] == 1
+    assert samples["pillion_identity_issuer_expiry_timestamp_seconds", ()] == lab.authority.issuer.not_after
