@@ -31,6 +31,8 @@ log = logs.logger("identity")
 def authority_of(config: Config, files: GivenFiles | None) -> Authority:
     """The authority that the settings describe. Raises StoreUnsafe, IssuerInvalid or OSError."""
     store = Store(config.ca_dir) if config.ca_dir else None
+    if store is not None:
+        store.lock()
     if files is None:
         return Authority.self_made(config.trust_domain, store, lifetime_s=config.leaf_lifetime_s)
     issuer, anchors = files.read(time.time())
@@ -111,7 +113,10 @@ def publish(path: Path, bundle_pem: bytes) -> None:
 async def tend(authority: Authority) -> None:
     """Housekeeping; for ever."""
     while True:
-        authority.tend()
+        try:
+            authority.tend()
+        except OSError as error:
+            log.error("housekeeping failed, will be tried again", reason=str(error))
         await trio.sleep(_TEND_EVERY_S)
 
 

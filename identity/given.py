@@ -43,7 +43,7 @@ class GivenFiles:
                 contents.append(path.read_bytes()[:_FILE_MAX_BYTES])
             except OSError as error:
                 raise IssuerInvalid(f"{path} cannot be read: {error.strerror}") from None
-        if self.key.stat().st_mode & 0o007:
+        if _mode(self.key) & 0o007:
             raise IssuerInvalid(f"{self.key} may be read by everybody: chmod o= {self.key} (for a Secret: defaultMode 0440 or less)")
         try:
             return load_issuer(contents[0], contents[1], contents[2], now)
@@ -51,24 +51,39 @@ class GivenFiles:
             raise IssuerInvalid(f"{self.certificate.parent}: {error}") from None
 
 
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except OSError as error:  # swapped away since it was read
+        raise IssuerInvalid(f"{path} cannot be read: {error.strerror}") from None
+
+
 async def follow_files(files: GivenFiles, authority: Authority) -> None:
     """Run for ever."""
     issuer, anchors, said = authority.issuer, None, ""
     while True:
+        waiting = ""
         try:
             issuer, anchors = files.read(authority.clock())
-            waiting = ""
         except IssuerInvalid as error:
             waiting = f"the files are not used: {error}"
-        if anchors is not None:
-            before = authority.trust.version
-            blocking = authority.converge(issuer, anchors)
-            if authority.trust.version != before:
-                trust = authority.trust.value
-                log.warning("trust changed", generation=trust.generation, issuer=trust.issuer.id, anchors=len(trust.anchors))
-            if blocking and not waiting:
-                waiting = f"the next step waits for {len(blocking)} workload instance(s): {'; '.join(blocking[:5])}"
+        try:
+            blocking = _converge(authority, issuer, anchors) if anchors is not None else []
+        except OSError as error:  # a full disk: what is not stored is not done, and tried again
+            log.error("trust not changed", reason=str(error))
+            blocking = []
+        if blocking and not waiting:
+            waiting = f"the next step waits for {len(blocking)} workload instance(s): {'; '.join(blocking[:5])}"
         if waiting and waiting != said:
             log.warning("issuer files", state=waiting)
         said = waiting
         await trio.sleep(_LOOK_EVERY_S)
+
+
+def _converge(authority: Authority, issuer: Issuer, anchors: list[x509.Certificate]) -> list[str]:
+    before = authority.trust.version
+    blocking = authority.converge(issuer, anchors)
+    if authority.trust.version != before:
+        trust = authority.trust.value
+        log.warning("trust changed", generation=trust.generation, issuer=trust.issuer.id, anchors=len(trust.anchors))
+    return blocking

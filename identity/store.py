@@ -6,6 +6,7 @@ or the new one; keys are written before the state that names them.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from identity.ledger import Holding
 _STATE = "state.json"
 _JOURNAL = "ledger.jsonl"
 _BUNDLE = "bundle.pem"
+_LOCK = "lock"
 _JOURNAL_SLACK = 4096  # lines beyond the live entries before the journal is written anew
 
 
@@ -94,6 +96,18 @@ class Store:
         if stat.st_mode & 0o022 or stat.st_uid != os.geteuid():
             raise StoreUnsafe(f"{directory} must belong to uid {os.geteuid()} and be written by nobody else: chmod 700 {directory}")
         self._journal_lines = 0
+        self._lock = -1
+
+    def lock(self) -> None:
+        """Keep other processes away until this one ends: two that sign from one directory would forget each other's leaves.
+
+        Raises StoreUnsafe.
+        """
+        self._lock = os.open(self._directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StoreUnsafe(f"another identity service works in {self._directory}: stop it, or use another directory") from None
 
     def load(self) -> StoredState | None:
         """The state of the last run, None on first start; raises StoreUnsafe when it is damaged."""

@@ -145,6 +145,24 @@ async def test_a_swapped_secret_is_noticed_and_a_bad_one_changes_nothing(
     assert capsys.readouterr().out.count("does not end in any of the trust anchors") == 1
 
 
+async def test_a_full_disk_stops_nothing_and_is_tried_again(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "given").mkdir()
+    files = write(tmp_path / "given", OLD_ISSUER, OLD)
+    authority = given(files, Store(tmp_path / "ca"))
+    write(tmp_path / "given", NEW_ISSUER, NEW)
+    async with trio.open_nursery() as nursery:
+        with monkeypatch.context() as full:
+            full.setattr(Store, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            nursery.start_soon(follow_files, files, authority)
+            await trio.sleep(10)
+            assert anchors_of(authority) == OLD.certificate_pem
+        await trio.sleep(10)
+        assert anchors_of(authority) == NEW.certificate_pem
+        nursery.cancel_scope.cancel()
+
+
 def test_a_key_that_everybody_may_read_is_refused(tmp_path: Path) -> None:
     files = write(tmp_path, OLD_ISSUER, OLD)
     files.key.resolve().chmod(0o644)

@@ -95,6 +95,12 @@ def test_an_operator_rotates_through_and_the_bundle_is_published(running: tuple[
         assert time.monotonic() < deadline
 
 
+def test_a_second_service_on_the_same_directory_does_not_start(running: tuple[dict[str, str], Path]) -> None:
+    done = identity(running[0])
+    assert done.returncode == 1
+    assert "another identity service works in" in done.stderr
+
+
 def test_every_wrong_setting_is_reported_at_once(tmp_path: Path) -> None:
     env = environment(tmp_path, PILLION_LEAF_LIFETIME_S="3", PILLION_TOKEN_REVIEW="maybe", PILLION_TRUST_DOMAIN="A B")
     done = identity(env, "--check-config")

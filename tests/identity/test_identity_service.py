@@ -22,7 +22,7 @@ from identity.bundle import Step
 from identity.csr import make_csr
 from identity.exchange import exchange
 from identity.metrics import exposition
-from identity.serve import ServingCertificate
+from identity.serve import ServingCertificate, listen
 from identity.store import Store
 from tests.identity.identity_lab import SERVICE, TRUST_DOMAIN, Lab, Workload, kept_certified, wait_until
 
@@ -124,6 +124,13 @@ async def test_a_poll_that_reports_nonsense_is_refused(tmp_path: Path, query: st
     async with lab.serving():
         status, answer = await ask(lab, "GET", f"/v1/bundle{query}", lab.token("cart", "cart-0"))
     assert (status, "expected the" in str(answer["error"])) == (400, True)
+
+
+async def test_one_socket_takes_ipv4_and_ipv6() -> None:
+    [sock] = listen("::", 0)
+    with sock:
+        for host in ("127.0.0.1", "::1"):
+            await trio.aclose_forcefully(await trio.open_tcp_stream(host, sock.getsockname()[1]))
 
 
 async def test_a_poll_needs_a_token_too(tmp_path: Path) -> None:
