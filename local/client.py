@@ -5,8 +5,10 @@ from __future__ import annotations
 import array
 import json
 import os
+import select
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -48,7 +50,8 @@ def converse(connection: socket.socket, request: protocol.Request, fds: tuple[in
     data = protocol.encode(request)
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     sent = connection.sendmsg([data], ancillary)
-    connection.sendall(data[sent:])
+    if sent < len(data):  # an empty send would fail with EPIPE when the runner was quick to answer
+        connection.sendall(data[sent:])
     received = b""
     while not received.endswith(b"\n"):
         chunk = connection.recv(1 << 16)
@@ -56,6 +59,19 @@ def converse(connection: socket.socket, request: protocol.Request, fds: tuple[in
             return protocol.Done(()) if isinstance(request, protocol.Down) else protocol.Failed(("the runner ended before it answered",))
         received += chunk
     return protocol.decode_answer(received)
+
+
+def end(name: str) -> None:
+    """End the mesh; returns when its process, and with it everything of it, is gone. Raises NotRunning."""
+    with connect(name) as connection:
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid = struct.unpack("3i", credentials)[0]
+        runner = os.pidfd_open(pid)
+        try:
+            converse(connection, protocol.Down())
+            select.select([runner], [], [])
+        finally:
+            os.close(runner)
 
 
 def start(name: str, folder: str) -> None:

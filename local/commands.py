@@ -78,7 +78,7 @@ def _attend(name: str, timeout_s: float) -> protocol.MeshStatus:
             while lease.recv(1):
                 pass
         except KeyboardInterrupt:
-            client.ask(name, protocol.Down())
+            client.end(name)
     return status
 
 
@@ -86,7 +86,10 @@ def _attend(name: str, timeout_s: float) -> protocol.MeshStatus:
 @_name
 def down(name: str) -> None:
     """End the mesh: every process, namespace, mount and rule of it."""
-    _ask(name, protocol.Down())
+    try:
+        client.end(name)
+    except (client.NotRunning, BadName) as error:
+        raise _fail(str(error)) from None
     click.echo("down")
 
 
