@@ -94,8 +94,8 @@ class FakeGate:
 class Pair:
     """One client connection and the upstream its requests go to."""
 
-    def __init__(self, limits: Http1Limits | None = None) -> None:
-        self.gate = FakeGate()
+    def __init__(self, limits: Http1Limits | None = None, gate: FakeGate | None = None) -> None:
+        self.gate = gate or FakeGate()
         self.down = FakeSink()
         self.client = Http1Client(self.down, self.gate, limits)
         self.idle: list[Http1Upstream] = []

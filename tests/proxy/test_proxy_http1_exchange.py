@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from proxy.protocol.http1 import Http1Limits
 from proxy.protocol.requests import Forward, HeadEdit, RequestHead, Verdict
 from proxy.rescue import Cause
-from tests.proxy.http1_fakes import HEAD, OK, Pair
+from tests.proxy.http1_fakes import HEAD, OK, FakeGate, Pair
 
 
 def test_a_get_and_its_response_pass_untouched_in_one_write_each() -> None:
@@ -313,21 +313,40 @@ def test_a_stale_upstream_is_retried_once(how: str) -> None:
     assert pair.down.out == OK
 
 
-def test_an_upstream_that_died_before_it_was_handed_out_is_retried() -> None:
-    pair = Pair()
+class RetryGate(FakeGate):
+    """Hands out a dead upstream first."""
+
+    def retry(self, exchange: object, head: RequestHead, token: int) -> Verdict | None:
+        self.verdict = "forward"
+        return super().retry(exchange, head, token)
+
+
+@pytest.mark.parametrize("request_", [HEAD, POST, SLOW])
+def test_any_request_is_retried_of_which_nothing_was_sent(request_: bytes) -> None:
+    pair = Pair(gate=RetryGate())
     dead = pair.upstream
     dead.lost(True)
     pair.gate.verdict = Forward(dead, pair.gate.edit, "dead")
-    original = pair.gate.retry
     pair.connect()
+    pair.client.received(request_)
+    assert pair.up.out == request_ and pair.gate.log == [("retry", "dead")]
 
-    def retry(exchange: object, head: RequestHead, token: int) -> Verdict | None:
-        pair.gate.verdict = "forward"
-        return original(exchange, head, token)
 
-    pair.gate.retry = retry  # type: ignore[method-assign]
-    pair.client.received(HEAD)
-    assert pair.up.out == HEAD
+def test_a_client_that_leaves_in_its_body_gets_no_half_response_in_order() -> None:
+    pair = Pair()
+    pair.client.received(SLOW)
+    pair.upstream.received(b"HTTP/1.1 200 OK\r\n\r\n12")
+    pair.client.ended()
+    assert pair.down.fate == "abort" and pair.up.fate == "abort"
+
+
+def test_a_trailer_longer_than_what_may_be_held_still_arrives() -> None:
+    pair = Pair(Http1Limits(held_bytes=10))
+    data = CHUNKED + b"0\r\nX-Trailer: " + b"a" * 100 + b"\r\n\r\n"
+    for at in range(len(data)):
+        assert not pair.down.paused
+        pair.client.received(data[at : at + 1])
+    assert pair.up.out == data
 
 
 @pytest.mark.parametrize(

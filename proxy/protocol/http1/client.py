@@ -51,7 +51,10 @@ class Http1Client(ClientConnection):
             self._follow(verdict)
 
     def fail(self, cause: Cause) -> None:
-        """End the exchange that is under way: an answer when none has begun, else a cut. For deadlines and withdrawn permits."""
+        """End the exchange that is under way: an answer when none has begun, else a cut. For deadlines and withdrawn permits.
+
+        A gate that still owes its verdict gives it as an Answer instead.
+        """
         if self._up is not None:
             self._up.cancel()
             self._up = None
@@ -101,8 +104,12 @@ class Http1Client(ClientConnection):
         elif state in (DISCARD, LINGER):
             self._close()
         elif state in (BODY, DECIDING) and not self.sent:
+            begun = self._status
             self._leave()
-            self._close()
+            if begun:
+                self.sink.abort()  # half a response must not end in order
+            else:
+                self._close()
 
     def lost(self, reset: bool) -> None:
         """See sides.Receiver."""
@@ -180,6 +187,7 @@ class Http1Client(ClientConnection):
         verdict = self._gate.request(head, self._token)
         if verdict is None:
             self._state = DECIDING
+            self._hold(self._held)
         else:
             self._follow(verdict)
 
@@ -213,7 +221,7 @@ class Http1Client(ClientConnection):
         if self._ended and not body.done:
             self._refuse(Cause.BAD_REQUEST, "the connection ended in the middle of a request")
             return False
-        self._hold(rest)
+        self._held = rest
         return True
 
     def _hold(self, data: bytes) -> None:
@@ -242,7 +250,7 @@ class Http1Client(ClientConnection):
             if head is self._memo:
                 self._edited, self._out = head, out
         if not up.reusable:
-            return self.upstream_broken(Cause.UPSTREAM_RESET, stale=True)
+            return self._ask_again()  # it died between the verdict and now
         self._up = up
         self._state = WAIT
         if head.bodiless:
@@ -264,11 +272,14 @@ class Http1Client(ClientConnection):
             up.unused()
             self._closing = True
             return self._answer(Cause.BAD_REQUEST, self._gate.explain)
-        self._held, self._span = held[span:], 0
+        self._span = 0
+        self._go(FOR_HELD)
+        self._held = held[span:]
+        if self.sent:
+            self._hold(self._held)
         up.start(self, out + held[:span])
         if not self.sent:
             self._state = BODY
-            self._go(FOR_HELD)
             if self._held:
                 rest, self._held = self._held, b""
                 return self._relay_body(rest)
@@ -296,8 +307,10 @@ class Http1Client(ClientConnection):
             self._state = WAIT
         if end:
             self._to_upstream(up, data if end == len(data) else data[:end])
-        if end != len(data):
+        if body.done:
             self._hold(data[end:])
+        else:
+            self._held = data[end:]  # bounded by the reader; pausing here would wait for ever
         return None
 
     def _next(self) -> None:
@@ -320,13 +333,19 @@ class Http1Client(ClientConnection):
     def upstream_broken(self, cause: Cause, stale: bool) -> None:
         """The exchange cannot be completed. stale: the upstream had served before and died before any byte of this response."""
         self._up = None
-        head = self.head
-        if stale and head.replayable and not self._retried:
-            self._retried = True
-            self._go(FOR_UPSTREAM)
-            verdict = self._gate.retry(self._exchange, head, self._token)
-            if verdict is not None:
-                return self._follow(verdict)
-            self._state = DECIDING
-            return None
-        return self._fail(cause)
+        if stale and self.head.replayable:
+            self._ask_again()
+        else:
+            self._fail(cause)
+
+    def _ask_again(self) -> None:
+        """Nobody has acted on the request: let the gate send it elsewhere, once."""
+        if self._retried:
+            return self._fail(Cause.UPSTREAM_RESET)
+        self._retried = True
+        self._go(FOR_UPSTREAM)
+        verdict = self._gate.retry(self._exchange, self.head, self._token)
+        if verdict is not None:
+            return self._follow(verdict)
+        self._state = DECIDING
+        return None
