@@ -17,6 +17,7 @@ from bench.contestants.envoy import Envoy
 from bench.contestants.haproxy import Haproxy
 from bench.contestants.none import NoProxy
 from bench.contestants.pillion import Pillion
+from bench.facts import Facts
 from bench.measure import Series, results
 from bench.rig import FULL, QUICK, Bench
 from bench.scenarios import SCENARIOS
@@ -33,7 +34,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="seconds of a round (4, quick 1)")
     parser.add_argument("--pin", choices=("pods", "split", "none"), default="none", help="cores: see Pinning.named")
     parser.add_argument("--no-install", action="store_true", help="use what is installed, install nothing")
-    parser.add_argument("--out", type=Path, help="the JSON file; default bench/results/latest.json, quick runs quick.json")
+    parser.add_argument(
+        "--out", type=Path, help="the JSON file; default latest.json in bench/results, for quick or partial runs quick.json"
+    )
+    parser.add_argument("--page", type=Path, metavar="JSON", help="measure nothing: write docs/performance.md from this file")
     chosen = parser.parse_args(argv)
     if unknown := set(chosen.rows.split(",")) - set(SCENARIOS):
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
@@ -55,6 +59,9 @@ def contestants(found: peers.Peers, wanted: str) -> list[Contestant]:
 def main(argv: list[str]) -> int:
     """Exit code 0 when every round of every contestant succeeded, 1 when one failed or nothing could be measured, 2 for usage."""
     chosen = arguments(argv)
+    if chosen.page:
+        report.write_page(*report.from_json(chosen.page.read_text()))
+        return 0
     if os.geteuid() != 0:
         print(
             "bench: needs root (CAP_SYS_ADMIN, CAP_NET_ADMIN) to make network namespaces",
@@ -80,7 +87,7 @@ def main(argv: list[str]) -> int:
         for row in chosen.rows.split(","):
             SCENARIOS[row](bench)
         series: list[Series] = bench.series
-    facts = report.Facts(
+    facts = Facts(
         machine=peers.machine(),
         versions=found.versions,
         commit=peers.commit(),
@@ -92,7 +99,8 @@ def main(argv: list[str]) -> int:
         took_s=time.time() - started,
     )
     rows = results(series)
-    report.publish(facts, rows, chosen.out)
+    whole = not chosen.quick and not chosen.contestants and chosen.rows == ",".join(SCENARIOS)
+    report.publish(facts, rows, chosen.out or report.LATEST.with_name("latest.json" if whole else "quick.json"), page=whole)
     failed = [one for one in series if one.failed_rounds]
     for one in failed:
         print(

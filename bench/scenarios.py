@@ -35,7 +35,7 @@ from bench.rig import (
 )
 from bench.stage import ROOT, StageError, file_limit, wait_until
 
-MIB = 1 << 20
+MB = 1e6
 _SAME_PROCESS_OR_NONE = ("none", "envoy-h2")  # where what the proxies speak between them makes no difference
 
 
@@ -150,10 +150,10 @@ def p6(bench: Bench) -> None:
                 made = [Entry(contestant, *start_one(bench, stack, contestant, Setup(), nginx), series) for _ in range(pairs)]
                 pids = [pid for entry in made for pid in entry.pids]
                 time.sleep(1)
-                idle = [pss_bytes(pid) / MIB for pid in pids]
+                idle = [pss_bytes(pid) / MB for pid in pids]
                 failed = [outcome for entry in made if (outcome := _wrk(bench, 32)(entry, bench.plan.warmup_s)).failed]
                 time.sleep(1)
-                loaded = [pss_bytes(pid) / MIB for pid in pids]
+                loaded = [pss_bytes(pid) / MB for pid in pids]
             except StageError as error:
                 series.fail(str(error))
                 continue
@@ -162,7 +162,7 @@ def p6(bench: Bench) -> None:
             continue
         for one, other in zip(idle, loaded, strict=True):
             series.add({"pss_idle": one, "pss_after_load": other})
-        bench.say(f"P6 {contestant.name}: idle {statistics.median(idle):.1f} MiB, after load {statistics.median(loaded):.1f} MiB")
+        bench.say(f"P6 {contestant.name}: idle {statistics.median(idle):.1f} MB, after load {statistics.median(loaded):.1f} MB")
 
 
 def p7(bench: Bench) -> None:
@@ -202,7 +202,7 @@ def _hold(bench: Bench, entry: Entry, count: int) -> dict[str, float]:
     time.sleep(2)
     grown = max(1, held - before)
     return {
-        "bytes_per_connection": grown / count / 1024,
+        "bytes_per_connection": grown / count / 1000,
         "given_back": 100 * (held - pss_bytes(pid)) / grown,
         "active_p50": active["p50_us"],
         "active_p99": active["p99_us"],

@@ -1,0 +1,62 @@
+"""Bar charts as SVG text, without a drawing library. Pure; called by `bench.report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from bench.measure import HIGHER_IS_BETTER, Result
+
+COLOURS = {"pillion": "#c2410c", "envoy": "#7c3aed", "envoy-h2": "#a78bfa", "haproxy": "#2563eb", "none": "#9ca3af"}
+_WIDTH, _LEFT, _RIGHT, _BAR, _GAP = 760, 250, 110, 16, 14
+
+CHARTS = (
+    ("P1", "throughput"),
+    ("P1", "cpu_per_request"),
+    ("P2", "latency_mean"),
+    ("P3", "throughput"),
+    ("P4", "bandwidth"),
+    ("P5", "connections_per_cpu_s"),
+    ("P6", "pss_idle"),
+    ("P7", "bytes_per_connection"),
+    ("P9", "added_p99"),
+    ("P12", "growth"),
+)
+
+
+def chart(rows: Sequence[Result], row: str, metric: str) -> str | None:
+    """One picture: a group of bars for each work, a bar for each contestant; None when there is nothing to show.
+
+    The contestant without proxy is left out: its bars would make all others short.
+    """
+    shown = [one for one in rows if (one.row, one.metric) == (row, metric) and one.median is not None and one.contestant != "none"]
+    if not shown:
+        return None
+    top = max(one.median or 0.0 for one in shown) or 1.0
+    better = "more is better" if metric in HIGHER_IS_BETTER else "less is better"
+    title = f"{row}: {metric.replace('_', ' ')}, {shown[0].unit} ({better})"
+    body, y = [f'<text x="10" y="22" font-weight="600">{escape(title)}</text>'], 44
+    for work in dict.fromkeys(one.work for one in shown):
+        body.append(f'<text x="10" y="{y + 12}">{escape(work)}</text>')
+        for one in (one for one in shown if one.work == work):
+            value = max(0.0, one.median or 0.0)
+            length = round((_WIDTH - _LEFT - _RIGHT) * value / top, 1)
+            body.append(
+                f'<text x="{_LEFT - 6}" y="{y + 12}" text-anchor="end" fill="#555">{escape(one.contestant)}</text>'
+                f'<rect x="{_LEFT}" y="{y}" width="{length}" height="{_BAR - 2}" fill="{COLOURS.get(one.contestant, "#444")}"/>'
+                f'<text x="{_LEFT + length + 5}" y="{y + 12}" fill="#333">{number(one.median)}</text>'
+            )
+            y += _BAR
+        y += _GAP
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{y}" viewBox="0 0 {_WIDTH} {y}" role="img" '
+        f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="12">'
+    )
+    return "\n".join([head, f'<rect width="{_WIDTH}" height="{y}" fill="#fff"/>', *body, "</svg>", ""])
+
+
+def number(value: float | None) -> str:
+    """Three or four significant digits, thousands separated: 12,345 / 1.234 / empty for None."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

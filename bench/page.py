@@ -1,0 +1,126 @@
+"""docs/performance.md from a run: what is not yet ahead first, then what is, then every figure, then how it was measured. Pure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from bench.charts import CHARTS, number
+from bench.facts import Facts
+from bench.measure import Result
+from bench.targets import US, Verdict, judge
+
+TITLES = {
+    "P1": "HTTP/1.1 through the mutual TLS pair, 32 connections, 1 KiB answers",
+    "P2": "HTTP/1.1 through the mutual TLS pair, 1 connection",
+    "P3": "HTTP/2 and gRPC unary through the pair (connections x streams)",
+    "P4": "Large bodies and opaque TCP through the pair, 4 connections",
+    "P5": "New mutual TLS connections per second of CPU, one request each",
+    "P6": "Memory of idle sidecars (proportional set size), all running on one machine",
+    "P7": "Idle keep-alive connections with mutual TLS through one inbound sidecar",
+    "P9": "Latency at fixed rates, open loop (no coordinated omission), and what the pair adds to it",
+    "P11": "From exec to ready, certificate included",
+    "P12": "P1 as policy and service grow; growth is CPU per request over that of the smallest size",
+}
+
+METHOD = """\
+- Every contestant is a pair of proxies in two network namespaces, a client pod and a server pod, joined by a veth pair. The client dials
+  the service; the same nftables redirect, with the same exemption by uid, leads the traffic of **every** contestant through its proxies,
+  as it does in a mesh. `none` is the client dialling the server pod without proxies and without redirect.
+- One worker each: Envoy `--concurrency 1`, HAProxy `nbthread 1`, Pillion's one process. Mutual TLS 1.3 with ECDSA P-256 certificates on
+  the hop between the proxies; both ends verify each other (Envoy and Pillion by SPIFFE URI, HAProxy 2.6, which cannot read one, by DNS
+  name and common name). No session resumption for anybody.
+- Every inbound proxy allows six combinations of method and path prefix, to the client's identity only, and refuses the rest: before each
+  work an allowed request must be answered with 200 and another one with 403 or 404, or the contestant does not take part. Envoy normalises
+  paths, as its guide asks when paths decide. Statistics on, access logs off.
+- The configurations of the peers are in `bench/configs`, what fills them in `bench/contestants`.
+- HTTP/1.1 load is wrk with `bench/load/varied.lua`: 50 paths with ids, 8 headers, of which 3 are different in every request. HTTP/2 load
+  is `bench/load/h2.py`, because h2load can vary no header; large HTTP/2 bodies are h2load's. The answers come from nginx (HTTP/1.1),
+  nghttpd (HTTP/2) and `bench/load/bulk.py` (large bodies).
+- All contestants of a work are started first, then their rounds run interleaved, in turn from both ends. A figure is the median of its
+  rounds; spread is (largest - smallest) / median. A round with any failed request is reported as failed and keeps no figure.
+- CPU is user and system time of the two proxies' processes, from `/proc/<pid>/stat`. Load, server and Pillion's control plane are not in
+  it. Memory is the proportional set size.
+- Load, proxies and server share the machine's cores, so that a throughput ratio is nearer to 1 than the ratio of what the proxies cost:
+  look at CPU per request beside it.
+"""
+
+
+def performance_page(facts: Facts, rows: Sequence[Result], notes: str = "") -> str:
+    """The whole page as Markdown. notes: what is written by hand about where time goes, put before the figures."""
+    verdicts = judge(rows)
+    behind = sorted((one for one in verdicts if not one.met and one.figure is not None), key=lambda one: -one.shortfall)
+    unknown = [one for one in verdicts if one.figure is None]
+    ahead = [one for one in verdicts if one.met]
+    parts = [
+        "# Performance: Pillion beside Envoy and HAProxy",
+        f"Written by `make bench` from one run; do not edit. {_where(facts)}",
+        "## Not yet ahead",
+        _verdict_table(behind) if behind else "Every figure that was measured reaches its target.",
+    ]
+    if unknown:
+        lines = "\n".join(f"- {one.target.row} {one.work or TITLES[one.target.row]}: {_metric(one)}" for one in unknown)
+        parts += ["Not measured in this run:", lines]
+    parts += ["## Ahead", _verdict_table(ahead) if ahead else "Nothing yet."]
+    if failed := [row for row in rows if row.failed]:
+        parts += ["## Failed rounds", _failed(failed)]
+    if notes:
+        parts += ["## Where the time goes", notes.strip()]
+    parts.append("## All figures")
+    for row in dict.fromkeys(one.row for one in rows):
+        parts.append(f"### {row}: {TITLES[row]}")
+        parts += [
+            f"![{row} {metric}](performance/{row}-{metric}.svg)"
+            for chart_row, metric in CHARTS
+            if chart_row == row and _has(rows, row, metric)
+        ]
+        parts.append(_figures([one for one in rows if one.row == row and one.metric]))
+    parts += ["## How it was measured", METHOD.strip()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _has(rows: Sequence[Result], row: str, metric: str) -> bool:
+    return any((one.row, one.metric) == (row, metric) and one.contestant != "none" for one in rows)
+
+
+def _where(facts: Facts) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(facts.versions.items()))
+    machine = facts.machine
+    day = time.strftime("%Y-%m-%d", time.gmtime(facts.started))
+    quick = " **A quick run: the figures mean little.**" if facts.quick else ""
+    return (
+        f"Commit {facts.commit}, {day}, {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+        f"Linux {machine['kernel']}, "
+        f"Python {machine['python']} ({machine['python_build']}); {versions}. {facts.rounds} interleaved rounds of {facts.seconds:g} s; "
+        f"{facts.pinning}.{quick}"
+    )
+
+
+def _metric(verdict: Verdict) -> str:
+    return verdict.target.metric.replace("_", " ") + (f" beside {verdict.target.against}" if verdict.target.against else "")
+
+
+def _verdict_table(verdicts: Sequence[Verdict]) -> str:
+    lines = ["| row | work | figure | must be | is |", "|---|---|---|---|---|"]
+    for one in verdicts:
+        sign, unit = (">=" if one.target.at_least else "<="), ("x" if one.target.against else f" {one.unit}")
+        assert one.figure is not None
+        lines.append(f"| {one.target.row} | {one.work} | {_metric(one)} | {sign} {one.target.value:g}{unit} | **{one.figure:.3g}{unit}** |")
+    return "\n".join(lines)
+
+
+def _failed(rows: Sequence[Result]) -> str:
+    worst = {(row.row, row.work, row.contestant): row for row in rows}
+    return "\n".join(f"- {row.row} {row.work}, {row.contestant}: {row.failed} of {row.rounds} ({row.note})" for row in worst.values())
+
+
+def _figures(rows: Sequence[Result]) -> str:
+    lines = ["| work | metric | contestant | median | spread | to Envoy | to HAProxy |", "|---|---|---|---|---|---|---|"]
+    for metric in dict.fromkeys((row.work, row.metric) for row in rows):
+        for row in (row for row in rows if (row.work, row.metric) == metric):
+            mark = "**" if row.contestant == US else ""
+            ratios = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in (row.ratio_to_envoy, row.ratio_to_haproxy))
+            spread = "" if row.spread is None else f"{row.spread:.0%}"
+            name = row.metric.replace("_", " ")
+            lines.append(f"| {row.work} | {name} | {mark}{row.contestant}{mark} | {number(row.median)} {row.unit} | {spread} | {ratios} |")
+    return "\n".join(lines)
