@@ -27,7 +27,7 @@ from identity.client import IdentitySettings, keep_certified
 from policy.client import PolicyClient
 from policy.wire import Hello
 from proxy.config import Config
-from proxy.discover import Discovery
+from proxy.discover import Discovery, PolicySource
 from proxy.dumps import dump_routes
 from proxy.inbound.serve import Inbound
 from proxy.live import Live
@@ -70,9 +70,9 @@ class _Certificates:
 
 
 class Sidecar:
-    """All parts of one sidecar."""
+    """All parts of one sidecar. source: where policy comes from, if not from the controller the settings name."""
 
-    def __init__(self, config: Config, nursery: trio.Nursery) -> None:
+    def __init__(self, config: Config, nursery: trio.Nursery, source: PolicySource | None = None) -> None:
         self.config = config
         self.drain = Drain()
         self.credentials: Cell[Credentials | None] = Cell(None)
@@ -82,12 +82,13 @@ class Sidecar:
         hello = Hello(config.namespace, config.pod, VERSION)
         policy_addr = (config.policy_addr.host, config.policy_addr.port)
         self.policy = PolicyClient(policy_addr, config.control_identity("pillion-policy"), self.credentials, hello)
-        self.discovery = Discovery(self.policy, config.trust_domain, config.policy_wait_s)
+        self.discovery = Discovery(source or self.policy, config.trust_domain, config.policy_wait_s)
         self.recorder = Recorder(self.metrics, time.monotonic, _write_log, config.access_log, lambda line: _access.info("request", **line))
         security = Security(config.identity, self.credentials, config.handshake_timeout_s)
         dialer = Dialer(security, config.connect_timeout_s, config.pod_ips)
         http1, http2 = _limits(config)
-        self.http1_pool, self.http2_pool = Http1Pool(self.relay, config.pool_idle_s), Http2Pool(self.relay, replace(http2, idle_timeout_s=config.pool_idle_s))
+        self.http1_pool = Http1Pool(self.relay, config.pool_idle_s)
+        self.http2_pool = Http2Pool(self.relay, replace(http2, idle_timeout_s=max(config.pool_idle_s, 1.0)))
         services = Services(dialer, self.relay, nursery, self.http1_pool, self.http2_pool, time.monotonic)
         self.inbound = Inbound(
             config, self.discovery, security, dialer, self.relay, self.live, self.recorder, nursery, http1, http2
@@ -167,7 +168,9 @@ async def _start_admin(sidecar: Sidecar, nursery: trio.Nursery) -> None:
     await nursery.start(AdminServer(routes).serve, [trio_listener(listen(config.admin_listen))])
 
 
-async def _accept(sidecar: Sidecar, nursery: trio.Nursery, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED) -> None:
+async def _accept(
+    sidecar: Sidecar, nursery: trio.Nursery, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED
+) -> None:
     """Accept on both ports until cancelled."""
     config = sidecar.config
     inbound, outbound = listen(config.inbound_listen), listen(config.outbound_listen)

@@ -10,19 +10,35 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import trio
 
 from core.addrs import Addr
 from core.runtime.watch import Cell
 from policy.authorize import PortAuthorizer
-from policy.client import PolicyClient
 from policy.wire import Destination, InboundPolicy
 from proxy.balance import Balancer
 from proxy.rescue import Cause, Failure
 
 _UNUSED_S = 90.0  # a destination nobody dialled for this long is forgotten (Linkerd keeps 5 s outbound, 90 s inbound)
 _DESTINATIONS_MAX = 4096  # what the controller accepts from one sidecar; beyond it, dialling a new address is refused
+
+
+class PolicySource(Protocol):
+    """Where policy comes from: policy.client.PolicyClient."""
+
+    def watch_port(self, port: int) -> Cell[InboundPolicy | None]:
+        """The policy of a port of ours, None until it is known."""
+        ...
+
+    def watch_destination(self, addr: str) -> Cell[Destination | None]:
+        """What stands behind ``ip:port``, None until it is known."""
+        ...
+
+    def forget_destination(self, addr: str) -> None:
+        """Nobody uses the address any more."""
+        ...
 
 
 class PortState:
@@ -96,7 +112,7 @@ class DestinationState:
 class Discovery:
     """Ports and destinations of this sidecar, subscribed on first use."""
 
-    def __init__(self, client: PolicyClient, trust_domain: str, wait_s: float) -> None:
+    def __init__(self, client: PolicySource, trust_domain: str, wait_s: float) -> None:
         self._client = client
         self._trust_domain = trust_domain
         self._wait_s = wait_s

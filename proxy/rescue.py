@@ -10,7 +10,10 @@ from typing import NamedTuple
 
 
 class Effect(NamedTuple):
-    """status: HTTP status. grpc: gRPC status code (HTTP status is then 200). level: log level. keep: may the client's connection live on."""
+    """status: HTTP status. grpc: gRPC status code (HTTP status is then 200). level: log level.
+
+    keep: the client's connection may live on.
+    """
 
     status: int
     grpc: int

@@ -16,8 +16,8 @@ from proxy.protocol.http1 import Http1Client, Http1Upstream
 from proxy.protocol.http2 import Http2Client, Http2Upstream
 from proxy.protocol.requests import LATER, Answer, Forward, HeadEdit, RequestHead, Verdict
 from proxy.rescue import Cause, Failure
-from proxy.transport.relay import Relay
 from proxy.telemetry.record import InboundRecord
+from proxy.transport.relay import Relay
 
 CLIENT_ID = b"pillion-client-id"
 
@@ -32,7 +32,13 @@ class InboundGate:
     engine: Http1Client | Http2Client
 
     def __init__(
-        self, authorization: Authorization, forwarder: Forwarder, record: InboundRecord, relay: Relay, nursery: trio.Nursery, identity: str | None
+        self,
+        authorization: Authorization,
+        forwarder: Forwarder,
+        record: InboundRecord,
+        relay: Relay,
+        nursery: trio.Nursery,
+        identity: str | None,
     ) -> None:
         self._authorization = authorization
         self._forwarder = forwarder
@@ -106,7 +112,8 @@ class InboundGate:
             dialled = await self._forwarder.open(permit)
         except Failure as failure:
             self._record.note(failure)
-            self._tell(lambda exchange: Answer(failure.cause, self.explain, exchange))
+            cause = failure.cause
+            self._tell(lambda exchange: Answer(cause, self.explain, exchange))
             return
         finally:
             self._connecting = False

@@ -42,7 +42,7 @@ def _handshake(data: bytes) -> bytes | None:
     offset = 0
     while True:
         prefix = data[offset : offset + 3]
-        if prefix and prefix[0] != _RECORD_HANDSHAKE or len(prefix) > 1 and prefix[1] != 3:
+        if (prefix and prefix[0] != _RECORD_HANDSHAKE) or (len(prefix) > 1 and prefix[1] != 3):
             raise NotTls("not a TLS handshake record")
         if len(data) < offset + 5:
             if offset > HELLO_MAX:

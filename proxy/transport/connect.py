@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+
 import trio
 
 from core.addrs import Addr

@@ -36,7 +36,13 @@ async def who_speaks_first(client: RawStream, upstream: Dialled) -> Literal["cli
 
 
 def join(
-    relay: Relay, client: RawStream, records: Records | None, received: bytes, upstream: Dialled, finished: Callable[[str], None], idle_s: float
+    relay: Relay,
+    client: RawStream,
+    records: Records | None,
+    received: bytes,
+    upstream: Dialled,
+    finished: Callable[[str], None],
+    idle_s: float,
 ) -> tuple[Link, Splice]:
     """Hand both connections to the relay as one splice, with what was already received from either side first."""
     client_link = relay.adopt(client.release(), NOBODY, records)

@@ -298,7 +298,7 @@ class Link:
 class TlsLink(Link):
     """A connection whose bytes are TLS records; its receiver sees plaintext."""
 
-    __slots__ = ("_recv_into", "_records")
+    __slots__ = ("_records", "_recv_into")
 
     def __init__(self, relay: Relay, sock: socket.socket, receiver: Receiver, records: Records) -> None:
         super().__init__(relay, sock, receiver)

@@ -10,14 +10,13 @@ Pure. `BlockReader` belongs to one connection; the memo is shared by the process
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Final, Generic, TypeVar
 
-from proxy.protocol.http2 import frames, messages
+from proxy.protocol.http2 import frames
 from proxy.protocol.http2.frames import ConnectionFault
 from proxy.protocol.http2.hpack_codec import Field, HeaderListTooLarge, HpackFault, encode, new_decoder
 from proxy.protocol.http2.limits import Http2Limits
-from proxy.protocol.http2.messages import RequestLine, Shape, kept_fields
+from proxy.protocol.http2.messages import Request, read_request_untrusted, read_response_untrusted, read_trailers_untrusted
 from proxy.protocol.requests import HeadEdit
 
 _MEMO_ENTRIES: Final = 512
@@ -28,43 +27,28 @@ _EMPTY_EDIT: Final = HeadEdit()
 T = TypeVar("T")
 
 
-class RequestHead:
-    """A checked request, as decisions see it (requests.RequestHead), ready to be encoded. Never changes, so that it can be remembered.
+class RequestHead(Request):
+    """A checked request, as decisions see it (requests.RequestHead), ready to be encoded. Never changes, so that it can be remembered."""
 
-    size: bytes of its header list (RFC 9113 section 6.5.2). content_length: -1 when not given. connect: CONNECT, plain or extended.
-    extended: CONNECT with :protocol (RFC 8441).
-    """
-
-    __slots__ = (
-        "_block", "_edit", "_fields", "_shape", "_values", "authority", "bodiless", "connect", "content_length", "extended", "grpc",
-        "method", "size", "target",
-    )  # fmt: skip
+    __slots__ = ("_block", "_edit", "bodiless")
 
     def __init__(self, fields: list[Field], bodiless: bool) -> None:
-        line: RequestLine
-        line, self._shape, self._values, self.size = messages.request_untrusted(fields)
-        self.method = line.method
-        self.target = line.target
-        self.authority = line.authority
-        self.grpc = line.grpc
-        self.connect = line.connect
-        self.extended = line.extended
-        self.content_length = line.content_length
+        Request.__init__(self)
+        read_request_untrusted(fields, self)
         self.bodiless = bodiless
-        self._fields = fields
         self._edit: HeadEdit | None = None
         self._block = b""
 
     def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
         """For each lower-case name, the value of the first field of that name, or None."""
-        first = self._shape.first
-        values = self._values
+        first = self.shape.first
+        values = self.fields
         return tuple([values[first[name]] if name in first else None for name in names])
 
     def encoded(self, edit: HeadEdit) -> bytes:
         """The block to send, without a dynamic table: stripped names removed, added fields at the end."""
         if self._edit is not edit:
-            self._block = encode(kept_fields(self._fields, self._shape, edit.strip)) + encode_added(edit)
+            self._block = self.shape.encode(self.fields, self.secrets, edit.strip) + encode_added(edit)
             self._edit = edit
         return self._block
 
@@ -75,37 +59,26 @@ class ResponseHead:
     __slots__ = ("block", "content_length", "size", "status")
 
     def __init__(self, fields: list[Field]) -> None:
-        self.status, self.content_length, self.size = messages.response_untrusted(fields)
-        self.block = encode(fields)
+        self.status, self.content_length, self.size, self.block = read_response_untrusted(fields)
 
 
 class Trailers:
-    """A checked trailer section."""
+    """A checked trailer section. block: encoded to be sent on, empty when no field is left."""
 
-    __slots__ = ("_fields", "_shape", "block", "size")
+    __slots__ = ("block", "size")
 
-    def __init__(self, fields: list[Field]) -> None:
-        self._shape: Shape | None
-        self._shape, self.size = messages.trailers_untrusted(fields)
-        self._fields = fields
-        self.block = encode(fields)
-
-    def encoded(self, edit: HeadEdit) -> bytes:
-        """The block to send; what is stripped from a head is stripped here too, or a receiver that merges trailers would see it."""
-        if self._shape is None or not edit.strip:
-            return self.block
-        kept = kept_fields(self._fields, self._shape, edit.strip)
-        return self.block if kept is self._fields else encode(kept)
+    def __init__(self, fields: list[Field], strip: tuple[bytes, ...]) -> None:
+        self.size, self.block = read_trailers_untrusted(fields, strip)
 
 
-class _Memo:
+class _Memo(Generic[T]):
     """What blocks mean, once they came twice."""
 
     def __init__(self) -> None:
-        self.known: dict[bytes, object] = {}
+        self.known: dict[bytes, T] = {}
         self._seen: set[int] = set()
 
-    def remember(self, block: bytes, value: object) -> None:
+    def remember(self, block: bytes, value: T) -> None:
         mark = hash(block)
         if mark not in self._seen:
             if len(self._seen) >= _SEEN_ENTRIES:
@@ -117,10 +90,10 @@ class _Memo:
             self.known[block] = value
 
 
-_open_requests = _Memo()
-_bodiless_requests = _Memo()
-_responses = _Memo()
-_trailers = _Memo()
+_open_requests: Final = _Memo[RequestHead]()
+_bodiless_requests: Final = _Memo[RequestHead]()
+_responses: Final = _Memo[ResponseHead]()
+_trailers: Final = _Memo[Trailers]()
 
 _added: dict[HeadEdit, bytes] = {}
 
@@ -156,32 +129,46 @@ class BlockReader:
     def request_untrusted(self, block: bytes, bodiless: bool) -> RequestHead:
         """A request's head; bodiless: the frame carried END_STREAM."""
         memo = _bodiless_requests if bodiless else _open_requests
-        return self._read(block, memo, lambda fields: RequestHead(fields, bodiless))
+        head = memo.known.get(block) if self._stateless else None
+        if head is None:
+            head = RequestHead(self._fields(block), bodiless)
+            if head.size > self._limit:
+                raise HeaderListTooLarge
+            if self._stateless:
+                memo.remember(block, head)
+        return head
 
     def response_untrusted(self, block: bytes) -> ResponseHead:
         """A response's head, final or 1xx."""
-        return self._read(block, _responses, ResponseHead)
+        head = _responses.known.get(block) if self._stateless else None
+        if head is None:
+            head = ResponseHead(self._fields(block))
+            if head.size > self._limit:
+                raise HeaderListTooLarge
+            if self._stateless:
+                _responses.remember(block, head)
+        return head
 
-    def trailers_untrusted(self, block: bytes) -> Trailers:
-        """The trailer section of either."""
-        return self._read(block, _trailers, Trailers)
+    def trailers_untrusted(self, block: bytes, strip: tuple[bytes, ...]) -> Trailers:
+        """The trailer section of either end. strip: as for the head, or a receiver that merges trailers into it would see the fields."""
+        if strip or not self._stateless:
+            return self._trailers(block, strip)
+        trailers = _trailers.known.get(block)
+        if trailers is None:
+            trailers = self._trailers(block, strip)
+            _trailers.remember(block, trailers)
+        return trailers
+
+    def _trailers(self, block: bytes, strip: tuple[bytes, ...]) -> Trailers:
+        trailers = Trailers(self._fields(block), strip)
+        if trailers.size > self._limit:
+            raise HeaderListTooLarge
+        return trailers
 
     def discard_untrusted(self, block: bytes) -> None:
         """A block nobody wants any more; decoded only where the table must follow."""
         if not self._stateless:
             self._fields(block)
-
-    def _read(self, block: bytes, memo: _Memo, make: Callable[[list[Field]], T]) -> T:
-        if self._stateless:
-            known = memo.known.get(block)
-            if known is not None:
-                return known  # type: ignore[return-value]  # a memo holds values of one type
-        value = make(self._fields(block))
-        if value.size > self._limit:  # type: ignore[attr-defined]  # all three have a size
-            raise HeaderListTooLarge
-        if self._stateless:
-            memo.remember(block, value)
-        return value
 
     def _fields(self, block: bytes) -> list[Field]:
         try:

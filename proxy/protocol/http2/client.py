@@ -22,7 +22,7 @@ from proxy.protocol.http2.frames import ConnectionFault, StreamFault
 from proxy.protocol.http2.hpack_codec import HeaderListTooLarge, encode
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Malformed
-from proxy.protocol.http2.streams import ClientStream, UpstreamStream
+from proxy.protocol.http2.streams import ClientStream, UpstreamStream, part
 from proxy.protocol.requests import Answer, Gate, Verdict
 from proxy.protocol.sides import Sink
 from proxy.rescue import Cause
@@ -226,10 +226,10 @@ class Http2Client(Connection):
             if end.remote_done:
                 self.blocks.discard_untrusted(block)
                 raise StreamFault(frames.STREAM_CLOSED, "HEADERS after the end of the stream")
-            trailers = self.blocks.trailers_untrusted(block)
+            trailers = self.blocks.trailers_untrusted(block, end.edit.strip)
             if not fin:
                 raise StreamFault(frames.PROTOCOL_ERROR, "trailers without END_STREAM")
-            self.take_trailers(end, trailers.encoded(end.edit))
+            self.take_trailers(end, trailers.block)
         except (Malformed, HeaderListTooLarge) as error:
             self.stream_fault(end, StreamFault(frames.PROTOCOL_ERROR, str(error) or "trailers too large"))
         except StreamFault as fault:
@@ -317,6 +317,8 @@ class Http2Client(Connection):
         end.over = True
         del self.streams_by_id[end.id]
         self.forget_held(end)
+        if end.other.over:
+            part(end.other)
         if end.deciding:
             end.deciding = False
             self.gate.cancelled(end.id)

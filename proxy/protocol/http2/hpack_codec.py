@@ -11,10 +11,10 @@ any other, and the decoder is not used again because the connection ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import hpack
+from hpack.table import HeaderTable
 
 _compiled: Any = None
 try:
@@ -91,33 +91,53 @@ def new_decoder(table_size: int, max_list: int) -> Decoder:
     return PythonDecoder(table_size, max_list) if _compiled is None else CompiledDecoder(table_size, max_list)
 
 
-def compiled_encode() -> Callable[[list[Field]], bytes]:
-    """jh2's encoder without a table and without Huffman coding: both ends save more CPU than 70 bytes cost on a pod network."""
-    encoder = _compiled.Encoder()
-    encoder.header_table_size = 0
-    encoder.encode([])  # it announces the new size once; we announce it ourselves, per connection
-    encode = encoder.encode
-
-    def run(fields: list[Field]) -> bytes:
-        block: bytes = encode(fields, False)
-        return block
-
-    return run
-
-
-def python_encode() -> Callable[[list[Field]], bytes]:
-    """The same with the `hpack` package."""
-    encoder = hpack.Encoder()
-    encoder.header_table_size = 0
-    encoder.encode([])
-
-    def run(fields: list[Field]) -> bytes:
-        headers = [hpack.NeverIndexedHeaderTuple(n, v) if secret else hpack.HeaderTuple(n, v) for n, v, secret in fields]
-        block: bytes = encoder.encode(headers, huffman=False)
-        return block
-
-    return run
+def _integer(value: int, prefix_bits: int, pattern: int) -> bytes:
+    """RFC 7541 section 5.1."""
+    limit = (1 << prefix_bits) - 1
+    if value < limit:
+        return bytes((pattern | value,))
+    out = bytearray((pattern | limit,))
+    value -= limit
+    while value >= 128:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
 
 
-encode: Callable[[list[Field]], bytes] = python_encode() if _compiled is None else compiled_encode()
-"""Fields -> block that refers to the static table only."""
+_LENGTHS: Final = tuple(_integer(length, 7, 0) for length in range(1024))
+_STATIC_NAMES: Final = {field[0]: at for at, field in reversed(list(enumerate(HeaderTable.STATIC_TABLE, 1)))}
+
+
+def name_prefix(name: bytes, secret: bool) -> bytes:
+    """A literal field up to its value: not indexed, or never indexed (RFC 7541 sections 6.2.2, 6.2.3); the name from the static table."""
+    pattern = 0x10 if secret else 0x00
+    index = _STATIC_NAMES.get(name)
+    if index is not None:
+        return _integer(index, 4, pattern)
+    return bytes((pattern,)) + _integer(len(name), 7, 0) + name
+
+
+def value_literal(value: bytes) -> bytes:
+    """The value of a literal field, without Huffman coding."""
+    size = len(value)
+    return (_LENGTHS[size] if size < 1024 else _integer(size, 7, 0)) + value
+
+
+def encode_values(prefixes: tuple[bytes, ...], values: tuple[bytes, ...]) -> bytes:
+    """A block from its names' prefixes and its values. The fastest way measured: 2 us for 11 fields, half of what the compiled encoder
+    takes, because the names of a message are known before it comes."""
+    try:
+        lengths = [_LENGTHS[size] for size in map(len, values)]
+    except IndexError:
+        return b"".join([prefix + value_literal(value) for prefix, value in zip(prefixes, values, strict=True)])
+    parts = [b""] * (3 * len(values))
+    parts[::3] = prefixes
+    parts[1::3] = lengths
+    parts[2::3] = values
+    return b"".join(parts)
+
+
+def encode(fields: list[Field]) -> bytes:
+    """Fields -> block that refers to the names of the static table only."""
+    return b"".join([name_prefix(name, secret) + value_literal(value) for name, value, secret in fields])

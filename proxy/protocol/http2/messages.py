@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from proxy.protocol.http2.hpack_codec import Field
+from proxy.protocol.http2.hpack_codec import Field, encode, encode_values, name_prefix
 
 _is_name = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+").fullmatch
 _is_method = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch
@@ -43,17 +43,21 @@ class Shape:
     """What a tuple of names says about a message.
 
     first: index of the first field of each name. size: bytes of the names plus 32 each (RFC 9113 section 6.5.2). The others are indexes
-    into the values, -1 when there is no such field. stripped_for, kept: which fields stay under the HeadEdit.strip asked for last.
+    into the values, -1 when there is no such field. What was computed last is kept, because it is nearly always asked for again:
+    secrets, prefixes: the encoded names; stripped_for, kept: which fields stay under a HeadEdit.strip, None for all.
     """
 
     __slots__ = (
-        "authority", "content_length", "content_type", "first", "host", "kept", "method", "path", "protocol", "scheme", "separators",
-        "size", "status", "stripped_for", "te",
+        "authority", "content_length", "content_type", "first", "host", "kept", "method", "names", "path", "prefixes", "protocol", "scheme",
+        "secrets", "separators", "size", "status", "stripped_for", "te",
     )  # fmt: skip
 
     def __init__(self, names: tuple[bytes, ...], first: dict[bytes, int]) -> None:
         get = first.get
+        self.names = names
         self.first = first
+        self.secrets: tuple[bool, ...] = ()
+        self.prefixes: tuple[bytes, ...] = ()
         self.size = sum(map(len, names)) + 32 * len(names)
         self.separators = b"\n" * (len(names) - 1)
         self.method = get(b":method", -1)
@@ -69,16 +73,41 @@ class Shape:
         self.stripped_for: tuple[bytes, ...] | None = None
         self.kept: tuple[int, ...] | None = None
 
+    def encode(self, values: tuple[bytes, ...], secrets: tuple[bool, ...], strip: tuple[bytes, ...]) -> bytes:
+        """A message of this shape as a block without a dynamic table, without the fields named in `strip` (lower case)."""
+        if strip is not self.stripped_for:  # constant for a connection, so that identity is enough and costs nothing
+            gone = {name for name in strip if name in self.first and name[:1] != b":"}
+            self.kept = tuple(at for at, name in enumerate(self.names) if name not in gone) if gone else None
+            self.stripped_for = strip
+        if self.kept is not None:
+            return encode([(self.names[at], values[at], secrets[at]) for at in self.kept])
+        if secrets != self.secrets:
+            self.prefixes = tuple(map(name_prefix, self.names, secrets))
+            self.secrets = secrets
+        return encode_values(self.prefixes, values)
 
-class RequestLine:
-    """The values of a request that have a meaning here. content_length: -1 when not given. connect: the method is CONNECT."""
 
-    __slots__ = ("authority", "connect", "content_length", "extended", "grpc", "method", "target")
+class Request:
+    """A request: the values that have a meaning here, and all of it. Never changes after `read_request_untrusted` filled it.
 
-    def __init__(self, method: bytes, target: bytes, authority: bytes) -> None:
-        self.method = method
-        self.target = target
-        self.authority = authority
+    size: bytes of its header list (RFC 9113 section 6.5.2). content_length: -1 when not given. connect: CONNECT, plain or extended.
+    extended: CONNECT with :protocol (RFC 8441).
+    """
+
+    __slots__ = (
+        "authority", "connect", "content_length", "extended", "fields", "grpc", "method", "secrets", "shape", "size", "target",
+    )  # fmt: skip
+
+    method: bytes
+    target: bytes
+    authority: bytes
+    size: int
+    shape: Shape
+    fields: tuple[bytes, ...]
+    """The values, in order."""
+    secrets: tuple[bool, ...]
+
+    def __init__(self) -> None:
         self.grpc = self.connect = self.extended = False
         self.content_length = -1
 
@@ -153,14 +182,15 @@ def _content_length_untrusted(values: tuple[bytes, ...], shape: Shape) -> int:
     return int(value)
 
 
-def request_untrusted(fields: list[Field]) -> tuple[RequestLine, Shape, tuple[bytes, ...], int]:
-    """A request's line, shape, values in order, and size. Raises Malformed (RFC 9113 section 8.3.1, 8.5; RFC 8441 section 4)."""
+def read_request_untrusted(fields: list[Field], into: Request) -> None:
+    """Check a request's header list and fill `into`. Raises Malformed (RFC 9113 section 8.3.1, 8.5; RFC 8441 section 4)."""
     if not fields:
         raise Malformed("no fields")
-    names, values, _ = zip(*fields, strict=True)
-    shape = _requests.get(names) or _requests.learn_untrusted(names)
-    size = _check_values_untrusted(values, shape)
-    method = values[shape.method]
+    names, values, into.secrets = zip(*fields, strict=True)
+    shape = into.shape = _requests.get(names) or _requests.learn_untrusted(names)
+    into.fields = values
+    into.size = _check_values_untrusted(values, shape)
+    into.method = method = values[shape.method]
     if not _is_method(method):
         raise Malformed(":method is not a token")
     authority = values[shape.authority] if shape.authority >= 0 else b""
@@ -172,20 +202,20 @@ def request_untrusted(fields: list[Field]) -> tuple[RequestLine, Shape, tuple[by
             raise Malformed("host and :authority disagree")
     if not _is_authority(authority):
         raise Malformed("no valid :authority or host")
+    into.authority = authority
     if method == b"CONNECT":
-        line = _connect_untrusted(values, shape, authority)
+        _read_connect_untrusted(values, shape, into)
     else:
         if shape.scheme < 0 or shape.path < 0 or shape.protocol >= 0:
             raise Malformed("request without :scheme or :path, or with :protocol though it is no CONNECT")
         _check_target_untrusted(method, values, shape)
-        line = RequestLine(method, values[shape.path], authority)
+        into.target = values[shape.path]
     if shape.content_type >= 0:
-        line.grpc = values[shape.content_type].startswith(b"application/grpc")
+        into.grpc = values[shape.content_type].startswith(b"application/grpc")
     if shape.content_length >= 0:
-        line.content_length = _content_length_untrusted(values, shape)
-        if line.connect and not line.extended:
+        into.content_length = _content_length_untrusted(values, shape)
+        if into.connect and not into.extended:
             raise Malformed("content-length in a CONNECT")
-    return line, shape, values, size
 
 
 def _check_target_untrusted(method: bytes, values: tuple[bytes, ...], shape: Shape) -> None:
@@ -196,54 +226,42 @@ def _check_target_untrusted(method: bytes, values: tuple[bytes, ...], shape: Sha
         raise Malformed(":scheme is neither http nor https")
 
 
-def _connect_untrusted(values: tuple[bytes, ...], shape: Shape, authority: bytes) -> RequestLine:
+def _read_connect_untrusted(values: tuple[bytes, ...], shape: Shape, into: Request) -> None:
+    into.connect = True
     if shape.authority < 0:
         raise Malformed("CONNECT without :authority")
-    if shape.protocol >= 0:
-        if shape.scheme < 0 or shape.path < 0:
-            raise Malformed("extended CONNECT without :scheme or :path")
-        if not _is_method(values[shape.protocol]):
-            raise Malformed(":protocol is not a token")
-        _check_target_untrusted(b"CONNECT", values, shape)
-        line = RequestLine(b"CONNECT", values[shape.path], authority)
-        line.extended = True
-    else:
+    if shape.protocol < 0:
         if shape.scheme >= 0 or shape.path >= 0:
             raise Malformed("CONNECT with :scheme or :path")
-        line = RequestLine(b"CONNECT", authority, authority)
-    line.connect = True
-    return line
+        into.target = into.authority
+        return
+    if shape.scheme < 0 or shape.path < 0:
+        raise Malformed("extended CONNECT without :scheme or :path")
+    if not _is_method(values[shape.protocol]):
+        raise Malformed(":protocol is not a token")
+    _check_target_untrusted(b"CONNECT", values, shape)
+    into.target = values[shape.path]
+    into.extended = True
 
 
-def response_untrusted(fields: list[Field]) -> tuple[int, int, int]:
-    """(status, content length or -1, size) of a response. Raises Malformed (RFC 9113 section 8.3.2)."""
+def read_response_untrusted(fields: list[Field]) -> tuple[int, int, int, bytes]:
+    """(status, content length or -1, size, encoded block) of a response. Raises Malformed (RFC 9113 section 8.3.2)."""
     if not fields:
         raise Malformed("no fields")
-    names, values, _ = zip(*fields, strict=True)
+    names, values, secrets = zip(*fields, strict=True)
     shape = _responses.get(names) or _responses.learn_untrusted(names)
     size = _check_values_untrusted(values, shape)
     status = values[shape.status]
     if not _is_status(status) or status == b"101":
         raise Malformed(":status is not a status of HTTP/2")
-    return int(status), _content_length_untrusted(values, shape) if shape.content_length >= 0 else -1, size
+    length = _content_length_untrusted(values, shape) if shape.content_length >= 0 else -1
+    return int(status), length, size, shape.encode(values, secrets, ())
 
 
-def trailers_untrusted(fields: list[Field]) -> tuple[Shape | None, int]:
-    """(shape, size) of a trailer section; the shape is None when it is empty. Raises Malformed (RFC 9113 section 8.1)."""
+def read_trailers_untrusted(fields: list[Field], strip: tuple[bytes, ...]) -> tuple[int, bytes]:
+    """(size, encoded block without `strip`) of a trailer section; the block is empty when nothing is left. Raises Malformed (8.1)."""
     if not fields:
-        return None, 0
-    names, values, _ = zip(*fields, strict=True)
+        return 0, b""
+    names, values, secrets = zip(*fields, strict=True)
     shape = _trailers.get(names) or _trailers.learn_untrusted(names)
-    return shape, _check_values_untrusted(values, shape)
-
-
-def kept_fields(fields: list[Field], shape: Shape, strip: tuple[bytes, ...]) -> list[Field]:
-    """The fields whose name is not in `strip` (lower case); the same list when none is."""
-    if not strip:
-        return fields
-    if shape.stripped_for is not strip:  # constant for a connection, so that identity is enough and costs nothing
-        first = shape.first
-        gone = {name for name in strip if name in first and not name.startswith(b":")}
-        shape.kept = tuple(at for at, field in enumerate(fields) if field[0] not in gone) if gone else None
-        shape.stripped_for = strip
-    return fields if shape.kept is None else [fields[at] for at in shape.kept]
+    return _check_values_untrusted(values, shape), shape.encode(values, secrets, strip)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from proxy.protocol.http2.flow import StreamEnd
+from proxy.protocol.http2.flow import NOBODY, StreamEnd
 from proxy.protocol.requests import HeadEdit
 from proxy.rescue import Cause
 
@@ -64,3 +64,8 @@ class ClientStream(StreamEnd):
         self.deciding = self.reset_after = False
         self.other = other = UpstreamStream()
         other.other = self
+
+
+def part(end: UpstreamStream) -> None:
+    """Both ends are over: let go of each other."""
+    end.other = NOBODY  # type: ignore[assignment]  # over, so that nobody asks it for more than StreamEnd has

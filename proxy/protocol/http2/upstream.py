@@ -20,7 +20,7 @@ from proxy.protocol.http2.frames import ConnectionFault, StreamFault
 from proxy.protocol.http2.hpack_codec import HeaderListTooLarge
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Malformed
-from proxy.protocol.http2.streams import UpstreamStream
+from proxy.protocol.http2.streams import UpstreamStream, part
 from proxy.protocol.sides import Sink
 from proxy.rescue import Cause
 
@@ -167,7 +167,7 @@ class Http2Upstream(Connection):
                 self.blocks.discard_untrusted(block)
                 raise StreamFault(frames.STREAM_CLOSED, "HEADERS after the end of the stream")
             if stream.answered:
-                trailers = self.blocks.trailers_untrusted(block)
+                trailers = self.blocks.trailers_untrusted(block, ())
                 if not fin:
                     raise StreamFault(frames.PROTOCOL_ERROR, "trailers without END_STREAM")
                 self.take_trailers(stream, trailers.block)
@@ -202,9 +202,10 @@ class Http2Upstream(Connection):
 
     def on_reset(self, end: StreamEnd, code: int) -> None:
         assert isinstance(end, UpstreamStream)
-        whole = end.remote_done
+        whole, client_end = end.remote_done, end.other
         self._forget(end)
-        client_end = end.other
+        if client_end.over:
+            return
         if whole and code == frames.NO_ERROR:
             client_end.client.no_more(client_end)
         else:
@@ -221,14 +222,18 @@ class Http2Upstream(Connection):
     def stream_fault(self, end: StreamEnd, fault: StreamFault) -> None:
         assert isinstance(end, UpstreamStream)
         self.send_reset(end.id, fault.code)
-        self._forget(end)
-        end.other.client.upstream_failed(end.other, Cause.UPSTREAM_PROTOCOL, None, unprocessed=False)
+        self._give_up(end, Cause.UPSTREAM_PROTOCOL)
 
     def stalled(self, end: StreamEnd) -> None:
         assert isinstance(end, UpstreamStream)
         self.send_reset(end.id, frames.CANCEL)
+        self._give_up(end, Cause.UPSTREAM_TIMEOUT)
+
+    def _give_up(self, end: UpstreamStream, cause: Cause) -> None:
+        client_end = end.other
         self._forget(end)
-        end.other.client.upstream_failed(end.other, Cause.UPSTREAM_TIMEOUT, None, unprocessed=False)
+        if not client_end.over:
+            client_end.client.upstream_failed(client_end, cause, None, unprocessed=False)
 
     def stream_over(self, end: StreamEnd) -> None:
         assert isinstance(end, UpstreamStream)
@@ -252,7 +257,10 @@ class Http2Upstream(Connection):
             if not end.over:
                 del self.streams_by_id[end.id]
                 self.holding.pop(end, None)
-                end.other.client.upstream_failed(end.other, Cause.UPSTREAM_RESET, None, unprocessed=unprocessed)
+                if end.other.over:
+                    part(end)
+                else:
+                    end.other.client.upstream_failed(end.other, Cause.UPSTREAM_RESET, None, unprocessed=unprocessed)
 
     def _fail_waiting(self) -> None:
         while self._waiting:
@@ -265,6 +273,8 @@ class Http2Upstream(Connection):
         end.over = True
         del self.streams_by_id[end.id]
         self.holding.pop(end, None)
+        if end.other.over:
+            part(end)
         if self._waiting:
             self._start_waiting()
         if not self.streams:
