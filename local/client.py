@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import array
+import compileall
 import json
 import os
 import select
-import shutil
 import socket
 import struct
 import subprocess
@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import core
 from local import protocol
 from local.state import control_socket, state_folder
 
@@ -87,8 +88,9 @@ def start(name: str, folder: str) -> None:
         raise CannotStart(f"-f {folder}: expected a folder with manifests")
     prepare_state(state)
     reading, writing = os.pipe()
-    order = {"name": name, "folder": str(Path(folder).resolve()), "state": str(state), "ready_fd": writing}
-    with open(state / "runner.log", "ab") as log:
+    order = {"name": name, "folder": str(Path(folder).resolve()), "state": str(state), "ready_fd": writing, "rootless": os.geteuid() != 0}
+    compile_all()
+    with open(state / "runner.log", "wb") as log:
         runner = subprocess.Popen(
             [sys.executable, "-P", "-m", "local.supervisor", json.dumps(order)],
             stdin=subprocess.DEVNULL,
@@ -106,13 +108,20 @@ def start(name: str, folder: str) -> None:
         raise CannotStart(said or f"the runner ended at once; its log is {state}/runner.log")
 
 
+def compile_all() -> None:
+    """Bytecode for the programs of the mesh, once: their own users may not write it, and would compile at every start."""
+    root = Path(core.__file__).resolve().parents[1]
+    for package in ("core", "proxy", "policy", "identity"):
+        if os.access(root / package, os.W_OK):
+            compileall.compile_dir(str(root / package), quiet=2)
+
+
 def prepare_state(state: Path) -> None:
-    """An empty folder of our own: what a killed runner left is only files, and goes now."""
+    """A folder of our own; the runner empties it."""
     state.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     if state.parent.stat().st_uid != os.geteuid():
         raise CannotStart(f"{state.parent} belongs to somebody else: remove it, or set XDG_RUNTIME_DIR to a folder of your own")
-    shutil.rmtree(state, ignore_errors=True)
-    state.mkdir(mode=0o711)  # the control plane's own users must get to their folders; nobody can list it
+    state.mkdir(mode=0o711, exist_ok=True)  # the control plane's own users must get to their folders; nobody can list it
 
 
 def wait_ready(name: str, timeout_s: float) -> protocol.MeshStatus:

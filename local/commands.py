@@ -83,6 +83,23 @@ def _attend(name: str, timeout_s: float) -> protocol.MeshStatus:
 
 
 @local.command()
+@_output
+def check(output: str) -> None:
+    """Say what this machine lacks for running a mesh; exit code 1 when something is missing."""
+    from local.check import check as check_machine
+    from local.check import is_fatal
+
+    findings = check_machine()
+    if output == "json":
+        click.echo(protocol.as_json([{"name": finding.name, "ok": not finding.missing, "missing": finding.missing} for finding in findings]))
+    else:
+        for finding in findings:
+            click.echo(f"{'missing' if finding.missing else 'ok     '}  {finding.name}{': ' + finding.missing if finding.missing else ''}")
+    if any(map(is_fatal, findings)):
+        raise click.exceptions.Exit(1)
+
+
+@local.command()
 @_name
 def down(name: str) -> None:
     """End the mesh: every process, namespace, mount and rule of it."""
@@ -171,7 +188,8 @@ def _print_tables(mesh: protocol.MeshStatus) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    # a pipe has no width: names must stay whole for whoever cuts columns out of it
+    console = Console() if sys.stdout.isatty() else Console(width=220)
     pods = Table("NAMESPACE", "POD", "READY", "STATUS", "MESHED", "RESTARTS", "ADDRESS", box=None, pad_edge=False)
     for pod in mesh.pods:
         running = [container for container in pod.containers if container.kind != "init"]

@@ -20,6 +20,7 @@ import trio
 
 from identity.local_tokens import LocalSigner
 from local import probing, volumes
+from local.exposure import expose, own_paths
 from local.network import CLUSTER_DOMAIN, NODE4
 from local.process import Stdio, start_here, unprivileged
 from local.workloads import service_account_of
@@ -162,11 +163,16 @@ class ControlPlane:
 
     async def _keep(self, part: Part) -> None:
         backoff_s = 0.5
+        scratch = str(self.state / "scratch")
+
+        def expose_all() -> None:
+            expose(own_paths(), scratch)
+
         while True:
             began = trio.current_time()
             with open(part.log, "ab") as log:
                 stdio = Stdio(subprocess.DEVNULL, log.fileno(), log.fileno())
-                process = await start_here(unprivileged(part.argv, part.uid, part.uid), part.env, stdio)
+                process = await start_here(unprivileged(part.argv, part.uid, part.uid), part.env, stdio, expose_all)
             part.pid = process.pid
             try:
                 async with trio.open_nursery() as nursery:

@@ -28,7 +28,6 @@ from local.podspec import Base
 from local.sandbox import SetupFailed, run_program
 from local.workloads import PodPlan
 
-
 INSTALLATION = Installation()
 
 

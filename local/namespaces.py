@@ -31,6 +31,8 @@ CLONE_NEWNET = 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_MOVE, MS_REC, MS_PRIVATE = 4096, 8192, 16384, 1 << 18
 MNT_DETACH = 2
+# statvfs(3) bit -> mount(2) flag: nosuid, nodev, noexec, noatime, nodiratime, relatime
+_STATVFS_FLAGS = {2: 2, 4: 4, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
@@ -75,8 +77,9 @@ def bind(source: str, target: str, *, read_only: bool = False) -> None:
     """Show the file or tree ``source`` at ``target`` too; read-only needs a second call because bind(2) ignores the flag."""
     mount(source, target, flags=MS_BIND | MS_REC)
     if read_only:
-        # an unprivileged user namespace may not drop flags that the source has: nosuid and nodev are what such mounts carry
-        mount("", target, flags=MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+        # in a user namespace, flags that the source came with are locked: leaving one out is refused
+        kept = sum(flag for bit, flag in _STATVFS_FLAGS.items() if os.statvfs(target).f_flag & bit)
+        mount("", target, flags=MS_REMOUNT | MS_BIND | MS_RDONLY | kept)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import trio
 
 from local import volumes
 from local.container import Container
+from local.exposure import own_paths
 from local.network import NODE4, Addresses
 from local.podspec import Base, ContainerPlan, Lookup, NotYet, Volume, container_plans, hostname_of, named_ports, volume_plans
 from local.process import Process, Stdio, start_in, unprivileged
@@ -149,7 +150,8 @@ class Pod:
         volumes.write_in_place(
             resolv, f"search {namespace}.svc.cluster.local svc.cluster.local cluster.local\nnameserver 127.0.0.1\noptions ndots:5\n".encode()
         )
-        return SandboxPlan(self.link, hostname_of(self.raw), self.addresses, self.folder / "hosts", resolv, self.capture)
+        exposed = (*own_paths(), *(volume.host_path for volume in self._volumes if volume.host_path))
+        return SandboxPlan(self.link, hostname_of(self.raw), self.addresses, self.folder / "hosts", resolv, self.capture, exposed, str(self._node.scratch))
 
     async def _live(self) -> None:
         self._say("Pending", "running init containers")

@@ -111,12 +111,14 @@ async def start_in(
     return Process(await namespaces.in_own_thread(work))
 
 
-async def start_here(argv: Sequence[str], env: Mapping[str, str], stdio: Stdio) -> Process:
-    """Start a process in the runner's own namespaces (the node's)."""
-    return Process(
-        await trio.to_thread.run_sync(
-            lambda: subprocess.Popen(
-                argv, env=dict(env), cwd="/", stdin=stdio.stdin, stdout=stdio.stdout, stderr=stdio.stderr, start_new_session=True
-            )
+async def start_here(argv: Sequence[str], env: Mapping[str, str], stdio: Stdio, prepare: Callable[[], None]) -> Process:
+    """Start a process on the node, in a mount namespace of its own that ``prepare`` sets up; raises OSError."""
+
+    def work() -> subprocess.Popen[bytes]:
+        namespaces.unshare(namespaces.CLONE_FS | namespaces.CLONE_NEWNS)
+        prepare()
+        return subprocess.Popen(
+            argv, env=dict(env), cwd="/", stdin=stdio.stdin, stdout=stdio.stdout, stderr=stdio.stderr, start_new_session=True
         )
-    )
+
+    return Process(await namespaces.in_own_thread(work))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trio
 
-from local import namespaces, network
+from local import exposure, namespaces, network
 
 # The pod's PID 1: with SIGCHLD ignored the kernel itself reaps what containers leave behind, so that nothing bigger than sleep(1) is needed.
 _PAUSE = 'mount -t proc -o nosuid,nodev,noexec proc /proc && echo up && exec env --ignore-signal=CHLD sleep infinity'
@@ -25,7 +25,10 @@ class SetupFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class SandboxPlan:
-    """hosts, resolv_conf, hostname_file: files of the runner that the pod sees under /etc. capture: nft ruleset, "" for an unmeshed pod."""
+    """hosts, resolv_conf: files of the runner that the pod sees under /etc. capture: nft ruleset, "" for an unmeshed pod.
+
+    exposed: paths that the pod's users must reach, whatever the modes of the folders above. scratch: an empty folder to mount in.
+    """
 
     link: str
     hostname: str
@@ -33,6 +36,8 @@ class SandboxPlan:
     hosts: Path
     resolv_conf: Path
     capture: str
+    exposed: tuple[str, ...]
+    scratch: str
 
 
 class Sandbox:
@@ -65,6 +70,7 @@ def _make_namespaces(plan: SandboxPlan) -> subprocess.Popen[bytes]:
     new = namespaces
     new.unshare(new.CLONE_FS | new.CLONE_NEWNS | new.CLONE_NEWUTS | new.CLONE_NEWIPC | new.CLONE_NEWNET | new.CLONE_NEWPID)
     socket.sethostname(plan.hostname)
+    exposure.expose(plan.exposed, plan.scratch)
     for source, target in ((plan.hosts, "/etc/hosts"), (plan.resolv_conf, "/etc/resolv.conf")):
         if os.path.exists(target):
             namespaces.bind(str(source), os.path.realpath(target))

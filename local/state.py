@@ -17,7 +17,7 @@ def state_folder(name: str) -> Path:
     """``/run/pillion/<name>`` for root, ``$XDG_RUNTIME_DIR/pillion/<name>`` otherwise; raises BadName."""
     if not _NAME.fullmatch(name):
         raise BadName(f"--name {name!r}: expected at most 31 of a-z 0-9 -, starting with a letter or digit")
-    if os.geteuid() == 0 and not os.environ.get("PILLION_ROOTLESS"):
+    if os.geteuid() == 0:
         return Path("/run/pillion") / name
     runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/pillion-{os.geteuid()}"  # noqa: S108 -- the folder is made 0700 and its owner checked
     return Path(runtime) / "pillion" / name

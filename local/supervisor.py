@@ -21,7 +21,7 @@ import trio
 
 from core.k8s.folder import FolderSource
 from core.k8s.source import Apply, Delete, Event
-from local import namespaces, network
+from local import namespaces, network, userns
 from local.control import serve
 from local.control_plane import NAMES, NAMESPACE, ControlPlane
 from local.mesh import Mesh, Setup
@@ -47,16 +47,15 @@ def main() -> None:
     """Become the node, tell the pipe, serve until told to end."""
     order = Order(**json.loads(sys.argv[1]))
     try:
+        if order.rootless:
+            userns.become_root_inside()
         flags = namespaces.CLONE_NEWNS | namespaces.CLONE_NEWNET | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWIPC
         namespaces.unshare(flags | namespaces.CLONE_NEWPID)
-    except OSError as error:
-        _tell(order.ready_fd, f"cannot make namespaces: {error.strerror}; run `pillion local check`")
+    except (OSError, userns.NoUserNamespace) as error:
+        _tell(order.ready_fd, f"cannot make namespaces: {error}; run `pillion local check`")
         sys.exit(1)
-    child = os.fork()
-    if child:
-        if not order.rootless:
-            os._exit(0)  # nobody waits for the runner: it belongs to itself
-        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    if os.fork():
+        os._exit(0)  # nobody waits for the runner: it belongs to itself
     try:
         _become_node(order)
         trio.run(_main, order)
@@ -77,12 +76,22 @@ def _tell(fd: int, text: str) -> None:
 
 def _become_node(order: Order) -> None:
     """Mounts and network of the node; everything here vanishes with this process."""
+    _empty(Path(order.state))
     namespaces.mount("none", "/", flags=namespaces.MS_REC | namespaces.MS_PRIVATE)
     namespaces.mount("proc", "/proc", "proc", namespaces.MS_NOSUID | namespaces.MS_NODEV | namespaces.MS_NOEXEC)
     socket.sethostname("local")
     ipv6 = has_ipv6()
     run_program_now(["ip", "-batch", "-"], network.node_setup(ipv6=ipv6))
     write_sysctls(network.node_sysctls(ipv6=ipv6))
+
+
+def _empty(state: Path) -> None:
+    """What a killed runner left are only files; some belong to users that only this namespace can remove."""
+    for entry in state.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != "runner.log":
+            entry.unlink()
 
 
 def has_ipv6() -> bool:
