@@ -1,0 +1,25 @@
+"""`pillion authz WORKLOAD`: who may use which port of a workload, and which object says so."""
+
+from __future__ import annotations
+
+import click
+
+from cli.output import mesh_options, output_option, print_json, print_table, ref_text
+from cli.reach import LocalMesh
+
+
+@click.command()
+@click.argument("workload")
+@mesh_options
+@output_option
+def authz(workload: str, namespace: str, mesh: str, output: str) -> None:
+    """Show who may use which port of WORKLOAD (``cart``, ``deploy/cart`` or a pod), and by which policy."""
+    running = LocalMesh(mesh)
+    pod = running.pods(namespace, workload)[0]  # the others have the same labels, and so the same policy
+    rows = running.policy("/diagnostics/authz", namespace=pod.namespace, pod=pod.name)
+    if output == "json":
+        print_json(rows)
+        return
+    cells = [(row["port"], ref_text(row["server"]), ref_text(row["route"]), ref_text(row["authorization"]), row["clients"]) for row in rows]
+    columns = ("PORT", "SERVER", "ROUTE", "AUTHORIZED BY", "CLIENTS")
+    print_table(columns, cells, f"{workload} in namespace {namespace} declares no port, and no Server gives it one")

@@ -1,0 +1,395 @@
+"""The command line: against a fake runner and fake sockets, what is printed, what fails and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from prometheus_client.parser import text_string_to_metric_families
+
+from cli import main as cli_main
+from cli.main import cli
+from cli.reach import match_pods
+from identity.admin_wire import AnchorStatus, Answer, Ask, Status, WorkloadStatus
+from local import client, protocol
+
+CERTS = {
+    "identity": "spiffe://cluster.local/ns/shop/sa/cart",
+    "not_before": 0,
+    "not_after": 86400,
+    "chain": [{"serial": "abc", "issuer": "CN=issuer"}],
+    "trust_anchors": [{}, {}],
+}
+SERVER = {"group": "policy.pillion.dev", "kind": "Server", "namespace": "shop", "name": "cart"}
+POLICY = {"server": SERVER, "protocol": "http1", "authorizations": [{"ref": {**SERVER, "kind": "AuthorizationPolicy"}}], "routes": []}
+
+
+def pod(name: str, owner: str, *, meshed: bool = True, namespace: str = "shop") -> protocol.PodStatus:
+    return protocol.PodStatus(
+        namespace=namespace,
+        name=name,
+        owner=owner,
+        phase="Running",
+        ready=True,
+        meshed=meshed,
+        message="",
+        why_unmeshed="" if meshed else "pillion.dev/inject is disabled",
+        addresses=("10.0.0.1",),
+        containers=(),
+    )
+
+
+PODS = (
+    pod("cart-1", "Deployment/cart"),
+    pod("cart-2", "Deployment/cart"),
+    pod("old-1", "Deployment/old", meshed=False),
+    pod("cart", "Pod/x"),
+)
+
+
+class FakeMesh:
+    """Stands for the runner: status, and an exec whose command is our admin request."""
+
+    def __init__(self) -> None:
+        self.admin: dict[str, tuple[int, object]] = {
+            "/certs": (200, CERTS),
+            "/policy": (200, {"8080": POLICY, "9090": None}),
+            "/metrics": (200, b'# TYPE pillion_request_total counter\npillion_request_total{direction="inbound"} 3\n'),
+            "/config": (200, {"trust_domain": "cluster.local", "inbound_ports": [80]}),
+            "/endpoints": (
+                200,
+                {"10.1.0.1:80": {"kind": "service", "ref": {**SERVER, "kind": "Service"}, "endpoints": []}, "10.1.0.2:80": None},
+            ),
+        }
+        self.exit_code = 0
+
+    def ask(self, name: str, request: protocol.Request, fds: tuple[int, ...] = ()) -> protocol.Answer:
+        if name != "default":
+            raise client.NotRunning
+        if isinstance(request, protocol.Status):
+            return protocol.MeshStatus(
+                name="default",
+                ready=True,
+                settled=True,
+                reasons=(),
+                notes=(),
+                pods=PODS,
+                services=(),
+                control_plane={},
+                pid=1,
+                state="/run",
+            )
+        assert isinstance(request, protocol.Exec)
+        assert request.container == "pillion-proxy"
+        status, body = self.admin[request.argv[-2]]
+        os.write(fds[1], b"%d\n" % status + (body if isinstance(body, bytes) else json.dumps(body).encode()))
+        return protocol.Exited(self.exit_code)
+
+
+@pytest.fixture
+def mesh(monkeypatch: pytest.MonkeyPatch) -> FakeMesh:
+    fake = FakeMesh()
+    monkeypatch.setattr(client, "ask", fake.ask)
+    return fake
+
+
+@pytest.fixture
+def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, tuple[int, object]]]:
+    """A policy controller's diagnostics socket: target -> (status, JSON)."""
+    answers: dict[str, tuple[int, object]] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answers[self.path]
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def address_string(self) -> str:
+            return "unix"
+
+    path = tmp_path / "d.sock"
+    with socketserver.ThreadingUnixStreamServer(str(path), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        monkeypatch.setenv("PILLION_DIAGNOSTICS_SOCKET", str(path))
+        yield answers
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def identity_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Answer]]:
+    """An identity service's operator socket that gives these answers in turn; the asks are checked to be asks."""
+    import msgspec
+
+    answers: list[Answer] = []
+    path = tmp_path / "i.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve() -> None:
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    line = connection.recv(65536)
+                    if not line:
+                        return
+                    msgspec.json.decode(line, type=Ask)
+                    connection.sendall(msgspec.json.encode(answers.pop(0)) + b"\n")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        monkeypatch.setenv("PILLION_IDENTITY_ADMIN_SOCKET", str(path))
+        yield answers
+        with socket.socket(socket.AF_UNIX) as last:
+            last.connect(str(path))
+        thread.join()
+
+
+STATUS = Status(
+    "cluster.local",
+    2,
+    [AnchorStatus("a1", 1, 1e9), AnchorStatus("a2", 2, 2e9)],
+    "i1",
+    1e9,
+    "switch",
+    ["shop/cart-1"],
+    [WorkloadStatus("shop/cart-1", "spiffe://cluster.local/ns/shop/sa/cart", "u", 1, "i1", 1e9, 3.0, False)],
+)
+
+
+def run(*words: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(cli, list(words), input=stdin, prog_name="pillion")
+
+
+def test_every_command_is_there_and_explains_itself() -> None:
+    for name in cli_main._COMMANDS:
+        result = run(name, "--help")
+        assert result.exit_code == 0, result.output
+    for name in ("authz", "identity", "diagnostics", "local", "inject", "version", "completion"):
+        assert name in run("--help").output
+
+
+def test_a_part_that_is_absent_breaks_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli_main._COMMANDS, "local", ("local.absent:local", "Run a mesh."))
+    result = run("local", "up")
+    assert result.exit_code == 1
+    assert "`pillion local` is not part of this installation" in result.stderr and "try: " in result.stderr
+    assert run("--help").exit_code == 0
+    assert run("version").exit_code == 0
+
+
+def test_wrong_usage_is_exit_code_2() -> None:
+    assert run("nope").exit_code == 2
+    assert run("authz").exit_code == 2
+    assert run("diagnostics", "policy", "cart", "-p", "0").exit_code == 2
+    assert run("diagnostics", "endpoints").exit_code == 2
+
+
+def test_version_and_completion() -> None:
+    assert json.loads(run("version", "-o", "json").stdout)["pillion"] == "0.1.0"
+    for shell in ("zsh", "fish"):
+        assert "_PILLION_COMPLETE" in run("completion", shell).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("deploy/cart", ["cart-1", "cart-2"]),
+        ("deployments/cart", ["cart-1", "cart-2"]),
+        ("Deployment/cart", ["cart-1", "cart-2"]),
+        ("cart", ["cart"]),
+        ("pod/cart-1", ["cart-1"]),
+        ("old", ["old-1"]),
+        ("sts/cart", []),
+        ("nope", []),
+    ],
+)
+def test_a_workload_is_a_pod_an_owner_or_kind_and_name(name: str, expected: list[str]) -> None:
+    assert [found.name for found in match_pods(PODS, "shop", name)] == expected
+    assert match_pods(PODS, "default", name) == []
+
+
+def test_authz_lists_who_may_and_by_which_policy(mesh: FakeMesh, controller: dict[str, tuple[int, object]]) -> None:
+    row = {
+        "port": 8080,
+        "server": SERVER,
+        "route": None,
+        "authorization": {**SERVER, "kind": "AuthorizationPolicy", "name": "web"},
+        "clients": "spiffe://x",
+    }
+    controller["/diagnostics/authz?namespace=shop&pod=cart-1"] = (200, [row])
+    result = run("authz", "deploy/cart", "-n", "shop")
+    assert result.exit_code == 0, result.output
+    cells = re.split(r" {2,}", result.stdout.splitlines()[1])
+    assert cells == ["8080", "server shop/cart", "-", "authorizationpolicy shop/web", "spiffe://x"]
+    assert json.loads(run("authz", "deploy/cart", "-n", "shop", "-o", "json").stdout) == [row]
+
+
+def test_an_unknown_workload_is_named_with_those_that_exist(mesh: FakeMesh) -> None:
+    result = run("authz", "crat", "-n", "shop")
+    assert result.exit_code == 1
+    assert "error: no pod or workload 'crat' in namespace shop\n  try: one of: shop/cart," in result.stderr
+    assert result.stdout == ""
+
+
+def test_an_unmeshed_workload_is_said_to_be_one(mesh: FakeMesh) -> None:
+    result = run("identity", "old", "-n", "shop")
+    assert result.exit_code == 1
+    assert "old in namespace shop is not meshed: pillion.dev/inject is disabled\n" in result.stderr
+
+
+def test_no_mesh_running_says_how_to_start_one(mesh: FakeMesh) -> None:
+    result = run("authz", "cart", "--name", "other")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "error: no mesh named 'other' is running here\n  try: pillion local up -f DIR --detach\n",
+    )
+
+
+def test_a_silent_controller_is_named(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PILLION_DIAGNOSTICS_SOCKET", str(tmp_path / "none.sock"))
+    result = run("authz", "cart", "-n", "shop")
+    assert result.exit_code == 1
+    assert "the policy controller of mesh 'default' does not answer" in result.stderr
+
+
+def test_a_controllers_own_error_is_passed_on(mesh: FakeMesh, controller: dict[str, tuple[int, object]]) -> None:
+    controller["/diagnostics/endpoints?addr=x"] = (400, {"error": "?addr=: 'x': expected IP:PORT"})
+    result = run("diagnostics", "endpoints", "x")
+    assert result.exit_code == 1
+    assert "expected IP:PORT" in result.stderr
+
+
+def test_identity_shows_every_pods_certificate(mesh: FakeMesh) -> None:
+    result = run("identity", "deploy/cart", "-n", "shop")
+    assert result.exit_code == 0, result.output
+    assert "shop/cart-1" in result.stdout and "shop/cart-2" in result.stdout
+    assert "spiffe://cluster.local/ns/shop/sa/cart" in result.stdout and "1970-01-02 00:00:00Z" in result.stdout
+    assert json.loads(run("identity", "-n", "shop", "cart", "-o", "json").stdout) == {"shop/cart": CERTS}
+
+
+def test_identity_fails_for_a_pod_that_is_not_certified(mesh: FakeMesh) -> None:
+    mesh.admin["/certs"] = (200, None)
+    result = run("identity", "cart", "-n", "shop")
+    assert result.exit_code == 1
+    assert "not certified: shop/cart" in result.stderr
+
+
+def test_a_sidecar_that_does_not_answer_is_named_with_its_log(mesh: FakeMesh) -> None:
+    mesh.exit_code = 1
+    result = run("diagnostics", "config", "cart", "-n", "shop")
+    assert result.exit_code == 1
+    assert "the sidecar of shop/cart does not answer" in result.stderr
+    assert "pillion local logs -n shop cart -c pillion-proxy" in result.stderr
+
+
+def test_diagnostics_show_what_a_sidecar_holds(mesh: FakeMesh) -> None:
+    assert "8080  server shop/cart" in run("diagnostics", "policy", "cart", "-n", "shop").stdout
+    assert "not known yet" in run("diagnostics", "policy", "cart", "-n", "shop").stdout
+    assert "trust_domain   cluster.local" in run("diagnostics", "config", "cart", "-n", "shop").stdout
+    known = run("diagnostics", "endpoints", "--of", "cart", "-n", "shop").stdout
+    assert "10.1.0.1:80" in known and "(none)" in known and "10.1.0.2:80" in known
+    only = run("diagnostics", "endpoints", "10.1.0.2:80", "--of", "cart", "-n", "shop", "-o", "json").stdout
+    assert json.loads(only) == {"10.1.0.2:80": None}
+
+
+def test_metrics_stay_readable_for_prometheus(mesh: FakeMesh) -> None:
+    text = run("diagnostics", "proxy-metrics", "cart", "-n", "shop").stdout
+    assert [family.name for family in text_string_to_metric_families(text)] == ["pillion_request"]
+    found = json.loads(run("diagnostics", "proxy-metrics", "deploy/cart", "-n", "shop", "-o", "json").stdout)
+    assert found["shop/cart-2"] == [{"name": "pillion_request_total", "labels": {"direction": "inbound"}, "value": 3}]
+
+
+def test_diagnostics_policy_of_a_port_explains_itself(mesh: FakeMesh, controller: dict[str, tuple[int, object]]) -> None:
+    grant = {"policy": {**SERVER, "name": "web"}, "clients": "nobody", "problem": "no such MeshTLSAuthentication"}
+    report: dict[str, Any] = {"why": "server shop/cart takes the port over", "shadowed": [SERVER], "grants": [grant], "routes": []}
+    controller["/diagnostics/policy?namespace=shop&pod=cart&port=8080"] = (200, report)
+    shown = run("diagnostics", "policy", "cart", "-n", "shop", "-p", "8080").stdout
+    assert shown.startswith("server shop/cart takes the port over\nwithout effect")
+    assert "no such MeshTLSAuthentication" in shown
+
+
+def test_identity_status_and_a_step_of_a_rotation(identity_service: list[Answer]) -> None:
+    identity_service += [Answer(status=STATUS), Answer(done="add", status=STATUS)]
+    shown = run("identity", "status").stdout
+    assert "next step of a rotation: switch" in shown and "shop/cart-1" in shown and "waits for shop/cart-1" in shown
+    result = run("identity", "rotate", "-o", "json")
+    assert result.exit_code == 0
+    assert result.stderr == "add: done; next step: switch\n"
+    assert json.loads(result.stdout)["generation"] == 2
+
+
+def test_a_refused_step_names_who_it_waits_for(identity_service: list[Answer]) -> None:
+    identity_service.append(Answer(error="the step would break 1 workload", blocking=["shop/cart-1"]))
+    result = run("identity", "rotate", "--step", "drop")
+    assert result.exit_code == 1
+    assert result.stderr == "error: the step would break 1 workload\n  waits for shop/cart-1\n  try: pillion identity status\n"
+
+
+def test_rotating_through_neither_forces_nor_picks_a_step() -> None:
+    assert run("identity", "rotate", "--through", "--force").exit_code == 2
+
+
+DEPLOYMENT = """apiVersion: apps/v1
+kind: Deployment
+metadata: {name: cart}
+spec:
+  template:
+    metadata: {labels: {app: cart}}
+    spec: {containers: [{name: app, command: [sleep], ports: [{containerPort: 8080}]}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: cart}
+"""
+
+
+def test_inject_annotates_workloads_and_uninject_takes_it_back() -> None:
+    import yaml
+
+    injected = run("inject", "-", stdin=DEPLOYMENT)
+    assert injected.exit_code == 0, injected.output
+    deployment, service = yaml.safe_load_all(injected.stdout)
+    assert deployment["spec"]["template"]["metadata"]["annotations"] == {"pillion.dev/inject": "enabled"}
+    original = list(yaml.safe_load_all(DEPLOYMENT))
+    assert service == original[1]
+    assert run("inject", "-", stdin=injected.stdout).stdout == injected.stdout
+    assert list(yaml.safe_load_all(run("uninject", "-", stdin=injected.stdout).stdout)) == original
+
+
+def test_manual_injection_writes_the_sidecar_and_cannot_be_taken_back() -> None:
+    import yaml
+
+    manual = run("inject", "--manual", "-", stdin=DEPLOYMENT)
+    assert manual.exit_code == 0, manual.output
+    template = next(yaml.safe_load_all(manual.stdout))["spec"]["template"]
+    assert template["spec"]["initContainers"][0]["name"] == "pillion-proxy"
+    result = run("uninject", "-", stdin=manual.stdout)
+    assert result.exit_code == 1
+    assert "deployment cart holds the sidecar itself" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "- 1", "kind: Deployment\nmetadata: 3\nspec: 4", "kind: Deployment\nspec: {template: {metadata: []}}"]
+)
+def test_a_manifest_that_is_none_is_refused_with_its_place(text: str) -> None:
+    result = run("inject", "-", stdin=text)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stdout == ""
