@@ -38,6 +38,10 @@ _DRAIN_PING: Final = b"pildrain"
 class Http2Client(Connection):
     """Receiver of a client's connection."""
 
+    __slots__ = (
+        "_closing", "_draining", "_preface_left", "gate",
+    )  # fmt: skip
+
     def __init__(self, sink: Sink, gate: Gate, limits: Http2Limits) -> None:
         super().__init__(sink, limits)
         self.gate = gate

@@ -29,6 +29,11 @@ _REMEMBERED_RESETS: Final = 1024
 class Connection(FlowControl):
     """One HTTP/2 connection, seen from either end."""
 
+    __slots__ = (
+        "_block", "_block_fin", "_block_id", "_block_size", "_largest", "_quiet_s", "_reset_ids", "_rest", "_seen_id",
+        "_settled", "_table_acked", "_timer_s", "_unusual", "blocks", "last_id", "resets",
+    )  # fmt: skip
+
     def __init__(self, sink: Sink, limits: Http2Limits) -> None:
         super().__init__(sink, limits)
         self.blocks = BlockReader(limits)

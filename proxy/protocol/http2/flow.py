@@ -63,6 +63,11 @@ NOBODY.over = True
 class FlowControl:
     """The sending half of a connection and the bookkeeping of both directions' windows."""
 
+    __slots__ = (
+        "_backlog", "_half_stream", "_paused", "_prefix", "calm", "credit", "dead", "half_connection", "held_from", "holding",
+        "initial_window", "limits", "max_frame", "owed", "queue", "sink", "streams_by_id", "window",
+    )  # fmt: skip
+
     def __init__(self, sink: Sink, limits: Http2Limits) -> None:
         self.sink = sink
         self.limits = limits

@@ -34,6 +34,10 @@ class Http2Upstream(Connection):
     still be running then.
     """
 
+    __slots__ = (
+        "_allowed", "_extended_connect", "_leaving", "_next_id", "_on_gone", "_on_idle", "_waiting",
+    )  # fmt: skip
+
     def __init__(
         self,
         sink: Sink,
