@@ -6,6 +6,11 @@ import click
 
 from cli.output import mesh_options, output_option, print_json, print_table, ref_text
 from cli.reach import LocalMesh
+from injector.probes import ADMIN_PORT
+from injector.sidecar import INBOUND_PORT, OUTBOUND_PORT
+
+_OWN_PORTS = frozenset({OUTBOUND_PORT, INBOUND_PORT, ADMIN_PORT})
+"""The sidecar's, which it declares as every container does; no policy of the workload applies to them."""
 
 
 @click.command()
@@ -17,6 +22,7 @@ def authz(workload: str, namespace: str, mesh: str, output: str) -> None:
     running = LocalMesh(mesh)
     pod = running.pods(namespace, workload)[0]  # the others have the same labels, and so the same policy
     rows = running.policy("/diagnostics/authz", namespace=pod.namespace, pod=pod.name)
+    rows = [row for row in rows if row["port"] not in _OWN_PORTS]
     if output == "json":
         print_json(rows)
         return

@@ -64,7 +64,8 @@ def _row(name: str, certs: dict[str, Any] | None) -> tuple[str, ...]:
 def status(mesh: str, output: str) -> None:
     """Show trust anchors, issuer, the step of a rotation that is due, and who has picked up what."""
     with _asking(mesh):
-        _print_status(LocalMesh(mesh).identity().status(), output)
+        found = LocalMesh(mesh).identity().status()
+    _print_status(found, output)
 
 
 @identity.command()
@@ -89,7 +90,7 @@ def rotate(step: str | None, through: bool, wait_s: float, ignore_absent: bool, 
         else:
             done, found = admin.rotate(step or "", ignore_absent=ignore_absent, force=force)
             click.echo(f"{done}: done; next step: {found.due or 'none'}", err=True)
-        _print_status(found, output)
+    _print_status(found, output)
 
 
 @contextlib.contextmanager

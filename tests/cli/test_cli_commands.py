@@ -233,11 +233,12 @@ def test_authz_lists_who_may_and_by_which_policy(mesh: FakeMesh, controller: dic
         "authorization": {**SERVER, "kind": "AuthorizationPolicy", "name": "web"},
         "clients": "spiffe://x",
     }
-    controller["/diagnostics/authz?namespace=shop&pod=cart-1"] = (200, [row])
+    controller["/diagnostics/authz?namespace=shop&pod=cart-1"] = (200, [row, {**row, "port": 4143}, {**row, "port": 4191}])
     result = run("authz", "deploy/cart", "-n", "shop")
     assert result.exit_code == 0, result.output
     cells = re.split(r" {2,}", result.stdout.splitlines()[1])
     assert cells == ["8080", "server shop/cart", "-", "authorizationpolicy shop/web", "spiffe://x"]
+    assert len(result.stdout.splitlines()) == 2
     assert json.loads(run("authz", "deploy/cart", "-n", "shop", "-o", "json").stdout) == [row]
 
 
