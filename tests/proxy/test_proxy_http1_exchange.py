@@ -428,6 +428,14 @@ def test_a_close_delimited_response_ends_with_the_connection() -> None:
     assert pair.down.fate == "close" and pair.gate.log == [("finished", 1, 200, None)] and pair.gone
 
 
+def test_an_answer_that_ends_the_connection_closes_at_once_when_nothing_is_unread() -> None:
+    pair = Pair()
+    pair.answer_with(Cause.NO_POLICY)
+    pair.client.received(HEAD)
+    assert pair.down.out == b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+    assert pair.down.fate == "close"
+
+
 def test_an_early_response_ends_the_upstream_and_the_rest_of_the_body_is_thrown_away() -> None:
     pair = Pair()
     pair.client.received(SLOW)

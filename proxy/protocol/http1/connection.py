@@ -154,6 +154,7 @@ class ClientConnection:
         keep = row.keep and head.keep and not (head.old or head.connects or self._closing or self._draining)
         keep = keep and (self.sent or (self._can_discard() and (self._continued or not head.expects)))
         self._closing = not keep
+        self._state = WAIT
         self.sink.write(http1_answer(cause, close=not keep, explain=explain, head_request=head.method == b"HEAD"))
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
