@@ -249,6 +249,8 @@ class Connection(FlowControl):
         try:
             if end.remote_done:
                 raise StreamFault(frames.STREAM_CLOSED, "data after the end of the stream")
+            if not end.answered:
+                raise StreamFault(frames.PROTOCOL_ERROR, "data before a response head")
             self.take(end, data[start:stop], size, bool(flags & 1))
         except StreamFault as fault:
             self.stream_fault(end, fault)

@@ -30,11 +30,12 @@ class StreamEnd:
     forwarded whose credit was not returned yet. expect: bytes of body still due by content-length, -1 when unknown. held, held_bytes:
     data waiting to be sent here. fin: what follows it, b"" for END_STREAM, else an encoded trailer section. remote_done, local_done: the
     peer, we have sent END_STREAM. over: closed in both directions. progress, stalled_s: for the stall timeout. sent: DATA or trailers left.
+    answered: a final head arrived here, so that DATA may.
     """
 
     __slots__ = (
-        "conn", "credit", "expect", "fin", "held", "held_bytes", "id", "local_done", "other", "over", "owed", "progress", "remote_done",
-        "sent", "stalled_s", "window",
+        "answered", "conn", "credit", "expect", "fin", "held", "held_bytes", "id", "local_done", "other", "over", "owed", "progress",
+        "remote_done", "sent", "stalled_s", "window",
     )  # fmt: skip
 
     other: StreamEnd
@@ -50,13 +51,13 @@ class StreamEnd:
         self.held_bytes = 0
         self.fin: bytes | None = None
         self.remote_done = self.local_done = self.over = self.sent = False
+        self.answered = True
         self.progress = False
         self.stalled_s = 0.0
 
 
 NOBODY: Final = StreamEnd(None, 0, 0, 0)
-"""The other end of an exchange that is over. Two ends that kept pointing at each other would be garbage that only the collector finds:
-measured, that doubled the time per request, because no memory was used twice."""
+"""The other end of an exchange that is over: two ends that kept pointing at each other would be garbage that only the collector finds."""
 NOBODY.over = True
 
 

@@ -17,12 +17,12 @@ _NO_EDIT = HeadEdit()
 
 
 class UpstreamStream(StreamEnd):
-    """The end at an upstream; moves to another one when a request is retried. answered: its final response head arrived.
+    """The end at an upstream; moves to another one when a request is retried.
 
     informational: 1xx responses so far. waiting_at: whose queue the request is in.
     """
 
-    __slots__ = ("answered", "head", "informational", "waiting_at")
+    __slots__ = ("head", "informational", "waiting_at")
     other: ClientStream
 
     def __init__(self) -> None:
