@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -34,6 +36,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="seconds of a round (4, quick 1)")
     parser.add_argument("--pin", choices=("pods", "split", "none"), default="none", help="cores: see Pinning.named")
     parser.add_argument("--no-install", action="store_true", help="use what is installed, install nothing")
+    parser.add_argument("--keep", action="store_true", help="leave configurations and logs behind and say where")
     parser.add_argument(
         "--out", type=Path, help="the JSON file; default latest.json in bench/results, for quick or partial runs quick.json"
     )
@@ -79,8 +82,12 @@ def main(argv: list[str]) -> int:
     plan = type(plan)(chosen.rounds or plan.rounds, chosen.seconds or plan.seconds, plan.warmup_s, plan.quick)
     pinning = Pinning.named(chosen.pin)
     started = time.time()
-    with tempfile.TemporaryDirectory(prefix="pillion-bench-") as folder:
-        workdir = Path(folder)
+    with contextlib.ExitStack() as stack:
+        workdir = Path(tempfile.mkdtemp(prefix="pillion-bench-"))
+        if chosen.keep:
+            stack.callback(print, f"bench: configurations and logs: {workdir}", file=sys.stderr)
+        else:
+            stack.callback(shutil.rmtree, workdir, ignore_errors=True)
         workdir.chmod(0o755)
         context = Context(found, certs.make(workdir / "certs", owner_uid=PROXY_UID), workdir, pinning)
         bench = Bench(context, contestants(found, chosen.contestants), plan, partial(print, file=sys.stderr, flush=True), [])

@@ -1,7 +1,8 @@
 """Certificates for every contestant: one ECDSA P-256 authority, one leaf for each pod, valid for two days.
 
-The leaf carries the SPIFFE URI that Envoy and Pillion verify and the DNS name that HAProxy verifies. Pillion gets only the authority and
-makes its own leaves through its identity service. Called by `bench.__main__` once per run; nothing is kept afterwards.
+Each leaf carries the SPIFFE URI that Envoy and Pillion verify; the server's also the DNS name that HAProxy verifies. Pillion gets only
+the authority and makes its own leaves through its identity service; the client's leaf is also that of loads that speak mutual TLS.
+Called by `bench.__main__` once per run; nothing is kept afterwards.
 """
 
 from __future__ import annotations
@@ -79,10 +80,7 @@ def make(folder: Path, accounts: tuple[str, ...] = ("client", "server"), owner_u
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(ca=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
-            .add_extension(
-                x509.SubjectAlternativeName([x509.UniformResourceIdentifier(spiffe(account)), x509.DNSName(dns_name(account))]),
-                critical=False,
-            )
+            .add_extension(x509.SubjectAlternativeName(_names(account)), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
             .sign(authority_key, hashes.SHA256())
         )
@@ -96,6 +94,12 @@ def make(folder: Path, accounts: tuple[str, ...] = ("client", "server"), owner_u
         for path in secrets:
             os.chown(path, owner_uid, -1)
     return certificates
+
+
+def _names(account: str) -> list[x509.GeneralName]:
+    # Pillion takes a peer with exactly one name only, and never sees the server's leaf.
+    names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(spiffe(account))]
+    return [*names, x509.DNSName(dns_name(account))] if account == "server" else names
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: dt.datetime) -> x509.CertificateBuilder:

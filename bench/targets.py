@@ -15,7 +15,7 @@ US = "pillion"
 class Target:
     """Pillion's figure of ``metric`` over that of ``against`` (None: the figure itself) must be at least or at most ``value``.
 
-    work: beginning of the names of the works it holds for.
+    work: the work it holds for; empty: every work of the row.
     """
 
     row: str
@@ -87,7 +87,7 @@ def judge(rows: Sequence[Result]) -> list[Verdict]:
 
 def _verdicts(target: Target, rows: Sequence[Result]) -> Iterator[Verdict]:
     medians = {(row.work, row.contestant): row for row in rows if (row.row, row.metric) == (target.row, target.metric)}
-    works = list(dict.fromkeys(row.work for row in rows if row.row == target.row and row.work.startswith(target.work)))
+    works = list(dict.fromkeys(row.work for row in rows if row.row == target.row and target.work in ("", row.work)))
     if not works:
         yield Verdict(target, target.work, None, "")
     for work in works:

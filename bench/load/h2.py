@@ -3,27 +3,30 @@
 h2load can vary the path but no header, so a proxy that remembers whole header blocks would look better than it is. This generator keeps
 CONNECTIONS connections with STREAMS requests in flight each (closed loop, prior knowledge, in the clear). Each request has a path
 (KIND ``http2``) or method (``grpc``; ``denied`` asks for what no rule allows) and three header values of its own; what does not vary is
-referenced from the dynamic table and what varies is a literal without indexing, as gRPC's C core writes it. Blocks are encoded before
-the clock starts, so that the generator spends some 5 us a request. Prints one line of JSON.
+referenced from the dynamic table where the peer allows one, and what varies is a literal without indexing, as gRPC's C core writes it.
+Blocks are encoded before the clock starts, so that the generator spends some 5 us a request. Prints one line of JSON.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import select
 import socket
 import struct
 import sys
 import time
-from dataclasses import dataclass, field
 
 from bench.measure import Outcome
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+_HEADER_TABLE_SIZE, _MAX_CONCURRENT_STREAMS = 1, 3
 _END_STREAM, _ACK, _END_HEADERS = 1, 1, 4
 _STATIC = {":authority": 1, ":path": 4, "user-agent": 58, "content-type": 31, "accept": 19}
 _BLOCKS = 8192
+# :status 200 as an entry of the static table is 0x88; these are the literals: indexed, not, never; plain and Huffman coded.
+_LITERAL_200 = tuple(bytes([first]) + value for first in (0x48, 0x08, 0x18) for value in (b"\x03200", b"\x82\x10\x01"))
 _WINDOW = 1 << 30
 _LAST_STREAM = (1 << 31) - 1
 _MESSAGE = b"\x00\x00\x00\x00\x14" + b"\x0a\x12" + b"i" * 18  # one gRPC message of 20 bytes
@@ -70,28 +73,32 @@ def varying(number: int, kind: str) -> tuple[str, list[tuple[str, str]]]:
     return path, list(zip(VARYING, values, strict=True))
 
 
-def first_block(kind: str) -> bytes:
-    """The first request of a connection: inserts every constant and the varying names into the dynamic table."""
-    path, values = varying(0, kind)
-    out = b"\x83" if kind == "grpc" else b"\x82"
-    out += b"\x86" + integer(_STATIC[":path"], 4, 0) + text(path)
-    for name, value in [*constants(kind), *values]:
-        index = _STATIC.get(name, 0)
-        out += integer(index, 6, 0x40) + (b"" if index else text(name)) + text(value)
-    return out
+def _start(kind: str, path: str) -> bytes:
+    return (b"\x83\x86" if kind == "grpc" else b"\x82\x86") + integer(_STATIC[":path"], 4, 0) + text(path)
 
 
-def later_block(kind: str, number: int) -> bytes:
-    """Any later request: constants and names by index, the rest literal without indexing; the table does not change."""
+def _literal(name: str, value: str, prefix_bits: int, flags: int) -> bytes:
+    index = _STATIC.get(name, 0)
+    return integer(index, prefix_bits, flags) + (b"" if index else text(name)) + text(value)
+
+
+def table_block(kind: str, number: int) -> bytes:
+    """Request 0 inserts every constant and the varying names into the dynamic table; the others use it and do not change it."""
     path, values = varying(number, kind)
-    count = len(constants(kind)) + len(VARYING)
-    out = b"\x83" if kind == "grpc" else b"\x82"
-    out += b"\x86" + integer(_STATIC[":path"], 4, 0) + text(path)
-    for place in range(len(constants(kind))):
-        out += integer(61 + count - place, 7, 0x80)
-    for place, (_, value) in enumerate(values):
-        out += integer(61 + len(VARYING) - place, 4, 0) + text(value)
-    return out
+    fixed = constants(kind)
+    if number == 0:
+        return _start(kind, path) + b"".join(_literal(name, value, 6, 0x40) for name, value in [*fixed, *values])
+    newest = 61 + len(fixed) + len(values)
+    references = (integer(newest - place, 7, 0x80) for place in range(len(fixed)))
+    names = (integer(61 + len(values) - place, 4, 0) + text(value) for place, (_, value) in enumerate(values))
+    return _start(kind, path) + b"".join(references) + b"".join(names)
+
+
+def plain_block(kind: str, number: int) -> bytes:
+    """For a peer that allows no dynamic table: everything literal; request 0 says so (RFC 7541 section 4.2)."""
+    path, values = varying(number, kind)
+    literals = (_literal(name, value, 4, 0) for name, value in [*constants(kind), *values])
+    return (b"" if number else b"\x20") + _start(kind, path) + b"".join(literals)
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
@@ -99,24 +106,17 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + payload
 
 
-@dataclass
 class Requests:
-    """Encoded requests, split where the stream id goes."""
+    """Encoded requests of one connection, split where the stream id goes. table: whether the peer allows a dynamic table."""
 
-    kind: str
-    first: bytes = b""
-    later: list[bytes] = field(default_factory=list)
-    tail: bytes = b""
-    body: bytes = b""
-
-    def __post_init__(self) -> None:
-        grpc = self.kind == "grpc"
+    def __init__(self, kind: str, *, table: bool) -> None:
+        grpc = kind == "grpc"
         flags = _END_HEADERS if grpc else _END_HEADERS | _END_STREAM
-        self.first = frame(_HEADERS, flags, 0, first_block(self.kind))
-        self.later = [frame(_HEADERS, flags, 0, later_block(self.kind, number)) for number in range(1, _BLOCKS)]
-        if grpc:
-            data = frame(_DATA, _END_STREAM, 0, _MESSAGE)
-            self.tail, self.body = data[:5], data[9:]
+        block = table_block if table else plain_block
+        self.first = frame(_HEADERS, flags, 0, block(kind, 0))
+        self.later = [frame(_HEADERS, flags, 0, block(kind, number)) for number in range(1, _BLOCKS)]
+        data = frame(_DATA, _END_STREAM, 0, _MESSAGE) if grpc else b""
+        self.tail, self.body = data[:5], data[9:]
 
     def make(self, number: int, stream: int) -> bytes:
         """Request ``number`` of a connection on stream ``stream``."""
@@ -127,14 +127,18 @@ class Requests:
         return b"".join((head[:5], sid, head[9:]))
 
 
+requests_for = functools.cache(Requests)
+
+
 class Connection:
     """One HTTP/2 connection that keeps ``streams`` requests in flight until told to stop."""
 
-    def __init__(self, dial: tuple[str, int], requests: Requests, streams: int, offset: int) -> None:
+    def __init__(self, dial: tuple[str, int], kind: str, streams: int, offset: int) -> None:
         self.socket = socket.create_connection(dial, timeout=10)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
-        self.requests, self.streams = requests, streams
+        self.kind, self.streams = kind, streams
+        self.requests: Requests | None = None
         self.began: dict[int, float] = {}
         self.answered: dict[int, str] = {}
         self.number, self.next_stream, self.offset = 0, 1, offset
@@ -149,8 +153,8 @@ class Connection:
         self.out = [_PREFACE, frame(_SETTINGS, 0, 0, settings), frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", _WINDOW - 65535))]
 
     def fill(self, now: float) -> None:
-        """Queue requests up to the number that may be in flight."""
-        while self.sending and len(self.began) < self.streams and self.open:
+        """Queue requests up to the number that may be in flight; none before the peer's settings are known."""
+        while self.requests and self.sending and len(self.began) < self.streams and self.open:
             number = self.number + self.offset if self.number else 0
             self.out.append(self.requests.make(number, self.next_stream))
             self.began[self.next_stream] = now
@@ -211,13 +215,12 @@ class Connection:
                 self.out.append(frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", self.credit_used)))
                 self.credit_used = 0
             if flags & _END_STREAM:
-                self.done(stream, now, "" if not self.requests.tail else "gRPC answer without trailers")
+                self.done(stream, now, "gRPC answer without trailers" if self.kind == "grpc" else "")
         elif kind == _HEADERS:
             if stream not in self.answered:
                 while data[start] & 0xE0 == 0x20:  # table size update
                     start += 1
-                # 0x88 is :status 200 of the static table; no peer of ours writes it in another way.
-                good = data[start] == 0x88
+                good = data[start] == 0x88 or data[start : start + 5].startswith(_LITERAL_200)
                 self.answered[stream] = "" if good else f"status is not 200 (block starts {data[start : start + 5].hex()})"
                 if flags & _END_STREAM:
                     self.done(stream, now, "answer without a body")
@@ -225,6 +228,10 @@ class Connection:
                 self.done(stream, now, "")
         elif kind == _SETTINGS and not flags & _ACK:
             self.out.append(frame(_SETTINGS, _ACK, 0, b""))
+            said = dict(struct.iter_unpack(">HI", data[start:stop]))
+            self.streams = min(self.streams, said.get(_MAX_CONCURRENT_STREAMS, self.streams))
+            if self.requests is None:
+                self.requests = requests_for(self.kind, table=said.get(_HEADER_TABLE_SIZE, 4096) >= 4096)
         elif kind == _PING and not flags & _ACK:
             self.out.append(frame(_PING, _ACK, 0, data[start:stop]))
         elif kind == _RST:
@@ -246,15 +253,23 @@ class Connection:
 
 def run(dial: tuple[str, int], kind: str, connections: int, streams: int, seconds: float) -> dict[str, object]:
     """Generate load and return what is printed."""
-    requests = Requests(kind)
-    links = [Connection(dial, requests, streams, index * 131) for index in range(connections)]
+    links = [Connection(dial, kind, streams, index * 131) for index in range(connections)]
     poll = select.epoll()
     by_fd = {link.socket.fileno(): link for link in links}
-    start = now = time.perf_counter()
     for fd, link in by_fd.items():
-        link.fill(now)
         link.flush()
         poll.register(fd, select.EPOLLIN)
+    # The clock starts when every peer has sent its settings and its blocks are encoded.
+    give_up = time.perf_counter() + 10
+    while any(link.requests is None and link.open for link in links) and time.perf_counter() < give_up:
+        for fd, _ in poll.poll(0.2):
+            by_fd[fd].readable(time.perf_counter())
+    start = now = time.perf_counter()
+    for link in links:
+        if link.requests is None:
+            link.broke("no SETTINGS from the peer")
+        link.fill(now)
+        link.flush()
     stop = start + seconds
     while now < stop + 5 and any(link.began for link in links):
         for fd, event in poll.poll(0.2):
