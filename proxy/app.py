@@ -21,6 +21,7 @@ from core.runtime import logs
 from core.runtime.admin import AdminServer, standard_routes
 from core.runtime.drain import Drain, drain_on_signals
 from core.runtime.listen import listen, trio_listener
+from core.runtime.process import read_process
 from core.runtime.tls import HandshakeFailed
 from core.runtime.watch import Cell
 from identity.client import IdentitySettings, keep_certified
@@ -38,7 +39,7 @@ from proxy.probes import PREFIX, ProbeRunner, read_probes
 from proxy.protocol.http1 import Http1Limits
 from proxy.protocol.http2 import Http2Limits
 from proxy.rescue import Cause, Failure, effect
-from proxy.telemetry.metrics import Direction, Metrics, build_info
+from proxy.telemetry.metrics import Direction, Metrics, build_info, process_samples
 from proxy.telemetry.prometheus import Sample
 from proxy.telemetry.record import Recorder
 from proxy.transport.accept import Accepted, accept_forever
@@ -98,6 +99,7 @@ class Sidecar:
 
     def _samples(self) -> Iterator[Sample]:
         yield build_info(VERSION, platform.python_version())
+        yield from process_samples(*read_process())
 
     def not_ready(self) -> list[str]:
         """Why traffic should not come here now, one sentence each; empty when it may."""
