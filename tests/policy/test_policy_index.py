@@ -169,8 +169,12 @@ def test_a_service_account_is_an_identity() -> None:
 def test_identity_and_network_must_both_hold() -> None:
     required = lab.ref("MeshTLSAuthentication", "friends"), lab.ref("NetworkAuthentication", "office")
     index = indexed(
-        lab.pod(), lab.server(), lab.policy("p", *required), lab.mesh_tls("friends", FRONT), lab.networks("office", "10.0.0.0/8", excluded=("10.1.0.0/16",))
-    )  # fmt: skip
+        lab.pod(),
+        lab.server(),
+        lab.policy("p", *required),
+        lab.mesh_tls("friends", FRONT),
+        lab.networks("office", "10.0.0.0/8", excluded=("10.1.0.0/16",)),
+    )
     (granted,) = policy_of(index).authorizations
     assert granted.networks == (wire.Network("10.0.0.0/8", ("10.1.0.0/16",)),)
     assert granted.authentication == wire.Meshed((FRONT,))
@@ -207,8 +211,11 @@ def test_server_namespace_and_access_policy_are_a_union_and_audit_comes_last() -
 
 def test_a_servers_policy_that_does_not_inherit_drops_the_namespaces() -> None:
     index = indexed(
-        lab.pod(), lab.server(accessPolicy="all-authenticated"), lab.policy("own", inherit=False), lab.policy("ns", at=lab.target("Namespace", "shop"))
-    )  # fmt: skip
+        lab.pod(),
+        lab.server(accessPolicy="all-authenticated"),
+        lab.policy("own", inherit=False),
+        lab.policy("ns", at=lab.target("Namespace", "shop")),
+    )
     assert names(policy_of(index).authorizations) == ["own", "all-authenticated"]
 
 
@@ -237,9 +244,13 @@ def test_a_route_has_its_own_policies_and_the_servers() -> None:
 def test_a_routes_policy_that_does_not_inherit_leaves_only_the_routes_own() -> None:
     at = lab.target("HTTPRoute", "web")
     index = indexed(
-        lab.pod(), lab.server(accessPolicy="all-unauthenticated"), lab.policy("wide"), lab.route(),
-        lab.policy("one", at=at, inherit=False), lab.policy("two", at=at),
-    )  # fmt: skip
+        lab.pod(),
+        lab.server(accessPolicy="all-unauthenticated"),
+        lab.policy("wide"),
+        lab.route(),
+        lab.policy("one", at=at, inherit=False),
+        lab.policy("two", at=at),
+    )
     assert names(policy_of(index).routes[0].authorizations) == ["one", "two"]
     assert names(policy_of(index).authorizations) == ["wide", "all-unauthenticated"]
 
@@ -450,7 +461,11 @@ def test_explain_tells_every_step() -> None:
 
 
 def test_authz_has_a_row_for_every_way_in_and_for_a_closed_port() -> None:
-    index = indexed(lab.pod(ports={"http": 8080, "admin": 9000}), lab.server(port=9000), lab.policy("p", lab.ref("ServiceAccount", "front"), at=lab.target("HTTPRoute", "web")))  # fmt: skip
+    index = indexed(
+        lab.pod(ports={"http": 8080, "admin": 9000}),
+        lab.server(port=9000),
+        lab.policy("p", lab.ref("ServiceAccount", "front"), at=lab.target("HTTPRoute", "web")),
+    )
     rows = [
         (row.port, row.server.name, row.authorization and row.authorization.name, row.clients) for row in authz(index, "shop", "cart-0")
     ]

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import policy_lab as lab
+import pytest
+import trio
+import trio.testing
+from policy_lab import CART, indexed, parsed
+
+from core.names import WorkloadId
+from policy import wire
+from policy.index import Index
+from policy.lines import LineBuffer
+from policy.server import Limits, PolicyServer
+
+HELLO = wire.Hello("shop", "cart-0", "1")
+
+
+class Peer:
+    """The far end of a connection, speaking the wire format by hand."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self.stream = stream
+        self._lines = LineBuffer(wire.MAX_LINE_BYTES)
+        self._messages: list[wire.ToSidecar] = []
+
+    async def say(self, *messages: wire.ToController | bytes) -> None:
+        await self.stream.send_all(b"".join(part if isinstance(part, bytes) else wire.encode(part) for part in messages))
+
+    async def hear(self) -> wire.ToSidecar:
+        """The next message; EOFError when the server has closed."""
+        with trio.fail_after(3600):
+            while not self._messages:
+                data = bytes(await self.stream.receive_some(65536))
+                if not data:
+                    raise EOFError
+                self._messages = [wire.decode_to_sidecar_untrusted(line) for line in self._lines.feed_untrusted(data)]
+            return self._messages.pop(0)
+
+    async def hear_refusal(self) -> str:
+        found = await self.hear()
+        assert isinstance(found, wire.Refused)
+        with pytest.raises(EOFError):
+            await self.hear()
+        return found.reason
+
+    async def is_quiet(self) -> bool:
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.move_on_after(0) as scope:
+            await self.hear()
+        return scope.cancelled_caught
+
+
+Connect = Callable[..., Peer]
+
+
+@asynccontextmanager
+async def serving(server: PolicyServer) -> AsyncIterator[Connect]:
+    async with trio.open_nursery() as nursery:
+
+        def connect(peer: WorkloadId = CART, ip: str | None = "10.0.0.5") -> Peer:
+            near, far = trio.testing.memory_stream_pair()
+            nursery.start_soon(server.serve_peer, far, peer, ip)
+            return Peer(near)
+
+        yield connect
+        nursery.cancel_scope.cancel()
+
+
+def served(*raws: lab.Raw, **limits: float) -> tuple[Index, PolicyServer]:
+    index = indexed(*(raws or (lab.namespace(), lab.pod(), lab.service(), lab.endpoints("cart-0"))))
+    return index, PolicyServer(index, Limits(**limits))  # type: ignore[arg-type]
+
+
+async def test_a_watched_port_and_destination_are_answered_whole_and_again_when_they_change() -> None:
+    index, server = served()
+    async with serving(server) as connect:
+        peer = connect()
+        await peer.say(HELLO, wire.WatchPort(8080), wire.WatchDestination("10.96.0.1:80"))
+        assert await peer.hear() == wire.PortPolicy(8080, index.inbound_policy("shop", "cart-0", 8080))
+        assert await peer.hear() == wire.DestinationState("10.96.0.1:80", index.destination("10.96.0.1:80"))
+        server.changed(index.apply(parsed(lab.server())))
+        assert await peer.hear() == wire.PortPolicy(8080, index.inbound_policy("shop", "cart-0", 8080))
+        server.changed(index.apply(parsed(lab.endpoints())))
+        assert await peer.hear() == wire.DestinationState("10.96.0.1:80", index.destination("10.96.0.1:80"))
+        assert await peer.is_quiet()
+
+
+async def test_a_change_that_makes_no_difference_to_the_subscriber_is_not_sent() -> None:
+    index, server = served()
+    async with serving(server) as connect:
+        peer = connect()
+        await peer.say(HELLO, wire.WatchPort(8080))
+        await peer.hear()
+        server.changed(index.apply(parsed(lab.server(port=9999))))
+        assert await peer.is_quiet()
+
+
+async def test_forgetting_ends_a_subscription_and_watching_again_answers_again() -> None:
+    index, server = served()
+    addr = "10.96.0.1:80"
+    async with serving(server) as connect:
+        peer = connect()
+        await peer.say(HELLO, wire.WatchDestination(addr))
+        await peer.hear()
+        await peer.say(wire.ForgetDestination(addr))
+        await trio.testing.wait_all_tasks_blocked()
+        server.changed(index.apply(parsed(lab.endpoints())))
+        assert await peer.is_quiet()
+        await peer.say(wire.WatchDestination(addr))
+        assert await peer.hear() == wire.DestinationState(addr, index.destination(addr))
+        await peer.say(wire.WatchDestination(addr))
+        assert await peer.hear() == wire.DestinationState(addr, index.destination(addr))
+
+
+@pytest.mark.parametrize(
+    ("peer", "ip", "word", "reason"),
+    [
+        (
+            WorkloadId("cluster.local", "shop", "web"),
+            "10.0.0.5",
+            "identity",
+            f"pod shop/cart-0 is {CART.uri}, not spiffe://cluster.local/ns/shop/sa/web",
+        ),
+        (
+            WorkloadId("cluster.local", "ops", "cart"),
+            "10.0.0.5",
+            "identity",
+            "pod shop/cart-0 cannot be spoken for by spiffe://cluster.local/ns/ops/sa/cart",
+        ),
+        (
+            WorkloadId("other.example", "shop", "cart"),
+            "10.0.0.5",
+            "identity",
+            f"pod shop/cart-0 is {CART.uri}, not spiffe://other.example/ns/shop/sa/cart",
+        ),
+        (CART, "10.0.0.6", "address", "pod shop/cart-0 has no address 10.0.0.6"),
+    ],
+)
+async def test_subscribing_as_somebody_else_is_refused(peer: WorkloadId, ip: str, word: str, reason: str) -> None:
+    _, server = served()
+    async with serving(server) as connect:
+        stranger = connect(peer, ip)
+        await stranger.say(HELLO, wire.WatchPort(8080))
+        assert await stranger.hear_refusal() == reason
+    assert server.counters.refused == {word: 1}
+    assert (server.counters.accepted, server.counters.connected) == (0, 0)
+
+
+async def test_a_pod_without_known_addresses_may_speak_from_any() -> None:
+    _, server = served(lab.pod(ip=""))
+    async with serving(server) as connect:
+        peer = connect(CART, "10.0.0.77")
+        await peer.say(HELLO, wire.WatchPort(1))
+        assert isinstance(await peer.hear(), wire.PortPolicy)
+
+
+async def test_a_pod_that_is_on_its_way_to_us_is_waited_for(autojump_clock: trio.testing.MockClock) -> None:
+    index, server = served(lab.namespace())
+    async with serving(server) as connect:
+        peer = connect()
+        await peer.say(HELLO, wire.WatchPort(8080))
+        await trio.sleep(1)
+        server.changed(index.apply(parsed(lab.pod())))
+        assert isinstance(await peer.hear(), wire.PortPolicy)
+        ghost = connect()
+        await ghost.say(wire.Hello("shop", "ghost", "1"))
+        began = trio.current_time()
+        assert await ghost.hear_refusal() == "pod shop/ghost is not known"
+        assert trio.current_time() - began == pytest.approx(Limits().pod_wait_s)
+
+
+@pytest.mark.parametrize(
+    ("said", "word", "reason"),
+    [
+        (wire.encode(wire.WatchPort(80)), "no-hello", "the first message must be a hello"),
+        (b"GET / HTTP/1.1\r\n\r\n", "invalid-message", "not a message of this API"),
+        (wire.encode(HELLO) * 2, "second-hello", "a second hello on one connection"),
+        (wire.encode(HELLO) + wire.encode(wire.WatchPort(0)), "invalid-message", "port 0 does not exist"),
+        (wire.encode(HELLO) + wire.encode(wire.WatchDestination("cart:80")), "invalid-message", "'cart' is not an IP address"),
+        (wire.encode(HELLO) + b"[" * 3000 + b"\n", "invalid-message", "not a message of this API"),
+        (b"x" * 70_000, "line-too-long", "a line of more than 65536 bytes"),
+        (wire.encode(HELLO) + b"x" * 70_000, "line-too-long", "a line of more than 65536 bytes"),
+    ],
+)
+async def test_a_peer_that_breaks_a_rule_is_told_and_cut(said: bytes, word: str, reason: str) -> None:
+    _, server = served()
+    async with serving(server) as connect:
+        peer = connect()
+        await peer.say(said)
+        assert (await peer.hear_refusal()).startswith(reason)
+    assert server.counters.refused == {word: 1}
+
+
+async def test_a_peer_that_says_nothing_is_cut(autojump_clock: trio.testing.MockClock) -> None:
+    _, server = served()
+    async with serving(server) as connect:
+        assert await connect().hear_refusal() == "no hello within 5 s"
+
+
+async def test_subscriptions_beyond_the_bound_are_ignored_and_the_others_go_on() -> None:
+    index, server = served(subscriptions=2)
+    async with serving(server) as connect:
+        peer = connect()
+        await peer.say(HELLO, wire.WatchPort(1), wire.WatchPort(2), wire.WatchDestination("10.96.0.1:80"))
+        assert [type(await peer.hear()) for _ in range(2)] == [wire.PortPolicy] * 2
+        assert await peer.is_quiet()
+        server.changed(index.apply(parsed(lab.server(port=2))))
+        assert (await peer.hear()).port == 2  # type: ignore[union-attr]
+    assert server.counters.subscriptions_ignored == 1
+
+
+async def test_a_slow_reader_costs_one_entry_per_subscription_and_then_sees_the_newest_state() -> None:
+    index, server = served()
+    async with trio.open_nursery() as nursery:
+        near, far = trio.testing.memory_stream_pair()
+        gate, sends = trio.Event(), 0
+        deliver = far.send_stream.send_all_hook
+        assert deliver is not None
+
+        async def wait_gate() -> None:
+            nonlocal sends
+            sends += 1
+            await gate.wait()
+            await deliver()
+
+        far.send_stream.send_all_hook = wait_gate
+        nursery.start_soon(server.serve_peer, far, CART, "10.0.0.5")
+        peer = Peer(near)
+        await peer.say(HELLO, wire.WatchDestination("10.96.0.1:80"))
+        await trio.testing.wait_all_tasks_blocked()
+        for number in range(500):
+            server.changed(index.apply(parsed(lab.endpoints(cart_0=f"10.0.1.{number % 250}"))))
+        await trio.testing.wait_all_tasks_blocked()
+        assert sends == 1
+        (subscriber,) = next(iter(server._by_pod.values()))
+        assert list(subscriber.due) == ["10.96.0.1:80"]
+        gate.set()
+        assert isinstance(await peer.hear(), wire.DestinationState)
+        assert await peer.hear() == wire.DestinationState("10.96.0.1:80", index.destination("10.96.0.1:80"))
+        assert await peer.is_quiet()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_peer_that_never_reads_is_cut(autojump_clock: trio.testing.MockClock) -> None:
+    _, server = served()
+    near, far = trio.testing.memory_stream_pair()
+    far.send_stream.send_all_hook = trio.sleep_forever
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.serve_peer, far, CART, "10.0.0.5")
+        await Peer(near).say(HELLO, wire.WatchPort(8080))
+    assert server.counters.refused == {"slow-reader": 1}
+    assert server.counters.connected == 0
+
+
+async def test_of_too_many_connections_of_one_pod_the_oldest_goes() -> None:
+    _, server = served(per_pod=2)
+    async with serving(server) as connect:
+        peers = [connect() for _ in range(3)]
+        for peer in peers:
+            await peer.say(HELLO, wire.WatchPort(8080))
+            await peer.hear()
+        with pytest.raises(EOFError):
+            await peers[0].hear()
+        assert await peers[1].is_quiet()
+        assert await peers[2].is_quiet()
+
+
+async def test_a_pod_that_becomes_somebody_else_loses_its_subscriptions() -> None:
+    index, server = served()
+    async with serving(server) as connect:
+        peer = connect()
+        await peer.say(HELLO, wire.WatchPort(8080))
+        await peer.hear()
+        server.changed(index.apply(parsed(lab.pod(account="web"))))
+        assert await peer.hear_refusal() == "pod shop/cart-0 is now spiffe://cluster.local/ns/shop/sa/web"
+
+
+async def test_a_pod_that_is_gone_keeps_the_policy_it_had() -> None:
+    index, server = served()
+    async with serving(server) as connect:
+        peer = connect()
+        await peer.say(HELLO, wire.WatchPort(8080))
+        await peer.hear()
+        server.changed(index.delete(parsed(lab.pod()).ref))
+        assert await peer.is_quiet()
+
+
+async def test_nothing_is_left_of_a_peer_that_went() -> None:
+    _, server = served()
+    async with serving(server) as connect:
+        peer = connect()
+        await peer.say(HELLO, wire.WatchPort(8080), wire.WatchDestination("10.96.0.1:80"))
+        await peer.hear()
+        await peer.stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert (server._by_pod, server._by_ip, server._encoded, server.counters.connected) == ({}, {}, {}, 0)
