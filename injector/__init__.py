@@ -1,1 +1,1 @@
-"""Puts the sidecar into pods: decides whether, builds what is added, says it as a JSON patch. The same code serves the webhook and the local runner."""
+"""Puts the sidecar into pods: decides whether, builds what is added, says it as a JSON patch."""

@@ -1,7 +1,7 @@
 """Decides whether a pod gets a sidecar, and why not when it does not. Pure; called by the webhook and by the local runner.
 
-The order and meaning of the reasons are Linkerd's injector's (``pkg/inject/report.go``), with two differences: a value that means nothing is a
-refusal, not a skip, so that a typing error cannot leave a workload out of the mesh; and so is an app that runs as the sidecar's uid,
+The order and meaning of the reasons are Linkerd's injector's (``pkg/inject/report.go``), with two differences: a value that means nothing
+is a refusal, not a skip, so that a typing error cannot leave a workload out of the mesh; and so is an app that runs as the sidecar's uid,
 because capture lets that uid pass.
 """
 
@@ -90,7 +90,9 @@ def _wish(annotations: Mapping[str, str], namespace_annotations: Mapping[str, st
         if value == "disabled":
             return Skip("disabled", f"annotation {INJECT} of the {where} is disabled")
         if value != "enabled":
-            return Refuse(f"invalid-inject-annotation-at-{id_}", f"annotation {INJECT} of the {where} is {value[:80]!r}: expected enabled or disabled")
+            return Refuse(
+                f"invalid-inject-annotation-at-{id_}", f"annotation {INJECT} of the {where} is {value[:80]!r}: expected enabled or disabled"
+            )
         return None
     return Skip("not-annotated", f"neither the pod nor its namespace has the annotation {INJECT}: enabled")
 

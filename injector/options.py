@@ -65,15 +65,15 @@ def read_options(pod: Mapping[str, str], namespace: Mapping[str, str], ports: Ma
     ports: names of the pod's declared container ports. inherited: the namespace's lists of skipped ports, which become the pod's own,
     because capture follows them only at start and whoever asks later must be told what capture does.
     """
-    for where, annotations in (("pod", pod), ("namespace", namespace)):
-        for key in sorted(annotations):
+    for where, found in (("pod", pod), ("namespace", namespace)):
+        for key in sorted(found):
             if key.startswith(PREFIX) and key.removeprefix(PREFIX) not in _NAMES:
                 name = key.removeprefix(PREFIX)
-                raise InvalidOption(name, annotations[key], where, f"one of the options {', '.join(_NAMES)}")
+                raise InvalidOption(name, found[key], where, f"one of the options {', '.join(_NAMES)}")
 
     def get(name: str, read: Callable[[str], T], default: T, expected: str) -> T:
-        for where, annotations in (("pod", pod), ("namespace", namespace)):
-            if (value := annotations.get(PREFIX + name)) is not None:
+        for where, found in (("pod", pod), ("namespace", namespace)):
+            if (value := found.get(PREFIX + name)) is not None:
                 try:
                     return read(value.strip())
                 except ValueError as error:

@@ -22,7 +22,7 @@ class PatchFailed(ValueError):
 
 
 def review(
-    pod: Mapping[str, Any], namespace_annotations: Mapping[str, str], mesh: sidecar.Mesh = sidecar.Mesh()
+    pod: Mapping[str, Any], namespace_annotations: Mapping[str, str], mesh: sidecar.Mesh = sidecar.DEFAULT_MESH
 ) -> tuple[Decision, list[Operation]]:
     """Decide, and build the patch (empty unless the decision is Inject)."""
     decision = decide(pod, namespace_annotations)

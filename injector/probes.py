@@ -66,4 +66,6 @@ def _number(port: object, container: Mapping[str, Any], kind: str) -> int:
     for declared in container.get("ports") or []:
         if declared.get("name") == port:
             return int(declared["containerPort"])
-    raise UnknownPort(f"{kind} of container {container.get('name')} names the port {port!r}: expected a number or a port the container declares")
+    raise UnknownPort(
+        f"{kind} of container {container.get('name')} names the port {port!r}: expected a number or a port the container declares"
+    )

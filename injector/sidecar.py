@@ -40,6 +40,9 @@ class Mesh:
         return f"{service}.{self.control_namespace}.svc.cluster.local:{port}"
 
 
+DEFAULT_MESH = Mesh()
+
+
 def container(pod: Mapping[str, Any], options: Options, probes: Sequence[Rewritten], mesh: Mesh) -> dict[str, Any]:
     """The native sidecar: an init container that keeps running, starts before every other one and ends after it (KEP-753)."""
     return {

@@ -80,5 +80,3 @@ def _ipv6() -> Finding:
 def is_fatal(finding: Finding) -> bool:
     """IPv6 is the one thing that a mesh does without."""
     return bool(finding.missing) and finding.name != "IPv6"
-
-

@@ -32,6 +32,8 @@ def _ask(name: str, request: protocol.Request, fds: tuple[int, ...] = ()) -> pro
     return answer
 
 
+_FOLDER = click.Path(exists=True, file_okay=False)
+_CAPTURE = click.Choice(["auto", "nft", "ebpf"])
 _name = click.option("--name", default="default", show_default=True, help="Which mesh, when several run on this machine.")
 _namespace = click.option("-n", "--namespace", default="default", show_default=True, help="The pod's namespace.")
 _output = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
@@ -43,9 +45,13 @@ def local() -> None:
 
 
 @local.command()
-@click.option("-f", "--file", "folder", required=True, type=click.Path(exists=True, file_okay=False), help="Folder with manifests; edits take effect.")
+@click.option(
+    "-f", "--file", "folder", required=True, type=click.Path(exists=True, file_okay=False), help="Folder with manifests; edits take effect."
+)
 @click.option("--detach", is_flag=True, help="Return when all pods are ready.")
-@click.option("--capture", type=click.Choice(["auto", "nft", "ebpf"]), default="auto", show_default=True, help="How traffic is led to the sidecars.")
+@click.option(
+    "--capture", type=click.Choice(["auto", "nft", "ebpf"]), default="auto", show_default=True, help="How traffic is led to the sidecars."
+)
 @click.option("--timeout", default=120.0, show_default=True, help="Seconds to wait until all pods are ready.")
 @_name
 def up(folder: str, detach: bool, capture: str, timeout: float, name: str) -> None:
@@ -91,7 +97,9 @@ def check(output: str) -> None:
 
     findings = check_machine()
     if output == "json":
-        click.echo(protocol.as_json([{"name": finding.name, "ok": not finding.missing, "missing": finding.missing} for finding in findings]))
+        click.echo(
+            protocol.as_json([{"name": finding.name, "ok": not finding.missing, "missing": finding.missing} for finding in findings])
+        )
     else:
         for finding in findings:
             click.echo(f"{'missing' if finding.missing else 'ok     '}  {finding.name}{': ' + finding.missing if finding.missing else ''}")

@@ -104,7 +104,7 @@ class Container:
         state = self.state
         self.log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(self.log, "ab") as log:
+            with open(self.log, "ab") as log:  # noqa: ASYNC230 -- a local file: microseconds
                 self._process = await self._pod.start(
                     self.plan, self.plan.argv, Stdio(subprocess.DEVNULL, log.fileno(), log.fileno()), None
                 )
@@ -132,9 +132,8 @@ class Container:
 
     async def _probe_all(self) -> None:
         probes = self.plan.probes
-        if probe := probes.get("startupProbe"):
-            if not await self._until_started(probe):
-                return
+        if (probe := probes.get("startupProbe")) and not await self._until_started(probe):
+            return
         self.state.started = True
         self.state.ready = "readinessProbe" not in probes
         self.started.set()
@@ -243,5 +242,3 @@ class Container:
                     log.truncate(0)
         except OSError:
             pass  # nothing was logged yet
-
-

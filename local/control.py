@@ -33,7 +33,7 @@ async def serve(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """For ever: accept on ``path``. down: begins the end of the runner."""
-    path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # noqa: ASYNC240 -- a local file: microseconds
     listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     await listener.bind(str(path))
     os.chmod(path, 0o600)
@@ -70,9 +70,7 @@ class _Control:
                 for fd in fds:
                     os.close(fd)
 
-    async def _answer(
-        self, request: protocol.Request, connection: trio.socket.SocketType, fds: list[int]
-    ) -> protocol.Answer | None:
+    async def _answer(self, request: protocol.Request, connection: trio.socket.SocketType, fds: list[int]) -> protocol.Answer | None:
         if isinstance(request, protocol.Status):
             return self._report()
         if isinstance(request, protocol.Logs):

@@ -1,7 +1,7 @@
-"""Lets processes of other users reach the programs of this checkout when it lies in a closed home. Called inside a new mount namespace only.
+"""Lets processes of other users reach this checkout when it lies in a closed home. Called inside a new mount namespace only.
 
-A sidecar runs as its own uid; a checkout under ``/root`` or a home with mode 0700 would be out of its reach. Such a folder is replaced, in that
-namespace, by an empty one through which only the needed paths can be seen: more than a changed mode would give, and less.
+A sidecar runs as its own uid; a checkout under ``/root`` or a home with mode 0700 would be out of its reach. Such a folder is replaced, in
+that namespace, by an empty one through which only the needed paths can be seen.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import trio
 from core.k8s.fields import InvalidObject
 from core.k8s.objects import Service, read_core_object
 from core.refs import Ref
-from injector.sidecar import Mesh as Installation
+from injector.sidecar import DEFAULT_MESH
 from local import rules, services, volumes, workloads
 from local.injection import inject
 from local.network import POD_CIDR4, POD_CIDR6, SERVICE_CIDR4, SERVICE_CIDR6, Addresses, AddressPool, OutOfAddresses
@@ -27,8 +27,6 @@ from local.pod import Node, Pod, now_text
 from local.podspec import Base
 from local.sandbox import SetupFailed, run_program
 from local.workloads import PodPlan
-
-INSTALLATION = Installation()
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,9 @@ class Mesh:
 
     def _may_go(self, pod: Pod, desired: Mapping[Ref, PodPlan]) -> bool:
         """A pod with successors stays until all of them are ready (a rolling update that adds first)."""
-        successors = [self.pods.get(ref) for ref, plan in desired.items() if plan.owner == pod.plan.owner and plan.digest != pod.plan.digest]
+        successors = [
+            self.pods.get(ref) for ref, plan in desired.items() if plan.owner == pod.plan.owner and plan.digest != pod.plan.digest
+        ]
         return not pod.ready or all(successor and successor.ready for successor in successors)
 
     def _config_changed(self) -> bool:
@@ -166,7 +166,7 @@ class Mesh:
     def _start(self, plan: PodPlan, nursery: trio.Nursery) -> None:
         namespace = self.manifests.get(Ref("", "Namespace", "", plan.ref.namespace))
         annotations = namespace.metadata.annotations if namespace else {}
-        result = inject(plan.raw, annotations, INSTALLATION)
+        result = inject(plan.raw, annotations, DEFAULT_MESH)
         if isinstance(result, str):
             self.refused[plan.owner] = result
             return
@@ -280,7 +280,9 @@ class Mesh:
     def _dated(self, ref: Ref, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """With a creation time, as the API server would give it: it settles conflicts between objects."""
         meta = raw["metadata"]
-        return raw if meta.get("creationTimestamp") else dict(raw, metadata={**meta, "creationTimestamp": self._created.get(ref, now_text())})
+        return (
+            raw if meta.get("creationTimestamp") else dict(raw, metadata={**meta, "creationTimestamp": self._created.get(ref, now_text())})
+        )
 
     def _write_objects(self, objects: Mapping[str, bytes]) -> None:
         folder = self._setup.state / "api"

@@ -39,7 +39,7 @@ class OutOfAddresses(RuntimeError):
 
 
 class AddressPool:
-    """Hands out the lowest free host number of a pair of networks; an address that was given back is not reused before the range wrapped."""
+    """Hands out host numbers of a pair of networks in order; one that was given back comes round only after all the others."""
 
     def __init__(self, net4: ipaddress.IPv4Network, net6: ipaddress.IPv6Network, *, ipv6: bool) -> None:
         self._net4, self._net6, self._ipv6 = net4, net6, ipv6

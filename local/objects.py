@@ -1,4 +1,4 @@
-"""Manifests as the local runner takes them: which kinds it runs, which it only stores for the controllers, and the first look at their shape.
+"""Manifests as the local runner takes them: which kinds it runs, which it stores for the controllers, and a first look at their shape.
 
 Pure. Called by local.supervisor as the ``parse`` of a folder source and for `pillion local apply`.
 """
@@ -112,11 +112,15 @@ def _check_container(container: object, path: str, names: set[str]) -> None:
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise InvalidObject(f"{path}.{field}", "a list of strings", shown(words))
     if not container.get("command"):
-        raise InvalidObject(f"{path}.command", "the program to run: the local runner has no images, so an entrypoint cannot be known", "nothing")
+        raise InvalidObject(
+            f"{path}.command", "the program to run: the local runner has no images, so an entrypoint cannot be known", "nothing"
+        )
     for field in ("env", "ports", "volumeMounts"):
         entries = container.get(field) or []
         if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
             raise InvalidObject(f"{path}.{field}", "a list of objects", shown(entries))
     user = (container.get("securityContext") or {}).get("runAsUser")
     if user is not None and (not isinstance(user, int) or user <= 0):
-        raise InvalidObject(f"{path}.securityContext.runAsUser", "a uid above 0: uid 0 would be root on this machine's own files", shown(user))
+        raise InvalidObject(
+            f"{path}.securityContext.runAsUser", "a uid above 0: uid 0 would be root on this machine's own files", shown(user)
+        )

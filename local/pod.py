@@ -148,10 +148,13 @@ class Pod:
         namespace = self.plan.ref.namespace
         # no resolver: what the hosts file does not know must fail at once, and a closed local port does
         volumes.write_in_place(
-            resolv, f"search {namespace}.svc.cluster.local svc.cluster.local cluster.local\nnameserver 127.0.0.1\noptions ndots:5\n".encode()
+            resolv,
+            f"search {namespace}.svc.cluster.local svc.cluster.local cluster.local\nnameserver 127.0.0.1\noptions ndots:5\n".encode(),
         )
         exposed = (*own_paths(), *(volume.host_path for volume in self._volumes if volume.host_path))
-        return SandboxPlan(self.link, hostname_of(self.raw), self.addresses, self.folder / "hosts", resolv, self.capture, exposed, str(self._node.scratch))
+        return SandboxPlan(
+            self.link, hostname_of(self.raw), self.addresses, self.folder / "hosts", resolv, self.capture, exposed, str(self._node.scratch)
+        )
 
     async def _live(self) -> None:
         self._say("Pending", "running init containers")
@@ -291,9 +294,7 @@ class Pod:
         if inside is not None:
             return await start_in(inside, command, plan.env, plan.cwd, stdio)
         scratch, sources, mounts = str(self._node.scratch), dict(self._sources), plan.mounts
-        return await start_in(
-            self._sandbox.pid, command, plan.env, plan.cwd, stdio, lambda: volumes.mount_all(mounts, sources, scratch)
-        )
+        return await start_in(self._sandbox.pid, command, plan.env, plan.cwd, stdio, lambda: volumes.mount_all(mounts, sources, scratch))
 
     async def exec(self, container: str | None, argv: tuple[str, ...], env: Mapping[str, str], stdio: Stdio) -> Process:
         """A command in a running container (default: the first that is not a sidecar); raises LookupError, OSError."""
@@ -315,5 +316,3 @@ async def _then_cancel(event: trio.Event, nursery: trio.Nursery) -> None:
 def now_text() -> str:
     """The present as the API writes it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-

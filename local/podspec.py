@@ -1,4 +1,4 @@
-"""From a pod's containers to processes: command line, environment, working directory, uid, files. Pure; called by local.pod when a pod starts.
+"""From a pod's containers to processes: command line, environment, working directory, uid, files. Pure; called by local.pod.
 
 Field rules are those of the core/v1 API reference (Container, EnvVar, Volume); what has no meaning without images is left out.
 """
@@ -55,7 +55,7 @@ class VolumeMount:
 
 @dataclass(frozen=True)
 class ContainerPlan:
-    """A process that a container becomes. kind: ``init`` ends before the next starts; ``sidecar`` is an init container that keeps running."""
+    """The process of a container. kind: ``init`` ends before the next starts; ``sidecar`` is an init container that keeps running."""
 
     name: str
     kind: str

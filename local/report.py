@@ -40,7 +40,7 @@ def report(
 
 
 def why_not_ready(pod: Pod) -> str:
-    """"" for a pod that is ready, has ended well, or is on its way out."""
+    """ "" for a pod that is ready, has ended well, or is on its way out."""
     if pod.ready or pod.phase == "Succeeded" or pod.stopping.is_set():
         return ""
     for container in pod.containers:

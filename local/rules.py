@@ -34,24 +34,37 @@ def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 def capture(skip_inbound: Sequence[tuple[int, int]] = (), skip_outbound: Sequence[tuple[int, int]] = ()) -> str:
     """The table that leads a pod's TCP through its sidecar, IPv4 and IPv6.
 
-    Out: everything but the sidecar's own connections (by uid) and what stays on the loopback device, so talking to oneself never touches the
-    sidecar (Linkerd's proxy-init has the same two exemptions). In: everything but the admin port, which the node probes; what arrives for the
-    sidecar's own ports is led to it like the rest, where the loop guard refuses it.
+    Out: everything but the sidecar's own connections (by uid) and what stays on the loopback device, so that talking to oneself never
+    touches the sidecar (Linkerd's proxy-init has the same two exemptions). In: everything but the admin port, which the node probes;
+    what arrives for the sidecar's own ports is led to it like the rest, where the loop guard refuses it.
     """
     outbound = [f"tcp dport {_ports(skip_outbound)} return"] if skip_outbound else []
     inbound = [f"tcp dport {_ports([(ADMIN_PORT, ADMIN_PORT), *skip_inbound])} return"]
     return _table(
         {
-            "output": ["type nat hook output priority -100; policy accept;", f"meta skuid {SIDECAR_UID} return", 'oifname "lo" return']
-            + [*outbound, f"meta l4proto tcp redirect to :{OUTBOUND_PORT}"],
-            "prerouting": ["type nat hook prerouting priority -100; policy accept;", 'iifname "lo" return']
-            + [*inbound, f"meta l4proto tcp redirect to :{INBOUND_PORT}"],
+            "output": [
+                _hook("nat", "output", -100),
+                f"meta skuid {SIDECAR_UID} return",
+                'oifname "lo" return',
+                *outbound,
+                f"meta l4proto tcp redirect to :{OUTBOUND_PORT}",
+            ],
+            "prerouting": [
+                _hook("nat", "prerouting", -100),
+                'iifname "lo" return',
+                *inbound,
+                f"meta l4proto tcp redirect to :{INBOUND_PORT}",
+            ],
         }
     )
 
 
+def _hook(kind: str, hook: str, priority: int) -> str:
+    return f"type {kind} hook {hook} priority {priority}; policy accept;"
+
+
 def services(fronts: Sequence[Front], pods: Sequence[Addresses]) -> str:
-    """The node's table: Service addresses lead to a random ready pod, as kube-proxy's do; an address with nobody behind it refuses at once."""
+    """The node's table: a Service address leads to a random ready pod, as kube-proxy has it; one with nobody behind it refuses at once."""
     to_pods: list[str] = []
     for front in fronts:
         for vip in front.vips:
@@ -69,14 +82,17 @@ def services(fronts: Sequence[Front], pods: Sequence[Addresses]) -> str:
     # a pod that reaches itself through a Service must not see a packet from its own address arrive from outside
     hairpin = [f"ip saddr {pod.v4} ip daddr {pod.v4} snat ip to {NODE4}" for pod in pods]
     hairpin += [f"ip6 saddr {pod.v6} ip6 daddr {pod.v6} snat ip6 to {NODE6}" for pod in pods if pod.v6]
-    unserved = [f"{family} daddr {cidr} reject with icmpx port-unreachable" for family, cidr in (("ip", SERVICE_CIDR4), ("ip6", SERVICE_CIDR6))]
+    ranges = (("ip", SERVICE_CIDR4), ("ip6", SERVICE_CIDR6))
     return _table(
         {
             "services": to_pods,
-            "prerouting": ["type nat hook prerouting priority -100; policy accept;", "jump services"],
-            "output": ["type nat hook output priority -100; policy accept;", "jump services"],
-            "unserved": ["type filter hook prerouting priority -90; policy accept;", *unserved],
-            "postrouting": ["type nat hook postrouting priority 100; policy accept;", *hairpin],
+            "prerouting": [_hook("nat", "prerouting", -100), "jump services"],
+            "output": [_hook("nat", "output", -100), "jump services"],
+            "unserved": [
+                _hook("filter", "prerouting", -90),
+                *(f"{family} daddr {cidr} reject with icmpx port-unreachable" for family, cidr in ranges),
+            ],
+            "postrouting": [_hook("nat", "postrouting", 100), *hairpin],
         }
     )
 

@@ -15,8 +15,8 @@ import trio
 
 from local import exposure, namespaces, network
 
-# The pod's PID 1: with SIGCHLD ignored the kernel itself reaps what containers leave behind, so that nothing bigger than sleep(1) is needed.
-_PAUSE = 'mount -t proc -o nosuid,nodev,noexec proc /proc && echo up && exec env --ignore-signal=CHLD sleep infinity'
+# The pod's PID 1: with SIGCHLD ignored the kernel reaps what containers leave behind, so that nothing bigger than sleep(1) is needed.
+_PAUSE = "mount -t proc -o nosuid,nodev,noexec proc /proc && echo up && exec env --ignore-signal=CHLD sleep infinity"
 
 
 class SetupFailed(RuntimeError):

@@ -1,7 +1,7 @@
 """The runner's own process: PID 1 of a PID namespace, in a network and a mount namespace that are the node.
 
-Whatever kills it, ``kill -9`` included, takes everything with it: the kernel ends its PID namespace, and no network namespace, mount or rule
-has another holder. Started by local.client as ``python -m local.supervisor``; talks through the control socket.
+Whatever kills it, ``kill -9`` included, takes everything with it: the kernel ends its PID namespace, and no network namespace, mount or
+rule has another holder. Started by local.client as ``python -m local.supervisor``; talks through the control socket.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ async def _main(order: Order) -> None:
         nursery.start_soon(control_plane.run)
         nursery.start_soon(mesh.run)
         await nursery.start(source.run, lambda events: take(mesh, events))
-        await nursery.start(serve, control_socket(state), mesh, lambda: report(order.name, state, mesh, source.refusals, control_plane.states), ended.set)
+        await nursery.start(
+            serve, control_socket(state), mesh, lambda: report(order.name, state, mesh, source.refusals, control_plane.states), ended.set
+        )
         _tell(order.ready_fd, "up")
         await ended.wait()
         await mesh.stop_all()
@@ -151,4 +153,3 @@ def _base_env() -> dict[str, str]:
 
 if __name__ == "__main__":
     main()
-

@@ -1,4 +1,4 @@
-"""``python -m local.trial [PROGRAM...]``: make the namespaces of a node, run a program in them with our input, end. Called by local.check."""
+"""``python -m local.trial [PROGRAM...]``: make a node's namespaces, run a program in them with our input, end. Called by local.check."""
 
 from __future__ import annotations
 

@@ -98,7 +98,9 @@ def mirror(folder: str, scratch: str) -> None:
     """Put a writable folder in memory in the place of ``folder``, with all its entries bound into it; raises OSError."""
     entries = list(os.scandir(folder))
     if len(entries) > _MIRRORED_MAX:
-        raise OSError(f"{folder} has {len(entries)} entries, too many to mount something new into it: create the mount path on this machine")
+        raise OSError(
+            f"{folder} has {len(entries)} entries, too many to mount something new into it: create the mount path on this machine"
+        )
     status = os.stat(folder)
     namespaces.mount("tmpfs", scratch, "tmpfs", namespaces.MS_NOSUID | namespaces.MS_NODEV, f"mode={status.st_mode & 0o7777:o}")
     for entry in entries:

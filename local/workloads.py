@@ -1,4 +1,4 @@
-"""From workload objects to the pods that should exist: names, owners, replicas. Pure; called by local.supervisor whenever an object changed.
+"""From workload objects to the pods that should exist: names, owners, replicas. Pure; called by local.mesh in every round.
 
 A pod's name follows from its owner, its template and its number, so that comparing what should run with what runs is comparing names.
 """

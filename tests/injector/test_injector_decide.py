@@ -1,0 +1,145 @@
+"""Which pods get a sidecar, and what is said when one does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from injector.decide import Inject, Refuse, Skip, decide
+from injector.options import InvalidOption, Options, read_options
+
+ENABLED = {"pillion.dev/inject": "enabled"}
+
+
+def pod(annotations: dict[str, str] | None = None, **spec: Any) -> dict[str, Any]:
+    spec.setdefault("containers", [{"name": "app", "ports": [{"name": "http", "containerPort": 8080}]}])
+    return {"metadata": {"name": "web-0", "namespace": "shop", "annotations": annotations}, "spec": spec}
+
+
+def skipped(decision: object) -> str:
+    assert isinstance(decision, Skip), decision
+    return decision.reason
+
+
+def refused(decision: object) -> str:
+    assert isinstance(decision, Refuse), decision
+    return decision.sentence
+
+
+def test_a_pod_is_injected_when_it_or_its_namespace_says_so() -> None:
+    assert isinstance(decide(pod(ENABLED), {}), Inject)
+    assert isinstance(decide(pod(), ENABLED), Inject)
+
+
+def test_a_pod_nobody_annotated_is_left_alone() -> None:
+    assert skipped(decide(pod(), {})) == "not-annotated"
+    assert skipped(decide({}, {})) == "not-annotated"
+
+
+def test_the_pods_word_beats_the_namespaces() -> None:
+    assert skipped(decide(pod({"pillion.dev/inject": "disabled"}), ENABLED)) == "disabled"
+    assert isinstance(decide(pod(ENABLED), {"pillion.dev/inject": "disabled"}), Inject)
+
+
+def test_a_word_that_means_nothing_is_refused_rather_than_left_out_of_the_mesh() -> None:
+    where = decide(pod({"pillion.dev/inject": "ture"}), {})
+    assert isinstance(where, Refuse) and where.reason == "invalid-inject-annotation-at-workload"
+    assert "'ture'" in where.sentence and "enabled or disabled" in where.sentence
+    where = decide(pod(), {"pillion.dev/inject": "yes"})
+    assert isinstance(where, Refuse) and where.reason == "invalid-inject-annotation-at-namespace"
+
+
+def test_host_network_is_never_captured() -> None:
+    assert skipped(decide(pod(ENABLED, hostNetwork=True), {})) == "host-network"
+
+
+def test_windows_has_no_sidecar() -> None:
+    assert skipped(decide(pod(ENABLED, os={"name": "windows"}), {})) == "unsupported-os"
+
+
+@pytest.mark.parametrize("field", ["containers", "initContainers"])
+def test_a_second_sidecar_is_never_added(field: str) -> None:
+    spec = {"containers": [{"name": "app"}], field: [{"name": "pillion-proxy"}]}
+    assert skipped(decide(pod(ENABLED, **spec), {})) == "already-injected"
+
+
+@pytest.mark.parametrize(
+    ("container", "mesh"),
+    [
+        ({"name": "linkerd-proxy"}, "Linkerd"),
+        ({"name": "istio-init"}, "Istio"),
+        ({"name": "x", "image": "docker.io/istio/proxyv2:1.30.3"}, "Istio"),
+        ({"name": "x", "image": "cr.l5d.io/linkerd/proxy@sha256:00"}, "Linkerd"),
+        ({"name": "x", "image": "envoyproxy/envoy"}, "Envoy"),
+    ],
+)
+def test_another_meshs_sidecar_is_left_alone(container: dict[str, str], mesh: str) -> None:
+    decision = decide(pod(ENABLED, containers=[{"name": "app"}, container]), {})
+    assert skipped(decision) == "foreign-sidecar"
+    assert isinstance(decision, Skip) and mesh in decision.sentence
+
+
+def test_an_image_that_only_looks_similar_is_an_app() -> None:
+    assert isinstance(decide(pod(ENABLED, containers=[{"name": "app", "image": "registry:5000/envoyproxy/envoy-lookalike"}]), {}), Inject)
+
+
+def test_an_app_with_the_sidecars_uid_would_pass_capture_and_is_refused() -> None:
+    assert "2102" in refused(decide(pod(ENABLED, containers=[{"name": "app", "securityContext": {"runAsUser": 2102}}]), {}))
+    assert "2102" in refused(decide(pod(ENABLED, securityContext={"runAsUser": 2102}), {}))
+
+
+def test_a_wrong_option_is_refused_with_annotation_value_and_what_was_expected() -> None:
+    sentence = refused(decide(pod({**ENABLED, "config.pillion.dev/log-level": "loud"}), {}))
+    assert sentence == ("annotation config.pillion.dev/log-level of the pod is 'loud': expected one of debug, info, warning, error")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("default-inbound-policy", "allow"),
+        ("opaque-ports", "0"),
+        ("opaque-ports", "80-70"),
+        ("skip-inbound-ports", "65536"),
+        ("skip-outbound-ports", "a b"),
+        ("unchecked-path-ports", "80;81"),
+        ("log-level", "INFO"),
+        ("access-log", "apache"),
+        ("keep-probes", "yes"),
+        ("shutdown-grace", "-1"),
+        ("shutdown-grace", "3601"),
+        ("accelerate", ""),
+        ("image", "bad image"),
+        ("no-such-option", "x"),
+    ],
+)
+@pytest.mark.parametrize("where", ["pod", "namespace"])
+def test_every_option_has_values_that_are_wrong(name: str, value: str, where: str) -> None:
+    annotations = {f"config.pillion.dev/{name}": value}
+    with pytest.raises(InvalidOption) as caught:
+        read_options(*((annotations, {}) if where == "pod" else ({}, annotations)), {})
+    assert name in str(caught.value) and repr(value) in str(caught.value) and f"of the {where}" in str(caught.value)
+
+
+def test_options_are_read_and_the_pods_win() -> None:
+    prefix = "config.pillion.dev/"
+    options = read_options(
+        {prefix + "skip-outbound-ports": "25, 6000-6010 ,db", prefix + "shutdown-grace": "5s", prefix + "keep-probes": "true"},
+        {prefix + "shutdown-grace": "60", prefix + "access-log": "all", prefix + "skip-inbound-ports": "9000"},
+        {"db": 5432},
+    )
+    assert options.skip_outbound_ports == ((25, 25), (6000, 6010), (5432, 5432))
+    assert options.skip_inbound_ports == ((9000, 9000),)
+    assert (options.shutdown_grace_s, options.access_log, options.keep_probes) == (5, "all", True)
+    assert options.inherited == {prefix + "skip-inbound-ports": "9000"}
+
+
+def test_without_annotations_the_defaults_hold() -> None:
+    assert read_options({}, {}, {}) == Options()
+
+
+def test_the_list_of_inbound_policies_is_the_controllers() -> None:
+    from injector.options import INBOUND_POLICIES
+    from policy.model import ACCESS_POLICIES
+
+    assert set(INBOUND_POLICIES) == set(ACCESS_POLICIES)

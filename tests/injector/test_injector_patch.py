@@ -1,0 +1,234 @@
+"""What injection adds to a pod: container, volumes, probes; and the patch language it is said in."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from injector.decide import Inject, Refuse, Skip
+from injector.patch import PatchFailed, apply_patch, escape, review
+from injector.sidecar import Mesh
+from proxy.config import load_config
+
+ENABLED = {"pillion.dev/inject": "enabled"}
+
+
+def pod(**app: Any) -> dict[str, Any]:
+    container = {
+        "name": "app",
+        "image": "app",
+        "ports": [{"name": "http", "containerPort": 8080}, {"containerPort": 53, "protocol": "UDP"}],
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "web-0", "namespace": "shop"},
+        "spec": {"containers": [container | app]},
+    }
+
+
+def injected(found: dict[str, Any], namespace: dict[str, str] | None = None) -> dict[str, Any]:
+    before = copy.deepcopy(found)
+    decision, patch = review(found, {**ENABLED, **(namespace or {})})
+    assert isinstance(decision, Inject), decision
+    assert found == before, "reviewing must not change the pod"
+    json.dumps(patch)
+    return apply_patch(found, patch)
+
+
+def sidecar_env(found: dict[str, Any]) -> dict[str, str]:
+    entries = found["spec"]["initContainers"][0]["env"]
+    return {entry["name"]: entry.get("value", f"<{entry.get('valueFrom', {}).get('fieldRef', {}).get('fieldPath')}>") for entry in entries}
+
+
+def test_the_sidecar_is_a_native_one_and_comes_first() -> None:
+    found = pod()
+    found["spec"]["initContainers"] = [{"name": "migrate"}]
+    first, second = injected(found)["spec"]["initContainers"]
+    assert (first["name"], first["restartPolicy"]) == ("pillion-proxy", "Always")
+    assert second == {"name": "migrate"}
+    assert first["startupProbe"]["httpGet"] == {"path": "/ready", "port": 4191}
+    context = first["securityContext"]
+    assert context["runAsUser"] == 2102 and context["capabilities"] == {"drop": ["ALL"]} and not context["allowPrivilegeEscalation"]
+
+
+def test_the_environment_is_one_the_sidecar_accepts() -> None:
+    env = sidecar_env(injected(pod()))
+    kubelet = {
+        "<metadata.namespace>": "shop",
+        "<metadata.name>": "web-0",
+        "<metadata.uid>": "u",
+        "<status.podIPs>": "10.0.0.1,fd00::1",
+        "<spec.serviceAccountName>": "web",
+    }
+    config = load_config({name: kubelet.get(value, value.replace("$$", "$")) for name, value in env.items()})
+    assert config.identity.uri == "spiffe://cluster.local/ns/shop/sa/web"
+    assert config.pod_ips == ("10.0.0.1", "fd00::1")
+    assert config.inbound_ports == (8080,)
+    assert (config.inbound_listen.port, config.outbound_listen.port, config.admin_listen.port) == (4143, 4140, 4191)
+    assert str(config.identity_addr) == "pillion-identity.pillion.svc.cluster.local:8080"
+    assert str(config.policy_addr) == "pillion-policy.pillion.svc.cluster.local:8090"
+
+
+def test_the_token_is_for_our_audience_only_and_mounted_into_the_sidecar_only() -> None:
+    found = injected(pod())
+    volumes = {volume["name"]: volume for volume in found["spec"]["volumes"]}
+    (source,) = volumes["pillion-identity-token"]["projected"]["sources"]
+    assert source["serviceAccountToken"]["audience"] == "identity.pillion.dev"
+    assert volumes["pillion-trust-bundle"]["configMap"]["name"] == "pillion-trust-bundle"
+    assert "volumeMounts" not in found["spec"]["containers"][0]
+    assert {mount["name"] for mount in found["spec"]["initContainers"][0]["volumeMounts"]} == set(volumes)
+    env = sidecar_env(found)
+    mounts = {mount["name"]: mount["mountPath"] for mount in found["spec"]["initContainers"][0]["volumeMounts"]}
+    assert env["PILLION_IDENTITY_TOKEN_FILE"] == mounts["pillion-identity-token"] + "/token"
+    assert env["PILLION_TRUST_ANCHORS_FILE"] == mounts["pillion-trust-bundle"] + "/ca.crt"
+
+
+def test_injecting_twice_changes_nothing() -> None:
+    once = injected(pod())
+    assert once["metadata"]["annotations"]["pillion.dev/status"] == "injected"
+    decision, patch = review(once, ENABLED)
+    assert isinstance(decision, Skip) and decision.reason == "already-injected" and patch == []
+
+
+def test_what_the_author_wrote_stays() -> None:
+    found = pod()
+    found["metadata"]["annotations"] = {"mine": "1"}
+    found["spec"]["volumes"] = [{"name": "data", "emptyDir": {}}]
+    after = injected(found)
+    assert after["metadata"]["annotations"]["mine"] == "1"
+    assert after["spec"]["volumes"][0] == {"name": "data", "emptyDir": {}}
+    assert after["spec"]["containers"] == found["spec"]["containers"]
+
+
+def test_skipped_ports_of_the_namespace_become_the_pods_own() -> None:
+    key = "config.pillion.dev/skip-inbound-ports"
+    assert injected(pod(), {key: "9000"})["metadata"]["annotations"][key] == "9000"
+
+
+def test_settings_follow_the_options() -> None:
+    found = pod()
+    prefix = "config.pillion.dev/"
+    found["metadata"]["annotations"] = {prefix + "log-level": "debug", prefix + "access-log": "errors", prefix + "image": "mine:1"}
+    after = injected(found)
+    env = sidecar_env(after)
+    assert (env["PILLION_LOG_LEVEL"], env["PILLION_ACCESS_LOG"]) == ("debug", "errors")
+    assert after["spec"]["initContainers"][0]["image"] == "mine:1"
+
+
+# --- probes ----------------------------------------------------------------------------------------------------------
+
+
+def probes(found: dict[str, Any]) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(sidecar_env(found)["PILLION_PROBES"].replace("$$", "$"))
+    return value
+
+
+@pytest.mark.parametrize(
+    ("action", "original"),
+    [
+        ({"httpGet": {"path": "/healthz", "port": "http"}}, {"httpGet": {"path": "/healthz", "port": 8080}}),
+        ({"tcpSocket": {"port": 5432}}, {"tcpSocket": {"port": 5432}}),
+        ({"grpc": {"port": 9000, "service": "cart"}}, {"grpc": {"port": 9000, "service": "cart"}}),
+        ({"httpGet": {"path": "/a$b", "port": "8080"}}, {"httpGet": {"path": "/a$b", "port": 8080}}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["livenessProbe", "readinessProbe", "startupProbe"])
+def test_a_probe_goes_to_the_sidecar_which_knows_the_original(kind: str, action: dict[str, Any], original: dict[str, Any]) -> None:
+    found = injected(pod(**{kind: {**action, "periodSeconds": 7, "timeoutSeconds": 3}}))
+    probe = found["spec"]["containers"][0][kind]
+    assert probe == {"httpGet": {"path": f"/pillion-probe/app/{kind}", "port": 4191}, "periodSeconds": 7, "timeoutSeconds": 4}
+    assert probes(found) == {f"/pillion-probe/app/{kind}": {**original, "timeoutSeconds": 3}}
+
+
+def test_the_sidecar_understands_the_probes() -> None:
+    from proxy.probes import read_probes
+
+    found = injected(
+        pod(livenessProbe={"tcpSocket": {"port": 1}}, readinessProbe={"httpGet": {"port": "http"}}, startupProbe={"grpc": {"port": 2}})
+    )
+    assert set(read_probes(probes(found))) == set(probes(found))
+
+
+@pytest.mark.parametrize("probe", [{"exec": {"command": ["true"]}}, {"httpGet": {"host": "example.org", "port": 80}}])
+def test_a_probe_that_reaches_no_port_of_the_app_stays(probe: dict[str, Any]) -> None:
+    found = injected(pod(livenessProbe=probe))
+    assert found["spec"]["containers"][0]["livenessProbe"] == probe
+    assert probes(found) == {}
+
+
+def test_an_annotation_keeps_the_probes() -> None:
+    found = pod(livenessProbe={"tcpSocket": {"port": 1}})
+    found["metadata"]["annotations"] = {"config.pillion.dev/keep-probes": "true"}
+    after = injected(found)
+    assert after["spec"]["containers"] == found["spec"]["containers"]
+    assert probes(after) == {}
+
+
+def test_probes_of_another_native_sidecar_are_rewritten_where_they_are() -> None:
+    found = pod()
+    found["spec"]["initContainers"] = [{"name": "logs", "restartPolicy": "Always", "startupProbe": {"tcpSocket": {"port": 24}}}]
+    after = injected(found)
+    assert after["spec"]["initContainers"][1]["startupProbe"]["httpGet"]["path"] == "/pillion-probe/logs/startupProbe"
+
+
+def test_a_probe_of_a_port_nobody_declared_is_refused() -> None:
+    decision, patch = review(pod(livenessProbe={"httpGet": {"port": "web"}}), ENABLED)
+    assert isinstance(decision, Refuse) and "'web'" in decision.sentence and patch == []
+
+
+def test_another_installation_has_other_addresses() -> None:
+    decision, patch = review(pod(), ENABLED, Mesh(trust_domain="example.org", control_namespace="mesh"))
+    env = sidecar_env(apply_patch(pod(), patch))
+    assert isinstance(decision, Inject)
+    assert env["PILLION_TRUST_DOMAIN"] == "example.org" and env["PILLION_IDENTITY_ADDR"].startswith("pillion-identity.mesh.svc")
+
+
+# --- RFC 6902 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("document", "operation", "after"),
+    [  # RFC 6902 appendix A
+        ({"foo": "bar"}, {"op": "add", "path": "/baz", "value": 1}, {"foo": "bar", "baz": 1}),
+        ({"foo": ["a", "c"]}, {"op": "add", "path": "/foo/1", "value": "b"}, {"foo": ["a", "b", "c"]}),
+        ({"foo": ["a"]}, {"op": "add", "path": "/foo/-", "value": ["b"]}, {"foo": ["a", ["b"]]}),
+        ({"foo": 1, "baz": 2}, {"op": "remove", "path": "/baz"}, {"foo": 1}),
+        ({"foo": ["a", "b", "c"]}, {"op": "remove", "path": "/foo/1"}, {"foo": ["a", "c"]}),
+        ({"foo": 1}, {"op": "replace", "path": "/foo", "value": 2}, {"foo": 2}),
+        ({"/": 9, "~1": 10}, {"op": "replace", "path": "/~01", "value": 8}, {"/": 9, "~1": 8}),
+        ({"foo": ["a"]}, {"op": "test", "path": "/foo/0", "value": "a"}, {"foo": ["a"]}),
+    ],
+)
+def test_operations_do_what_the_rfc_says(document: dict[str, Any], operation: dict[str, Any], after: dict[str, Any]) -> None:
+    assert apply_patch(document, [operation]) == after
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        {"op": "replace", "path": "/nope", "value": 1},
+        {"op": "remove", "path": "/nope"},
+        {"op": "add", "path": "/a/b/c", "value": 1},
+        {"op": "add", "path": "/list/9", "value": 1},
+        {"op": "replace", "path": "/list/-", "value": 1},
+        {"op": "test", "path": "/a", "value": 2},
+        {"op": "test", "path": "/list/0", "value": 2},
+        {"op": "move", "path": "/a", "from": "/list"},
+    ],
+)
+def test_an_operation_that_does_not_fit_changes_nothing(operation: dict[str, Any]) -> None:
+    document = {"a": 1, "list": [0]}
+    with pytest.raises(PatchFailed, match=operation["path"]):
+        apply_patch(document, [{"op": "add", "path": "/b", "value": 1}, operation])
+    assert document == {"a": 1, "list": [0]}
+
+
+@given(st.text())
+def test_any_key_survives_escaping(key: str) -> None:
+    assert apply_patch({}, [{"op": "add", "path": f"/{escape(key)}", "value": 1}]) == {key: 1}
