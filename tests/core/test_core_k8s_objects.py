@@ -88,11 +88,17 @@ def test_an_invalid_object_is_refused_with_its_place(raw: dict[str, Any], words:
 @pytest.mark.parametrize(
     ("requirement", "words"),
     [
-        ({"key": "a", "operator": "Near"}, "spec.podSelector.matchExpressions[0].operator: expected one of In, NotIn, Exists, DoesNotExist"),
+        (
+            {"key": "a", "operator": "Near"},
+            "spec.podSelector.matchExpressions[0].operator: expected one of In, NotIn, Exists, DoesNotExist",
+        ),
         ({"key": "a", "operator": "In"}, "spec.podSelector.matchExpressions[0].values: expected at least one value"),
-        ({"key": "a", "operator": "Exists", "values": ["x"]}, "spec.podSelector.matchExpressions[0].values: expected no values with operator Exists"),
+        (
+            {"key": "a", "operator": "Exists", "values": ["x"]},
+            "spec.podSelector.matchExpressions[0].values: expected no values with operator Exists",
+        ),
     ],
-)  # fmt: skip
+)
 def test_an_invalid_selector_is_refused_with_its_place(requirement: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidObject) as refused:
         read_selector({"matchExpressions": [requirement]}, "spec.podSelector")

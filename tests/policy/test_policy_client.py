@@ -155,15 +155,16 @@ async def test_pauses_between_attempts_double_to_a_cap_and_begin_anew_after_succ
         assert trio.current_time() - lost == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("said", [wire.encode(wire.Refused("not you")), b"hello\n", b"x" * (wire.MAX_LINE_BYTES + 1)])
-async def test_a_refusal_and_a_broken_controller_mean_trying_again_later(said: bytes, autojump_clock: trio.testing.MockClock) -> None:
+@pytest.mark.parametrize("said", [wire.encode(wire.Refused("not you")), b"hello\n", b"x" * 2000])
+async def test_a_refusal_and_a_broken_controller_mean_trying_again_later(
+    said: bytes, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    monkeypatch.setattr(wire, "MAX_LINE_BYTES", 1000)
     controllers = Controllers()
     async with running(controllers) as client:
         far = await controllers.accept()
-        with pytest.raises(trio.BrokenResourceError):
-            while True:
-                await far.say(said)
-        assert client.connected.value is False
+        await far.say(said)
+        await client.connected.wait_for(lambda value: not value)
         await controllers.accept()
 
 
@@ -187,9 +188,9 @@ def test_lines_are_found_however_the_bytes_arrive() -> None:
     whole = LineBuffer(10).feed_untrusted(text)
     buffer = LineBuffer(10)
     assert [line for byte in text for line in buffer.feed_untrusted(bytes([byte]))] == whole == [b"one", b"", b"two"]
+    buffer.feed_untrusted(b"x" * 5)
     with pytest.raises(LineTooLong):
-        for _ in range(11):
-            buffer.feed_untrusted(b"x")
+        buffer.feed_untrusted(b"x")
 
 
 # --- over real mutual TLS ----------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ async def sidecar(addr: tuple[str, int], credentials: Credentials, expect: Workl
 
 async def _wait_refused(server: PolicyServer, word: str) -> None:
     with trio.fail_after(5):
-        while word not in server.counters.refused:
+        while word not in server.counters.refused:  # noqa: ASYNC110  (a counter wakes nobody)
             await trio.sleep(0.01)
 
 

@@ -41,14 +41,26 @@ def test_a_match_says_path_method_headers_and_query() -> None:
 @pytest.mark.parametrize(
     ("match", "words"),
     [
-        ({"path": {"value": "/a/../b"}}, 'spec.rules[0].matches[0].path.value: expected a path with one reading (a dot segment), found "/a/../b"'),
-        ({"path": {"type": "Prefix"}}, 'spec.rules[0].matches[0].path.type: expected one of Exact, PathPrefix, RegularExpression, found "Prefix"'),
-        ({"method": "get"}, 'spec.rules[0].matches[0].method: expected one of GET, HEAD, POST, PUT, DELETE, CONNECT, OPTIONS, TRACE, PATCH, found "get"'),
-        ({"headers": [{"name": "a b", "value": "x"}]}, 'spec.rules[0].matches[0].headers[0].name: expected a token of at most 256 characters, found "a b"'),
+        (
+            {"path": {"value": "/a/../b"}},
+            'spec.rules[0].matches[0].path.value: expected a path with one reading (a dot segment), found "/a/../b"',
+        ),
+        (
+            {"path": {"type": "Prefix"}},
+            'spec.rules[0].matches[0].path.type: expected one of Exact, PathPrefix, RegularExpression, found "Prefix"',
+        ),
+        (
+            {"method": "get"},
+            'spec.rules[0].matches[0].method: expected one of GET, HEAD, POST, PUT, DELETE, CONNECT, OPTIONS, TRACE, PATCH, found "get"',
+        ),
+        (
+            {"headers": [{"name": "a b", "value": "x"}]},
+            'spec.rules[0].matches[0].headers[0].name: expected a token of at most 256 characters, found "a b"',
+        ),
         ({"headers": [{"name": "a"}]}, "spec.rules[0].matches[0].headers[0].value: expected a value, found nothing"),
         ({"cookies": []}, "spec.rules[0].matches[0].cookies: expected no field of this name, found []"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_match_is_refused_with_its_place(match: lab.Raw, words: str) -> None:
     assert admission.admit(_matching(**match)) == words
 

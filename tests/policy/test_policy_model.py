@@ -63,7 +63,7 @@ REFUSED = [
         "spec.targetRef: expected one of GRPCRoute.gateway.networking.k8s.io, HTTPRoute.gateway.networking.k8s.io, Namespace, "
         'Server.policy.pillion.dev, found "Deployment.policy.pillion.dev"',
     ),
-    (POLICY, "spec.targetRef.namespace", "other", "spec.targetRef.namespace: expected the policy's own namespace shop, found \"other\""),
+    (POLICY, "spec.targetRef.namespace", "other", 'spec.targetRef.namespace: expected the policy\'s own namespace shop, found "other"'),
     (
         POLICY,
         "spec.requiredAuthenticationRefs.0.kind",
@@ -76,7 +76,12 @@ REFUSED = [
     (MESH, "spec.identities.0", "*.shop", f'spec.identities[0]: expected {URI}, found "*.shop"'),
     (MESH, "spec.identities.0", "spiffe://a/ns/b*", f'spec.identities[0]: expected {URI}, found "spiffe://a/ns/b*"'),
     (NETS, "spec.networks.0.cidr", "10.0.0.0/99", 'spec.networks[0].cidr: expected an IP address or a CIDR, found "10.0.0.0/99"'),
-    (NETS, "spec.networks.0.cidr", "10.0.0.1/8", 'spec.networks[0].cidr: expected a network address such as 10.0.0.0/8, found "10.0.0.1/8"'),
+    (
+        NETS,
+        "spec.networks.0.cidr",
+        "10.0.0.1/8",
+        'spec.networks[0].cidr: expected a network address such as 10.0.0.0/8, found "10.0.0.1/8"',
+    ),
     (
         NETS,
         "spec.networks.0.cidr",
@@ -84,11 +89,26 @@ REFUSED = [
         "spec.networks[0].cidr: expected IPv4 spelt as IPv4 (clients in IPv4-mapped IPv6 are compared as IPv4), "
         'found "::ffff:10.0.0.0/104"',
     ),
-    (NETS, "spec.networks.0.except.0", "11.0.0.0/16", 'spec.networks[0].except[0]: expected a network inside 10.0.0.0/8 and smaller than it, found "11.0.0.0/16"'),
-    (NETS, "spec.networks.0.except.0", "10.0.0.0/8", 'spec.networks[0].except[0]: expected a network inside 10.0.0.0/8 and smaller than it, found "10.0.0.0/8"'),
+    (
+        NETS,
+        "spec.networks.0.except.0",
+        "11.0.0.0/16",
+        'spec.networks[0].except[0]: expected a network inside 10.0.0.0/8 and smaller than it, found "11.0.0.0/16"',
+    ),
+    (
+        NETS,
+        "spec.networks.0.except.0",
+        "10.0.0.0/8",
+        'spec.networks[0].except[0]: expected a network inside 10.0.0.0/8 and smaller than it, found "10.0.0.0/8"',
+    ),
     (NETS, "spec.networks", [], "spec.networks: expected array of length >= 1, found []"),
-    (NETS, "kind", "Netauth", "kind: expected one of AuthorizationPolicy, MeshTLSAuthentication, NetworkAuthentication, Server, found Netauth"),
-]  # fmt: skip
+    (
+        NETS,
+        "kind",
+        "Netauth",
+        "kind: expected one of AuthorizationPolicy, MeshTLSAuthentication, NetworkAuthentication, Server, found Netauth",
+    ),
+]
 
 
 @pytest.mark.parametrize(("raw", "path", "value", "words"), REFUSED, ids=lambda value: str(value)[:40])
@@ -155,7 +175,11 @@ def test_kinds_of_others_are_of_no_interest() -> None:
     assert admission.parse_object({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "x"}}) is None
 
 
-_JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8)  # fmt: skip
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @given(st.sampled_from([SERVER, POLICY, MESH, NETS, lab.route(), lab.pod(), lab.service(), lab.endpoints("a")]), st.data())
