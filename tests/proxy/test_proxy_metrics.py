@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from core.refs import Ref
 from proxy.telemetry.counters import OVERFLOW, Counter, Family, Gauge, Histogram
-from proxy.telemetry.metrics import LATENCY_MS, Metrics, build_info, classify, inbound_labels, outbound_labels
+from proxy.telemetry.metrics import LATENCY_MS, Metrics, build_info, classify, inbound_labels, outbound_labels, process_samples
 from proxy.telemetry.prometheus import Sample, exposition
 
 LABELS = inbound_labels(
@@ -236,3 +238,16 @@ def test_any_label_and_value_is_read_back_by_the_official_parser(pairs: list[tup
     samples = [Sample("x", "gauge", "a\nb\\", number, (("peer", name),)) for name, number in pairs]
     read = {labels: number for (_, labels), number in parsed(exposition([], samples)).items()}
     assert read == {frozenset({("peer", name)}): number for name, number in pairs}
+
+
+def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
+    page = Path(__file__).parents[2].joinpath("docs/metrics.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"`((?:pillion|process)_\w+[a-z])`", page.partition("## Labels")[0]))
+    samples = [build_info("0", "3"), *process_samples(0, 0, 0, 0, 0, 0, 0)]
+    assert documented == {family.name for family in Metrics(lambda: 0)._families} | {sample.name for sample in samples}
+
+
+def test_every_label_is_documented() -> None:
+    page = Path(__file__).parents[2].joinpath("docs/metrics.md").read_text(encoding="utf-8")
+    used = {name for name, _ in (*LABELS, *outbound_labels("true", "x", Ref("", "Service", "shop", "cart"), 80))}
+    assert used <= set(re.findall(r"`(\w+)`", page.partition("## Labels")[2]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,6 +19,7 @@ from trio.testing import MockClock
 from core.runtime.admin import Request
 from proxy.probes import InvalidProbe, ProbeRunner, read_probes
 from proxy.protocol.grpc_health import HealthCheck, NotHealthy
+from tests.certs import Authority
 
 PATH = "/pillion-probe/app/livenessProbe"
 
@@ -45,7 +48,7 @@ class Http:
         self.answers = list(answers)
         self.heads: list[str] = []
 
-    async def __call__(self, stream: trio.SocketStream) -> None:
+    async def __call__(self, stream: trio.abc.Stream) -> None:
         head = b""
         while b"\r\n\r\n" not in head:
             head += await stream.receive_some()
@@ -95,6 +98,23 @@ async def test_http_fails_for_what_is_no_answer_and_passes_nothing_on(answer: by
     status, text = await against(Http(answer), {"httpGet": {}})
     assert status == 503
     assert "smtp" not in text
+
+
+async def test_https_does_not_check_the_certificate_as_the_kubelet_does_not(tmp_path: Path) -> None:
+    credentials = Authority().credentials("spiffe://cluster.local/ns/shop/sa/cart", ends_in=-60)
+    (tmp_path / "both.pem").write_bytes(credentials.key_pem + credentials.chain_pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "both.pem")
+    plain = Http(b"HTTP/1.1 200 x\r\n\r\n", b"HTTP/1.1 200 x\r\n\r\n")
+
+    async def app(stream: trio.SocketStream) -> None:
+        try:
+            await plain(trio.SSLStream(stream, context, server_side=True, https_compatible=True))
+        except trio.BrokenResourceError:
+            await trio.aclose_forcefully(stream)
+
+    assert await against(app, {"httpGet": {"scheme": "HTTPS"}}) == (200, "ok")
+    assert (await against(app, {"httpGet": {"scheme": "HTTP"}}))[0] == 503
 
 
 async def test_tcp_succeeds_when_something_listens(unused: int) -> None:
