@@ -9,8 +9,9 @@ tried one after the other.
 
 Precedence (HTTPRouteSpec.hostnames and HTTPRouteRule.matches; every match ranks alone), best first:
   1. hostname: exact, then the longest wildcard, then routes without hostnames
-  2. path: Exact, then the longest PathPrefix, then RegularExpression (the Gateway API leaves its place to the implementation; a regular
-     expression is asked only when no prefix took the request, also not ``/``, which is what a match without a path means)
+  2. path: Exact, then RegularExpression, then the longest PathPrefix (the Gateway API leaves the place of regular expressions to the
+     implementation; behind prefixes a catch-all ``/``, which is also what a match without a path means, would shadow all of them, and
+     a rule that narrows who may use what its expression covers would silently be none)
   3. method present  4. more headers  5. more query parameters  6. order of routes (oldest first), of rules, of matches
 A candidate of a better rank whose other conditions do not hold is skipped, it does not shadow its inferiors: also over hostnames.
 
@@ -162,7 +163,16 @@ class _HttpLevel:
     def find(self, method: str, path: str, headers: Headers, query: Query) -> _Candidate | None:
         exact = self._exact.get(path)
         found = exact.find(method, headers, query) if exact else None
-        return found or self._find_prefix(method, path, headers, query) or self._find_regex(method, path, headers, query)
+        return found or self._find_regex(method, path, headers, query) or self._find_prefix(method, path, headers, query)
+
+    def _find_regex(self, method: str, path: str, headers: Headers, query: Query) -> _Candidate | None:
+        if not self._regex:
+            return None
+        raw = path.encode("ascii", "replace")
+        for pattern, one in self._regex:
+            if (one.method is None or one.method == method) and pattern(raw) and one.holds(headers, query):
+                return one
+        return None
 
     def _find_prefix(self, method: str, path: str, headers: Headers, query: Query) -> _Candidate | None:
         # Start at the longest prefix that any rule has: the walk is as long as the policy is deep, not as the client likes.
@@ -173,15 +183,6 @@ class _HttpLevel:
             if found or not prefix:
                 return found
             prefix = prefix[: max(prefix.rfind("/"), 0)]
-
-    def _find_regex(self, method: str, path: str, headers: Headers, query: Query) -> _Candidate | None:
-        if not self._regex:
-            return None
-        raw = path.encode("ascii", "replace")
-        for pattern, one in self._regex:
-            if (one.method is None or one.method == method) and pattern(raw) and one.holds(headers, query):
-                return one
-        return None
 
 
 class _GrpcLevel:
@@ -253,8 +254,8 @@ class RouteTable:
     def find(self, host: str, method: str, path: str, query: Query, headers: Headers) -> Found | None:
         """The rule a request belongs to, None when no route wants it.
 
-        host: lower case, without port (`host_untrusted`). path: normal form or ``*``, which only PathPrefix ``/`` takes. query: first
-        values. headers: first value of each of `header_names`, None where there is none.
+        host: lower case, without port (`host_untrusted`). path: normal form or ``*``, which PathPrefix ``/`` takes and every regular
+        expression that covers it. query: first values. headers: first value of each of `header_names`, None where there is none.
         """
         for level in self._levels(host):
             candidate = level.find(method, path, headers, query)

@@ -95,6 +95,11 @@ def test_a_regular_expression_covers_the_whole_path(path: str, matches: bool) ->
     assert (find([http("r", (regex("/v[0-9]+/[^/]*"),))], path) is not None) == matches
 
 
+def test_a_target_without_a_path_belongs_to_the_catch_all_and_to_expressions_that_cover_it() -> None:
+    assert winner([http("r", (prefix("/"),), (regex("/.*"),))], "*", method="OPTIONS") == "r.0"
+    assert winner([http("r", (prefix("/"),), (regex("[*]"),))], "*", method="OPTIONS") == "r.1"
+
+
 def test_a_rule_without_matches_takes_everything_and_a_route_without_rules_nothing() -> None:
     assert winner([http("r", ())], "/x", method="PURGE") == "r.0"
     assert winner([http("r")], "/") is None
@@ -140,7 +145,8 @@ def test_patterns_of_headers_and_query_cover_the_whole_value() -> None:
         (prefix("/a/b"), exact("/a/b")),
         (prefix("/a/b", method="GET", headers=(header("x", "1"),), query=(header("q", "1"),)), exact("/a/b")),
         (regex("/a/b"), exact("/a/b")),
-        (regex("/a/b"), prefix("/")),  # regular expressions come after prefixes
+        (prefix("/a/b"), regex("/a/.*")),  # or a catch-all would shadow a rule that narrows
+        (prefix("/", method="GET", headers=(header("x", "1"),)), regex(".*")),
         (prefix("/"), prefix("/a")),
         (prefix("/a", method="GET"), prefix("/a/b")),
         (prefix("/a"), prefix("/a", method="GET")),
@@ -339,9 +345,9 @@ def http_rank(match: HttpMatch, method: str, path: str, headers: dict[str, str],
         path_rank = (0, 0) if path == wanted else None
     elif match.path.type == "PathPrefix":
         elements, found = wanted.strip("/").split("/"), path.strip("/").split("/")
-        path_rank = (1, -len(wanted.rstrip("/"))) if wanted == "/" or found[: len(elements)] == elements else None
+        path_rank = (2, -len(wanted.rstrip("/"))) if wanted == "/" or found[: len(elements)] == elements else None
     else:
-        path_rank = (2, 0) if re.fullmatch(wanted, path) else None
+        path_rank = (1, 0) if re.fullmatch(wanted, path) else None
     if path_rank is None or match.method not in (None, method):
         return None
     if not values_hold(match.headers, headers.get) or not values_hold(match.query, query.get):
