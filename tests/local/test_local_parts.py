@@ -1,0 +1,158 @@
+"""The small parts of the runner that decide something: probes, closed folders, subordinate ids, names, messages."""
+
+from __future__ import annotations
+
+import stat
+from functools import partial
+
+import h2.config
+import h2.connection
+import h2.events
+import pytest
+import trio
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from local import protocol
+from local.commands import local
+from local.exposure import closed_folders
+from local.grpc_health import health_request, read_health_untrusted
+from local.probing import Tally, check
+from local.state import BadName, state_folder
+from local.userns import subordinate_start
+
+
+async def no_exec(command: list[str], timeout_s: float) -> str | None:
+    return None if command == ["true"] else "the command exited with 1"
+
+
+def test_a_probe_fails_only_after_its_threshold_in_a_row() -> None:
+    tally = Tally(failure_threshold=2, healthy=True)
+    assert (tally.record(False), tally.healthy) == (False, True)
+    assert (tally.record(True), tally.healthy) == (True, True)
+    tally.record(False)
+    assert (tally.record(False), tally.healthy) == (True, False)
+
+
+async def answer(response: bytes, stream: trio.SocketStream) -> None:
+    await stream.receive_some(4096)
+    try:
+        for byte in response:
+            await stream.send_all(bytes([byte]))
+    except trio.BrokenResourceError:
+        pass  # a probe hangs up as soon as it knows
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\n", None),
+        (b"HTTP/1.0 302 Found\r\n\r\n", None),
+        (b"HTTP/1.1 503 Service Unavailable\r\n\r\n", "HTTP status 503"),
+        (b"220 smtp\r\n", "the answer is not HTTP"),
+        (b"", "the answer is not HTTP"),
+    ],
+)
+async def test_an_http_probe_reads_the_status(nursery: trio.Nursery, response: bytes, expected: str | None) -> None:
+    listeners = await nursery.start(partial(trio.serve_tcp, host="127.0.0.1"), partial(answer, response), 0)
+    port = listeners[0].socket.getsockname()[1]
+    assert await check({"httpGet": {"port": "web", "path": "/"}, "timeoutSeconds": 5}, "127.0.0.1", {"web": port}, no_exec) == expected
+    assert await check({"tcpSocket": {"port": port}}, "127.0.0.1", {}, no_exec) is None
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_probe_says_why_it_failed() -> None:
+    assert await check({"exec": {"command": ["true"]}}, "127.0.0.1", {}, no_exec) is None
+    assert await check({"exec": {"command": ["false"]}}, "127.0.0.1", {}, no_exec) == "the command exited with 1"
+    assert await check({"httpGet": {"port": "nope"}}, "127.0.0.1", {}, no_exec) == "the container has no port named nope"
+    assert await check({}, "127.0.0.1", {}, no_exec) == "the probe names no action"
+
+
+async def test_a_silent_app_fails_its_probe_in_time(nursery: trio.Nursery, autojump_clock: object) -> None:
+    async def silent(command: list[str], timeout_s: float) -> str | None:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    assert await check({"exec": {"command": ["x"]}, "timeoutSeconds": 7}, "127.0.0.1", {}, silent) == "no answer within 7 s"
+
+
+def grpc_server_answer(request: bytes, status: int | None) -> bytes:
+    """What a real HTTP/2 implementation says to our request."""
+    server = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="utf-8"))
+    server.initiate_connection()
+    events = server.receive_data(request)
+    (asked,) = [event for event in events if isinstance(event, h2.events.RequestReceived)]
+    assert dict(asked.headers)[":path"] == "/grpc.health.v1.Health/Check"
+    server.send_headers(1, [(":status", "200"), ("content-type", "application/grpc")], end_stream=status is None)
+    if status is not None:
+        message = bytes([8, status])
+        server.send_data(1, b"\x00" + len(message).to_bytes(4, "big") + message)
+        server.send_headers(1, [("grpc-status", "0")], end_stream=True)
+    return server.data_to_send()
+
+
+@pytest.mark.parametrize(("status", "expected"), [(1, ""), (2, "status 2"), (None, "without a health status")])
+def test_a_grpc_probe_reads_what_h2_sends_at_every_split(status: int | None, expected: str) -> None:
+    received = grpc_server_answer(health_request("10.0.0.1:9000", "cart"), status)
+    answers = [read_health_untrusted(received[:cut]) for cut in range(len(received) + 1)]
+    final = next(found for found in answers if found is not None)
+    assert (final == "") if expected == "" else (expected in final)
+    assert answers[0] is None
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_an_answer_or_not_enough(received: bytes) -> None:
+    assert read_health_untrusted(received) is None or isinstance(read_health_untrusted(received), str)
+
+
+def test_only_closed_folders_are_replaced() -> None:
+    closed = {"/root": 0o700, "/home/me": 0o750}
+
+    def mode_of(path: str) -> int:
+        return stat.S_IFDIR | closed.get(path, 0o755)
+
+    found = closed_folders(["/root/src/pillion", "/root/src/pillion/.venv", "/root/.pyenv/x", "/usr/bin", "/home/me/a"], mode_of)
+    assert found == {"/root": ["/root/.pyenv/x", "/root/src/pillion"], "/home/me": ["/home/me/a"]}
+
+
+@pytest.mark.parametrize(
+    ("lines", "start"),
+    [
+        (["me:100000:65536"], 100000),
+        (["you:1:65536", "1000:200000:65536"], 200000),
+        (["me:100000:1000"], None),
+        (["# comment", "", "me"], None),
+    ],
+)
+def test_a_subordinate_range_is_found_by_name_or_uid(lines: list[str], start: int | None) -> None:
+    assert subordinate_start(lines, ["me", "1000"]) == start
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "A", "x" * 32, "-a"])
+def test_a_mesh_name_cannot_leave_its_folder(name: str) -> None:
+    with pytest.raises(BadName):
+        state_folder(name)
+
+
+def test_messages_survive_the_wire() -> None:
+    message = protocol.Exec("shop", "web", None, ("sh", "-c", "ü"), {"A": "1"})
+    assert protocol.decode_request(protocol.encode(message)) == message
+
+
+@given(st.binary(max_size=300))
+def test_a_foreign_message_is_a_bad_message(line: bytes) -> None:
+    try:
+        protocol.decode_request(line)
+    except protocol.BadMessage:
+        pass
+
+
+def test_commands_without_a_mesh_say_what_to_do() -> None:
+    result = CliRunner().invoke(local, ["status", "--name", "no-such-mesh"])
+    assert result.exit_code == 1 and "pillion local up -f DIR --name no-such-mesh" in result.output
+
+
+def test_capture_by_ebpf_is_refused_in_words(tmp_path: object) -> None:
+    result = CliRunner().invoke(local, ["up", "-f", str(tmp_path), "--capture", "ebpf"])
+    assert result.exit_code == 1 and "--capture nft" in result.output
