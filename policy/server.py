@@ -24,6 +24,7 @@ from core.runtime import logs, sockets
 from core.runtime.tls import HandshakeFailed, TlsStream, server_context
 from core.runtime.watch import Cell
 from policy import wire
+from policy.answers import encoded_destination, encoded_policy
 from policy.index import Index, Key, PodKey
 from policy.lines import LineBuffer, LineTooLong
 
@@ -359,11 +360,11 @@ class PolicyServer:
             if policy == subscriber.sent.get(subject):
                 return b""
             subscriber.sent[subject] = policy
-            return wire.encode(wire.PortPolicy(subject, policy))
+            return encoded_policy(subject, policy)
         known = self._encoded.get(subject)
         if known is None:
             destination = self._index.destination(subject)
-            known = self._encoded[subject] = destination, wire.encode(wire.DestinationState(subject, destination))
+            known = self._encoded[subject] = destination, encoded_destination(subject, destination)
         if known[0] == subscriber.sent.get(subject):
             return b""
         subscriber.sent[subject] = known[0]

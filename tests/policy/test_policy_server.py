@@ -11,6 +11,7 @@ from policy_lab import CART, indexed, parsed
 
 from core.names import WorkloadId
 from policy import wire
+from policy.answers import encoded_destination, encoded_policy
 from policy.index import Index
 from policy.lines import LineBuffer
 from policy.server import Limits, PolicyServer
@@ -297,3 +298,15 @@ async def test_nothing_is_left_of_a_peer_that_went() -> None:
         await peer.stream.aclose()
         await trio.testing.wait_all_tasks_blocked()
         assert (server._by_pod, server._by_ip, server._encoded, server.counters.connected) == ({}, {}, {}, 0)
+
+
+def test_what_no_sidecar_would_read_is_shortened_or_denied(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = indexed(lab.pod(), lab.service(), lab.server(accessPolicy="all-unauthenticated"), lab.endpoints(*(f"p-{n}" for n in range(64))))
+    policy, destination = index.inbound_policy("shop", "cart-0", 8080), index.destination("10.96.0.1:80")
+    assert wire.decode_to_sidecar_untrusted(encoded_policy(8080, policy)) == wire.PortPolicy(8080, policy)
+    monkeypatch.setattr(wire, "MAX_LINE_BYTES", 1000)
+    short = wire.decode_to_sidecar_untrusted(encoded_destination("10.96.0.1:80", destination))
+    assert isinstance(short, wire.DestinationState) and 0 < len(short.destination.endpoints) < 64
+    monkeypatch.setattr(wire, "MAX_LINE_BYTES", 300)
+    denied = wire.decode_to_sidecar_untrusted(encoded_policy(8080, policy))
+    assert isinstance(denied, wire.PortPolicy) and (denied.policy.server, denied.policy.authorizations) == (policy.server, ())
