@@ -42,7 +42,7 @@ def resolve(store: Store, addr: str, settings: IndexSettings) -> wire.Destinatio
     if pod is None:
         return wire.Destination("external", None, _external_protocol(dialled.port, settings))
     protocol = inbound.port_protocol(store, pod, dialled.port, settings)
-    return wire.Destination("pod", pod.ref, protocol, (_endpoint(store, dialled, pod, settings),))
+    return wire.Destination("pod", pod.ref, protocol, (_endpoint(dialled, pod, settings),))
 
 
 def _external_protocol(port: int, settings: IndexSettings) -> wire.Protocol:
@@ -54,7 +54,7 @@ def _service(store: Store, service: Service, dialled: Addr, settings: IndexSetti
     if port is None:
         return wire.Destination("refused", service.ref, "detect")
     ready = _ready(store, service, port, ":" in dialled.ip)
-    endpoints = tuple(_endpoint(store, addr, ready[addr], settings) for addr in sorted(ready))
+    endpoints = tuple(_endpoint(addr, ready[addr], settings) for addr in sorted(ready))
     return wire.Destination("service", service.ref, _service_protocol(store, service, port, ready, settings), endpoints)
 
 
@@ -96,14 +96,16 @@ def _target(store: Store, endpoint: SliceEndpoint, namespace: str) -> Pod | None
     return store.pods.get(ref.namespace or namespace, {}).get(ref.name)
 
 
-def _endpoint(store: Store, addr: Addr, pod: Pod | None, settings: IndexSettings) -> wire.Endpoint:
+def _endpoint(addr: Addr, pod: Pod | None, settings: IndexSettings) -> wire.Endpoint:
     if pod is None:
         return wire.Endpoint(str(addr))
-    return wire.Endpoint(str(addr), _identity(store, pod, addr.port, settings), pod.ref)
+    return wire.Endpoint(str(addr), _identity(pod, addr.port, settings), pod.ref)
 
 
-def _identity(store: Store, pod: Pod, port: int, settings: IndexSettings) -> str | None:
-    if not meshed(pod) or inbound.port_in_list(store, pod, port, options.SKIP_INBOUND_PORTS):
+def _identity(pod: Pod, port: int, settings: IndexSettings) -> str | None:
+    # The pod's own annotation only: the injector copies the namespace's, as the redirect was set up by what stood there at that time.
+    skipped = options.read_port_list(pod.metadata.annotations.get(options.SKIP_INBOUND_PORTS, ""))
+    if not meshed(pod) or skipped.holds(port, pod.ports):
         return None
     return inbound.identity(settings, pod.metadata.namespace, pod.spec.service_account_name)
 
