@@ -122,7 +122,8 @@ def reason(facts):
         return "an optimised build (configured with --enable-optimizations)"
     if facts["distribution"]:
         return "an optimised build (Debian and Ubuntu build theirs profile-guided, though CONFIG_ARGS does not say so)"
-    return "not an optimised build: slower, and no measurement made with it counts; there is no better one here"
+    chosen = "you chose it" if os.environ.get("PILLION_PYTHON") else "there is no better one here"
+    return f"not an optimised build: slower, and no measurement made with it counts; {chosen}"
 
 
 def rank(facts):
