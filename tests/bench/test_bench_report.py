@@ -1,0 +1,118 @@
+"""What readers see: targets judged, what is behind stated first, charts, JSON that can be read again."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import report
+from bench.charts import chart
+from bench.facts import Facts
+from bench.measure import UNITS, Result
+from bench.page import TITLES, performance_page
+from bench.targets import TARGETS, Target, judge
+
+FACTS = Facts(
+    machine={"cpu": "a <fast> cpu", "cores": "2", "memory_gib": "4", "kernel": "6.1", "python": "3.11.2", "python_build": "PGO+LTO"},
+    versions={"envoy": "1.40.0", "haproxy": "2.6.12"},
+    commit="abc",
+    pinning="nothing is pinned",
+    rounds=5,
+    seconds=4,
+    quick=False,
+    started=0.0,
+    took_s=1.0,
+)
+
+
+def row(contestant: str, metric: str, value: float, *, name: str = "P1", work: str = "w") -> Result:
+    return Result(name, work, contestant, metric, UNITS[metric], value, 0.1, 0, 5, None, None)
+
+
+P1_BEHIND = [row("pillion", "throughput", 15.0), row("envoy", "throughput", 10.0), row("haproxy", "throughput", 15.0)]
+
+
+def verdict(rows: list[Result], name: str, metric: str, against: str | None) -> tuple[float | None, bool]:
+    found = next(one for one in judge(rows) if (one.target.row, one.target.metric, one.target.against) == (name, metric, against))
+    return found.figure, found.met
+
+
+def test_a_ratio_below_its_target_is_not_reached() -> None:
+    assert verdict(P1_BEHIND, "P1", "throughput", "envoy") == (1.5, False)
+
+
+def test_a_ratio_at_its_target_is_reached() -> None:
+    assert verdict(P1_BEHIND, "P1", "throughput", "haproxy") == (1.0, True)
+
+
+def test_what_a_peer_was_not_measured_for_is_unknown_and_not_reached() -> None:
+    assert verdict(P1_BEHIND, "P1", "throughput", "envoy-h2") == (None, False)
+
+
+def test_a_target_without_peer_is_the_figure_itself() -> None:
+    assert verdict([row("pillion", "pss_idle", 29.0, name="P6")], "P6", "pss_idle", None) == (29.0, False)
+    assert verdict([row("pillion", "pss_idle", 27.0, name="P6")], "P6", "pss_idle", None) == (27.0, True)
+
+
+def test_a_work_whose_name_begins_like_another_is_not_judged_by_its_target() -> None:
+    rows = [row(who, "throughput", 10.0, name="P3", work="gRPC, 8 x 16") for who in ("pillion", "envoy")]
+    works = {(one.target.work, one.work) for one in judge(rows) if one.target.row == "P3" and one.figure is not None}
+    assert works == {("gRPC, 8 x 16", "gRPC, 8 x 16")}
+
+
+def test_every_target_names_a_known_row_and_metric() -> None:
+    assert {target.row for target in TARGETS} <= TITLES.keys()
+    assert {target.metric for target in TARGETS} <= UNITS.keys()
+
+
+def test_shortfall_counts_in_the_direction_of_the_target() -> None:
+    assert Target("P6", "", "pss_idle", None, 28).met(27)
+    assert not Target("P1", "", "throughput", "envoy", 1.7).met(1.6)
+
+
+def test_the_page_states_what_is_behind_before_what_is_ahead() -> None:
+    page = performance_page(FACTS, P1_BEHIND)
+    behind, ahead = page.index("## Not yet ahead"), page.index("## Ahead")
+    assert behind < page.index(">= 1.7x | **1.5x**") < ahead < page.index(">= 0.95x | **1x**") < page.index("## All figures")
+
+
+def test_the_page_names_what_was_not_measured() -> None:
+    assert "- P11 From exec to ready, certificate included: ready" in performance_page(FACTS, P1_BEHIND)
+
+
+def test_failed_rounds_are_on_the_page_with_their_reason() -> None:
+    failed = replace(row("envoy", "throughput", 1.0), failed=2, note="timeout 3")
+    assert "P1 w, envoy: 2 of 5 (timeout 3)" in performance_page(FACTS, [failed])
+
+
+def test_a_chart_is_well_formed_and_in_scale() -> None:
+    text = chart(P1_BEHIND, "P1", "throughput")
+    assert text is not None
+    bars = [float(bar.get("width", "0")) for bar in ET.fromstring(text).iter("{http://www.w3.org/2000/svg}rect")][1:]
+    assert bars[0] == bars[2]
+    assert bars[1] == pytest.approx(bars[0] / 1.5, rel=0.01)
+
+
+def test_names_in_a_chart_are_escaped() -> None:
+    text = chart([row("pillion", "throughput", 1.0, work="<&>")], "P1", "throughput")
+    assert text is not None
+    assert "&lt;&amp;&gt;" in text
+
+
+def test_there_is_no_chart_of_nothing() -> None:
+    assert chart([row("none", "throughput", 1.0)], "P1", "throughput") is None
+
+
+def test_a_run_written_as_json_can_be_read_again() -> None:
+    assert report.from_json(report.as_json(FACTS, P1_BEHIND)) == (FACTS, P1_BEHIND)
+
+
+def test_the_page_refers_to_the_charts_that_are_written(tmp_path: Path) -> None:
+    report.write_page(FACTS, P1_BEHIND, tmp_path)
+    page = (tmp_path / "performance.md").read_text()
+    written = sorted(path.name for path in (tmp_path / "performance").iterdir())
+    assert written == ["P1-throughput.svg"]
+    assert "](performance/P1-throughput.svg)" in page
