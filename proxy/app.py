@@ -71,26 +71,31 @@ class _Certificates:
 
 
 class Sidecar:
-    """All parts of one sidecar. source: where policy comes from, if not from the controller the settings name."""
+    """All parts of one sidecar.
 
-    def __init__(self, config: Config, nursery: trio.Nursery, source: PolicySource | None = None) -> None:
+    source: where policy comes from, if not from the controller the settings name. clock: seconds, for every deadline of the data path.
+    """
+
+    def __init__(
+        self, config: Config, nursery: trio.Nursery, source: PolicySource | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.config = config
         self.drain = Drain()
         self.credentials: Cell[Credentials | None] = Cell(None)
-        self.metrics = Metrics(time.monotonic)
-        self.relay = Relay(_report_crash)
+        self.metrics = Metrics(clock)
+        self.relay = Relay(_report_crash, clock)
         self.live = Live(self.relay)
         hello = Hello(config.namespace, config.pod, VERSION)
         policy_addr = (config.policy_addr.host, config.policy_addr.port)
         self.policy = PolicyClient(policy_addr, config.control_identity("pillion-policy"), self.credentials, hello)
         self.discovery = Discovery(source or self.policy, config.trust_domain, config.policy_wait_s)
-        self.recorder = Recorder(self.metrics, time.monotonic, _write_log, config.access_log, lambda line: _access.info("request", **line))
+        self.recorder = Recorder(self.metrics, clock, _write_log, config.access_log, lambda line: _access.info("request", **line))
         security = Security(config.identity, self.credentials, config.handshake_timeout_s)
         dialer = Dialer(security, config.connect_timeout_s, config.pod_ips)
         http1, http2 = _limits(config)
         self.http1_pool = Http1Pool(self.relay, config.pool_idle_s)
         self.http2_pool = Http2Pool(self.relay, replace(http2, idle_timeout_s=max(config.pool_idle_s, 1.0)))
-        services = Services(dialer, self.relay, nursery, self.http1_pool, self.http2_pool, time.monotonic)
+        services = Services(dialer, self.relay, nursery, self.http1_pool, self.http2_pool, clock)
         self.inbound = Inbound(
             config, self.discovery, security, dialer, self.relay, self.live, self.recorder, nursery, http1, http2
         )

@@ -206,7 +206,7 @@ async def mesh(
         sides = []
         for identity in (CART, WEB):
             controller = Controller()
-            sidecar = Sidecar(_config(identity, environ), nursery, controller)
+            sidecar = Sidecar(_config(identity, environ), nursery, controller, trio.current_time)
             sidecar.credentials.set(authority.credentials(identity))
             nursery.start_soon(sidecar.relay.run)
             sides.append((sidecar, controller))
