@@ -432,3 +432,61 @@ def test_a_header_block_that_does_not_end_is_timed_out() -> None:
     assert chain.client_sink.timer == chain.limits.head_timeout_s
     chain.near.expired()
     assert chain.client_sink.fate == "close"
+
+
+def test_a_request_that_waits_too_long_is_handed_back() -> None:
+    chain = Chain(Http2Limits(stall_timeout_s=20, tick_s=5))
+    chain.far.received(frame(SETTINGS, 0, 0, struct.pack(">HI", 3, 0)))
+    stream = chain.ask(GET)
+    chain.gate.again = lambda _head, _token: Answer(Cause.UPSTREAM_TIMEOUT, True, "gave up")
+    for _ in range(4):
+        chain.far.expired()
+    chain.run()
+    assert chain.far.streams == 0
+    assert chain.client.headers(stream, h2.events.ResponseReceived)[":status"] == "504"
+    assert chain.gate.log == [("retry", stream), ("finished", "gave up", 504, Cause.UPSTREAM_TIMEOUT)]
+
+
+def test_a_client_that_reads_nothing_at_all_is_aborted() -> None:
+    chain = Chain(Http2Limits(stall_timeout_s=20, tick_s=5))
+    chain.ask(GET)
+    chain.client_sink.blocked = True
+    for _ in range(5):
+        chain.near.expired()
+    assert chain.client_sink.fate == "abort"
+    assert chain.gate.told("finished") == [("finished", 1, 0, Cause.CLIENT_GONE)]
+
+
+def test_a_client_that_said_goodbye_is_served_to_the_end() -> None:
+    chain = Chain()
+    first = chain.ask(GET)
+    chain.near.received(frame(GOAWAY, 0, 0, u32(0) + u32(0)))
+    second = chain.ask(GET)
+    assert len(chain.gate.seen) == 2
+    for number, stream in ((1, first), (3, second)):
+        chain.answer(number)
+        assert chain.client.of(h2.events.StreamEnded, stream)
+    assert chain.client_sink.fate == "close"
+
+
+def test_interim_heads_do_not_pile_up_for_a_client_that_reads_nothing() -> None:
+    chain = Chain(Http2Limits(backlog_bytes=5000))
+    streams = [chain.ask(GET) for _ in range(50)]
+    chain.client_sink.blocked = True
+    early = encode([(b":status", b"103", False), (b"link", b"v" * 1000, False)])
+    for stream in streams:
+        chain.far.received(frame(HEADERS, 4, stream, early) * 16)
+    assert sum(map(len, chain.client_sink.parts)) < 7000
+
+
+def test_what_a_finished_exchange_left_waiting_upstream_is_not_counted_for_ever() -> None:
+    chain = Chain()
+    stream = chain.ask(GRPC, end=False)
+    chain.server_sink.blocked = True
+    chain.near.received(frame(DATA, 1, stream, b"unread"))
+    chain.far.received(frame(HEADERS, 5, 1, b"\x88"))  # the whole answer, before it read the request
+    chain.client.receive(chain.client_sink.take())
+    assert chain.gate.log == [("finished", stream, 200, None)]
+    assert (chain.near.held_from, chain.far.streams) == (6, 1)
+    chain.far.lost(True)
+    assert (chain.near.held_from, chain.far.streams) == (0, 0)

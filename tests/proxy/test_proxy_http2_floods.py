@@ -137,12 +137,11 @@ def test_more_streams_than_allowed_are_refused() -> None:
 def test_a_continuation_flood_is_bounded(piece: bytes) -> None:
     chain = Chain()
     chain.near.received(frame(HEADERS, 0, 1, GET))
-    for sent in range(40):
+    for _ in range(33):
         if chain.client_sink.fate:
             break
         chain.near.received(frame(CONTINUATION, 0, 1, piece))
     assert goaway_code(chain) == CALM
-    assert sent <= 33
 
 
 def test_answers_that_pile_up_stop_the_reading() -> None:

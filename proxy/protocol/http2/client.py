@@ -39,14 +39,14 @@ class Http2Client(Connection):
     """Receiver of a client's connection."""
 
     __slots__ = (
-        "_closing", "_draining", "_preface_left", "gate",
+        "_closing", "_draining", "_peer_leaving", "_preface_left", "gate",
     )  # fmt: skip
 
     def __init__(self, sink: Sink, gate: Gate, limits: Http2Limits) -> None:
         super().__init__(sink, limits)
         self.gate = gate
         self._preface_left = frames.PREFACE
-        self._draining = self._closing = False
+        self._draining = self._closing = self._peer_leaving = False
         self.queue(
             frames.settings(
                 (
@@ -126,7 +126,7 @@ class Http2Client(Connection):
         self._abandon(end, code)
 
     def on_goaway(self, last_id: int, code: int, debug: bytes) -> None:
-        self._closing = True
+        self._peer_leaving = True
         if not self.streams_by_id:
             self.leave()
 
@@ -142,14 +142,12 @@ class Http2Client(Connection):
         assert isinstance(end, ClientStream)
         self.spend_reset()
         self.send_reset(end.id, fault.code)
-        self.gate.refused(Cause.BAD_REQUEST, fault.detail)
         self._end_upstream(end, frames.CANCEL)
         self._finish(end, Cause.BAD_REQUEST)
 
     def stalled(self, end: StreamEnd) -> None:
         assert isinstance(end, ClientStream)
         self.send_reset(end.id, frames.CANCEL)
-        self.gate.refused(Cause.BAD_REQUEST, "the client does not read its response")
         self._end_upstream(end, frames.CANCEL)
         self._finish(end, Cause.CLIENT_GONE)
 
@@ -245,6 +243,8 @@ class Http2Client(Connection):
         """A response head, final or 1xx; fin: nothing follows it."""
         if head.status >= 200:
             end.status = head.status
+        elif self.sink.blocked and self._backlog > self.limits.backlog_bytes:
+            return  # the one kind of head that may get lost
         self.send_block(end, head.block, fin)
 
     def upstream_failed(self, end: ClientStream, cause: Cause, code: int | None, *, unprocessed: bool) -> None:
@@ -329,7 +329,7 @@ class Http2Client(Connection):
         cause = end.cause or cause
         if end.attempts or end.exchange is not None:
             self.gate.finished(end.exchange, end.status, cause)
-        if self._closing and not self.streams_by_id and not self.dead:
+        if (self._closing or self._peer_leaving) and not self.streams_by_id and not self.dead:
             self.leave()
 
 

@@ -30,7 +30,7 @@ class Connection(FlowControl):
     """One HTTP/2 connection, seen from either end."""
 
     __slots__ = (
-        "_block", "_block_fin", "_block_id", "_block_size", "_largest", "_quiet_s", "_reset_ids", "_rest", "_seen_id",
+        "_block", "_block_fin", "_block_id", "_block_size", "_blocked_s", "_largest", "_quiet_s", "_reset_ids", "_rest", "_seen_id",
         "_settled", "_table_acked", "_timer_s", "_unusual", "blocks", "last_id", "resets",
     )  # fmt: skip
 
@@ -51,6 +51,7 @@ class Connection(FlowControl):
         self._reset_ids: dict[int, None] = {}
         self._timer_s = limits.head_timeout_s
         self._quiet_s = 0.0
+        self._blocked_s = 0.0
         self._seen_id = 0
         sink.expire_after(self._timer_s)
 
@@ -81,6 +82,7 @@ class Connection(FlowControl):
         if self.dead:
             return
         self._backlog = 0
+        self._blocked_s = 0.0
         if self._paused:
             self._paused = False
             self.sink.resume()
@@ -98,7 +100,11 @@ class Connection(FlowControl):
             return self.fail(0x4, "no SETTINGS in time")  # SETTINGS_TIMEOUT
         if self._block_id:
             return self.fail(frames.ENHANCE_YOUR_CALM, "header block not ended in time")
-        self._end_stalled(passed)
+        self._blocked_s = self._blocked_s + passed if self.sink.blocked else 0.0
+        if self._blocked_s >= limits.stall_timeout_s:
+            self.die("the peer reads nothing")
+            return self.sink.abort()
+        self.end_stalled(passed)
         if self.busy() or self.last_id != self._seen_id:
             self._seen_id = self.last_id
             self._quiet_s = 0.0
@@ -113,7 +119,8 @@ class Connection(FlowControl):
         self._timer_s = seconds
         self.sink.expire_after(seconds)
 
-    def _end_stalled(self, passed: float) -> None:
+    def end_stalled(self, passed: float) -> None:
+        """A tick has passed: end the streams that nothing was taken of for too long."""
         for end in list(self.holding):
             if end.progress:
                 end.progress = False
@@ -258,10 +265,12 @@ class Connection(FlowControl):
 
     def _on_stale(self, stream_id: int, code: int) -> None:
         """A frame other than HEADERS for a stream that is not open: late, or about one that never was."""
+        if stream_id in self._reset_ids:
+            return
         self.spend()
         if stream_id == 0 or self.is_idle(stream_id):
             raise ConnectionFault(frames.PROTOCOL_ERROR, f"frame for stream {stream_id}, which was never opened")
-        if code and stream_id not in self._reset_ids:
+        if code:
             self.spend_reset()
             self.send_reset(stream_id, code)
 
@@ -272,6 +281,8 @@ class Connection(FlowControl):
     def _on_headers(self, data: bytes, start: int, stop: int, flags: int, stream_id: int) -> None:
         if flags & (frames.PADDED | frames.HAS_PRIORITY):
             start, stop = frames.strip_padding(start, stop, data, flags)
+            if flags & frames.HAS_PRIORITY:
+                refuse_self_dependency(stream_id, data[start - 5 : start - 1])
         if flags & frames.END_HEADERS:
             return self.on_block(stream_id, data[start:stop], bool(flags & 1))
         if stream_id == 0:
@@ -352,7 +363,8 @@ class Connection(FlowControl):
             fault = StreamFault(frames.FRAME_SIZE_ERROR, "PRIORITY is not 5 bytes")
             if end is None:
                 raise ConnectionFault(fault.code, fault.detail)
-            self.stream_fault(end, fault)
+            return self.stream_fault(end, fault)
+        return refuse_self_dependency(stream_id, payload[:4])
 
     def _on_settings(self, flags: int, payload: bytes) -> None:
         if flags & frames.ACK:
@@ -386,3 +398,9 @@ class Connection(FlowControl):
             self.on_ping_ack(payload)
         else:
             self.control(frames.ping(payload, ack=True))
+
+
+def refuse_self_dependency(stream_id: int, dependency: bytes) -> None:
+    """Priorities mean nothing here, but a stream that depends on itself is an error of RFC 7540 section 5.3.1. Raises ConnectionFault."""
+    if frames.read_u32(dependency) & frames.MAX_STREAM_ID == stream_id:
+        raise ConnectionFault(frames.PROTOCOL_ERROR, f"stream {stream_id} depends on itself")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from proxy.protocol.http2.flow import NOBODY, StreamEnd
+from proxy.protocol.http2.flow import NOBODY, StreamEnd, drop_held
 from proxy.protocol.requests import HeadEdit
 from proxy.rescue import Cause
 
@@ -68,4 +68,6 @@ class ClientStream(StreamEnd):
 
 def part(end: UpstreamStream) -> None:
     """Both ends are over: let go of each other."""
+    if end.held_bytes:
+        drop_held(end)
     end.other = NOBODY  # type: ignore[assignment]  # over, so that nobody asks it for more than StreamEnd has

@@ -146,6 +146,14 @@ class Http2Upstream(Connection):
         super().drained()
         self._start_waiting()
 
+    def end_stalled(self, passed: float) -> None:
+        super().end_stalled(passed)
+        for stream in list(self._waiting):
+            stream.stalled_s += passed
+            if stream.stalled_s >= self.limits.stall_timeout_s and stream in self._waiting:
+                self.withdraw(stream)
+                stream.other.client.upstream_failed(stream.other, Cause.UPSTREAM_TIMEOUT, None, unprocessed=True)
+
     def busy(self) -> bool:
         return bool(self.streams_by_id or self._waiting)
 
