@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 from policy.wire import Endpoint
-from proxy.outbound.balance import Balancer
+from proxy.balance import Balancer
 
 ENDPOINTS = [Endpoint(f"10.0.0.{n}:80") for n in range(1, 5)]
 
@@ -71,10 +71,10 @@ def test_a_replaced_list_keeps_averages_and_marks_the_gone():
     made = balancer(ENDPOINTS[:2])
     kept = next(load for load in iter(lambda: made.choose(0.0), None) if load.endpoint is ENDPOINTS[0])
     gone = next(load for load in iter(lambda: made.choose(0.0), None) if load.endpoint is ENDPOINTS[1])
-    made.replace([ENDPOINTS[0], ENDPOINTS[2]], 1.0)
+    made.replace([ENDPOINTS[0], ENDPOINTS[2]], 0.0)
     assert gone.gone and not kept.gone
-    assert {made.choose(1.0).endpoint.addr for _ in range(50)} == {ENDPOINTS[0].addr, ENDPOINTS[2].addr}
-    assert any(made.choose(1.0) is kept for _ in range(50))
+    assert {made.choose(0.0).endpoint.addr for _ in range(50)} == {ENDPOINTS[0].addr, ENDPOINTS[2].addr}
+    assert any(made.choose(0.0) is kept for _ in range(50))
 
 
 def test_an_endpoint_that_changes_its_identity_is_another_one():
