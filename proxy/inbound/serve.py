@@ -114,7 +114,7 @@ class Inbound:
         to_app = await self._forwarder(accepted).open(permit)
         try:
             with trio.fail_after(config.opaque_idle_timeout_s):
-                if await who_speaks_first(accepted.stream, to_app) == "server":
+                if await who_speaks_first(accepted.stream, to_app) != "client":
                     return Heard(Sniffed(b"", Detected.OPAQUE), to_app)
             return Heard(await self._wait_words(accepted), to_app)
         except BaseException:

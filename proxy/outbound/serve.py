@@ -76,8 +76,7 @@ class Outbound:
             chosen, sniffed = await self._break_silence(accepted, state, destination, record)
         if sniffed.protocol in _HTTP:
             if chosen is not None:
-                chosen.dialled.close()  # it speaks HTTP after all: requests are balanced one by one
-                chosen.load.active -= 1
+                _discard(chosen)  # it speaks HTTP after all: requests are balanced one by one
             self._serve_http(accepted, sniffed, state, record)
         else:
             chosen = chosen or await self._connect_opaque(state, destination, accepted, record)
@@ -100,21 +99,30 @@ class Outbound:
     async def _break_silence(
         self, accepted: Accepted, state: DestinationState, destination: Destination, record: OutboundRecord
     ) -> tuple[Chosen | None, Sniffed]:
-        """The client may be waiting for the server: connect for it, and let whoever speaks first decide."""
+        """The client may be waiting for the server: connect for it, and let whoever speaks first decide.
+
+        An endpoint whose policy has routes lets nothing opaque in and cuts this connection. Then the client is either no HTTP client,
+        and would be cut as well, or one that has not sent its request yet, and must not suffer: it gets the time to make itself clear.
+        """
         declared = _DECLARED.get(destination.protocol)
         chosen = None if declared in _HTTP else await self._connect_opaque(state, destination, accepted, record)
+        patience_s = self.config.idle_timeout_s
         try:
             if chosen is not None:
                 with trio.fail_after(self.config.opaque_idle_timeout_s):
-                    if await who_speaks_first(accepted.stream, chosen.dialled) == "server":
-                        return chosen, _UNKNOWN
-            sniffed = await sniff(accepted.stream, self.config.idle_timeout_s, self.config.detect_timeout_s)
+                    first = await who_speaks_first(accepted.stream, chosen.dialled)
+                if first == "server":
+                    return chosen, _UNKNOWN
+                if first == "nobody":
+                    _discard(chosen)
+                    chosen = None
+                    patience_s = self.config.detect_timeout_s
+            sniffed = await sniff(accepted.stream, patience_s, self.config.detect_timeout_s)
             if sniffed.protocol is None:
-                raise Failure(Cause.HEAD_TIMEOUT, f"the client said nothing for {self.config.idle_timeout_s:g} s")
+                raise Failure(Cause.HEAD_TIMEOUT, f"the client said nothing for {patience_s:g} s")
         except BaseException:
             if chosen is not None:
-                chosen.dialled.close()
-                chosen.load.active -= 1
+                _discard(chosen)
             raise
         return chosen, sniffed
 
@@ -169,6 +177,12 @@ class Outbound:
             record.closed(link.read_bytes, link.written_bytes)
 
         self.live.add(link, None, closed)
+
+
+def _discard(chosen: Chosen) -> None:
+    """Nobody wants the connection after all."""
+    chosen.dialled.close()
+    chosen.load.active -= 1
 
 
 def _usable(state: DestinationState, accepted: Accepted) -> Destination:

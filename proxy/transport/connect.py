@@ -29,23 +29,28 @@ class Dialled:
         self.records = records
         self.early = b""
 
-    async def wait_words(self) -> None:
-        """Return when the server has said something, or closed. Under TLS a readable socket may hold records that say nothing."""
+    async def wait_words(self) -> bool:
+        """Return True when the server has said something or closed in order, False when the connection was cut before a word.
+
+        Under TLS a readable socket may hold records that say nothing.
+        """
         while not self.early:
             await trio.lowlevel.wait_readable(self.sock)
-            if self.records is None:
-                return
             try:
+                if self.records is None:
+                    self.sock.recv(1, socket.MSG_PEEK)
+                    return True
                 n = self.sock.recv_into(RECEIVE_BUFFER)
                 if not n:
-                    return
+                    return False  # without close_notify
                 self.early = self.records.decrypt(n)
             except BlockingIOError:
                 continue
             except (OSError, TlsBroken):
-                return  # the relay meets the same condition and reports it to the right receiver
+                return False
             if self.records.ended:
-                return
+                return True
+        return True
 
     def close(self) -> None:
         """Nobody wants it after all."""

@@ -15,9 +15,12 @@ from proxy.transport.relay import Link, Relay
 from proxy.transport.tls_bio import Records
 
 
-async def who_speaks_first(client: RawStream, upstream: Dialled) -> Literal["client", "server"]:
-    """Wait until either side says something (or closes); nothing is consumed that is not handed on. The caller bounds the time."""
-    spoken: list[Literal["client", "server"]] = []
+async def who_speaks_first(client: RawStream, upstream: Dialled) -> Literal["client", "server", "nobody"]:
+    """Wait until either side says something or closes; nothing is consumed that is not handed on. The caller bounds the time.
+
+    "nobody": the server's side was cut before a word, while the client was silent.
+    """
+    spoken: list[Literal["client", "server", "nobody"]] = []
     async with trio.open_nursery() as nursery:
 
         async def listen_to_client() -> None:
@@ -26,13 +29,12 @@ async def who_speaks_first(client: RawStream, upstream: Dialled) -> Literal["cli
             nursery.cancel_scope.cancel()
 
         async def listen_to_server() -> None:
-            await upstream.wait_words()
-            spoken.append("server")
+            spoken.append("server" if await upstream.wait_words() else "nobody")
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(listen_to_client)
         nursery.start_soon(listen_to_server)
-    return "server" if "server" in spoken else "client"
+    return "server" if "server" in spoken else spoken[0]
 
 
 def join(

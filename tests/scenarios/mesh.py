@@ -6,6 +6,7 @@ would say is put into cells. Keys, TLS, engines, relay and sockets are the real 
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ import trio
 from core.addrs import Addr, ClientAddr, ListenAddr, OriginalDst
 from core.names import WorkloadId, parse_workload_id
 from core.refs import Ref, default_ref
+from core.runtime import logs
 from core.runtime.sockets import RawStream
 from core.runtime.watch import Cell
 from policy.wire import Anyone, Authorization, Destination, Endpoint, InboundPolicy, Meshed, Network, Protocol
@@ -42,6 +44,9 @@ def inbound_policy(*authorizations: Authorization, protocol: Protocol = "detect"
     return InboundPolicy(Ref("policy.pillion.dev", "Server", "shop", "web"), protocol, authorizations, **more)
 
 
+FOR_CART = inbound_policy(only(CART))
+
+
 class Controller:
     """A policy source whose answers a test sets."""
 
@@ -63,14 +68,15 @@ class Controller:
 class Mesh:
     """A client pod with a sidecar, a server pod with a sidecar, an app behind the latter.
 
-    client, server: the sidecars. app: where the app listens. crashes: must stay empty.
+    client, server: the sidecars. app: where the app listens.
     """
 
-    def __init__(self, client: Sidecar, server: Sidecar, app: Addr, nursery: trio.Nursery) -> None:
+    def __init__(self, client: Sidecar, server: Sidecar, app: Addr, nursery: trio.Nursery, logged: list[str]) -> None:
         self.client = client
         self.server = server
         self.app = app
         self._nursery = nursery
+        self._logged = logged
         self._peer_listener = socket.create_server(("127.0.0.1", 0))
         self._peer_listener.setblocking(False)
         self.peer = Addr(*self._peer_listener.getsockname())
@@ -107,9 +113,13 @@ class Mesh:
 
     async def dial_unmeshed(self) -> trio.SocketStream:
         """A pod without a sidecar dials the app; the redirect at the server gives the connection to its sidecar."""
+        return app_stream(self.dial_server())
+
+    def dial_server(self) -> socket.socket:
+        """The same, for callers that speak for themselves."""
         near, far = tcp_pair()
         self._nursery.start_soon(self.give_to_server, far)
-        return app_stream(near)
+        return near
 
     @asynccontextmanager
     async def entry(self, dst: OriginalDst = VIP) -> AsyncIterator[Addr]:
@@ -133,6 +143,10 @@ class Mesh:
                 _sockets.append(sock)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._nursery.start_soon(give, sock)
+
+    def log(self, event: str = "") -> list[dict[str, object]]:
+        """What both sidecars logged so far; with event only the lines that contain it."""
+        return [line for line in map(json.loads, self._logged) if event in line["event"]]
 
     def metric(self, side: Sidecar, name: str, **labels: str) -> float:
         """The sum of all samples of this name whose labels include these."""
@@ -192,10 +206,19 @@ async def _closing_sockets() -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def mesh(
-    serve_app: Callable[[trio.SocketStream], Awaitable[None]] | Addr, *, authority: Authority | None = None, **environ: str
+    serve_app: Callable[[trio.SocketStream], Awaitable[None]] | Addr,
+    *,
+    authority: Authority | None = None,
+    policy: InboundPolicy | None = FOR_CART,
+    **environ: str,
 ) -> AsyncIterator[Mesh]:
-    """A running mesh around an app: a handler of connections, or the address of a real server. environ: settings of both sidecars."""
+    """A running mesh around an app: a handler of connections, or the address of a real server.
+
+    policy: of the app's port; None: the controller never says anything about it. environ: settings of both sidecars.
+    """
     authority = authority or Authority()
+    logged: list[str] = []
+    logs.configure("debug", "json", logged.append)
     async with _closing_sockets(), trio.open_nursery() as nursery:
         if isinstance(serve_app, Addr):
             app = serve_app
@@ -210,12 +233,13 @@ async def mesh(
             sidecar.credentials.set(authority.credentials(identity))
             nursery.start_soon(sidecar.relay.run)
             sides.append((sidecar, controller))
-        made = Mesh(sides[0][0], sides[1][0], app, nursery)
+        made = Mesh(sides[0][0], sides[1][0], app, nursery, logged)
         made.client_controller, made.server_controller = sides[0][1], sides[1][1]
-        made.policy(inbound_policy(only(CART)))
+        made.policy(policy)
         made.destination()
         yield made
         nursery.cancel_scope.cancel()
+    assert [line for line in made.log() if line["level"] == "error"] == []  # a crash of an engine ends its connection only, but loudly
 
 
 __all__ = ["ANYONE", "CART", "VIP", "WEB", "Direction", "ListenAddr", "Mesh", "inbound_policy", "mesh", "only", "replace"]

@@ -1,0 +1,331 @@
+"""Opaque bytes through both sidecars: who speaks first, ends and resets, the app's own TLS, permits that are withdrawn."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+from cryptography import x509
+
+from core.addrs import Addr, OriginalDst
+from policy.wire import Destination, Endpoint, HttpMatch, InboundPolicy, PathMatch, Route, Rule
+from tests.certs import Authority
+from tests.scenarios.mesh import ANYONE, CART, FOR_CART, WEB, inbound_policy, mesh, only
+from tests.scenarios.peers import MIB, H11App, program, read_all, read_until, run
+
+_RESET = struct.pack("ii", 1, 0)
+_BANNER = b"220 mail.shop ESMTP\r\n"
+_SILENCE_S = 0.1  # PILLION_DETECT_SILENCE_MS
+
+
+class Recorded:
+    """A handler of connections that keeps what arrived. said: the bytes of each connection. over: one of them has ended."""
+
+    def __init__(self, serve: Callable[[trio.SocketStream, bytearray], Awaitable[None]]) -> None:
+        self._serve = serve
+        self.said: list[bytearray] = []
+        self.over = trio.Event()
+
+    async def __call__(self, stream: trio.SocketStream) -> None:
+        said = bytearray()
+        self.said.append(said)
+        async with stream:
+            try:
+                await self._serve(stream, said)
+            except trio.BrokenResourceError:
+                said += b"<reset>"
+            finally:
+                self.over.set()
+
+
+async def _mail(stream: trio.SocketStream, said: bytearray) -> None:
+    """Greets, then answers every line with its length."""
+    await stream.send_all(_BANNER)
+    async for data in stream:
+        said += data
+        await stream.send_all(b"250 %d\r\n" % len(data))
+
+
+async def _echo(stream: trio.SocketStream, said: bytearray) -> None:
+    async for data in stream:
+        said += data
+        await stream.send_all(data)
+
+
+def _with_route() -> InboundPolicy:
+    everything = Rule((HttpMatch(PathMatch("PathPrefix", "/")),))
+    return inbound_policy(only(CART), routes=(Route(FOR_CART.server, "http", (), (everything,), FOR_CART.authorizations),))
+
+
+async def _was_reset(stream: trio.SocketStream) -> bool:
+    with trio.fail_after(10):
+        try:
+            return await stream.receive_some(65536) == b"<no, it ended in order>"
+        except trio.BrokenResourceError:
+            return True
+
+
+async def test_a_server_that_speaks_first_is_heard_after_the_silence_and_nothing_is_said_twice(autojump_clock: trio.testing.MockClock):
+    app = Recorded(_mail)
+    async with mesh(app) as made:
+        began = trio.current_time()
+        stream = await made.dial()
+        assert await read_until(stream, b"\r\n") == _BANNER
+        assert _SILENCE_S <= trio.current_time() - began < _SILENCE_S + 0.05
+        await stream.send_all(b"GET / HTTP/1.1\r\n")  # looks like HTTP, and is none
+        assert await read_until(stream, b"\r\n") == b"250 16\r\n"
+        await stream.send_all(b"QUIT\r\n")
+        assert await read_until(stream, b"\r\n") == b"250 6\r\n"
+        await stream.send_eof()
+        assert await read_all(stream) == b""
+        assert app.said == [b"GET / HTTP/1.1\r\nQUIT\r\n"]
+        assert made.metric(made.server, "pillion_inbound_tcp_authz_allow_total", client_id=CART.uri) == 1
+
+
+async def test_an_unmeshed_client_hears_a_server_that_speaks_first(autojump_clock: trio.testing.MockClock):
+    app = Recorded(_mail)
+    async with mesh(app, policy=inbound_policy(ANYONE)) as made:
+        stream = await made.dial_unmeshed()
+        assert await read_until(stream, b"\r\n") == _BANNER
+        await stream.send_all(b"HELO\r\n")
+        assert await read_until(stream, b"\r\n") == b"250 6\r\n"
+        assert app.said == [b"HELO\r\n"]
+
+
+async def test_an_unmeshed_client_without_a_permit_learns_nothing_from_a_silent_port(autojump_clock: trio.testing.MockClock):
+    app = Recorded(_mail)
+    async with mesh(app) as made:
+        stream = await made.dial_unmeshed()
+        with trio.move_on_after(5):
+            assert await stream.receive_some(100) == b"<anything>"
+        await stream.send_all(b"\x00\x01")
+        assert await _was_reset(stream)
+        assert app.said == []
+        assert made.metric(made.server, "pillion_inbound_tcp_authz_deny_total") == 1
+
+
+async def test_a_port_marked_opaque_does_not_wait_for_silence(autojump_clock: trio.testing.MockClock):
+    async with mesh(Recorded(_mail), policy=inbound_policy(only(CART), protocol="opaque")) as made:
+        made.destination(protocol="opaque")
+        began = trio.current_time()
+        assert await read_until(await made.dial(), b"\r\n") == _BANNER
+        assert trio.current_time() == began
+
+
+@pytest.mark.parametrize("pause_s", [0.0, _SILENCE_S / 2, 3.0])
+async def test_opaque_bytes_arrive_once_however_late_they_begin(autojump_clock: trio.testing.MockClock, pause_s: float):
+    app = Recorded(_echo)
+    async with mesh(app) as made:
+        stream = await made.dial()
+        await trio.sleep(pause_s)
+        await stream.send_all(b"\x00binary")
+        assert await read_until(stream, b"binary") == b"\x00binary"
+        assert [said for said in app.said if said] == [b"\x00binary"]
+
+
+@pytest.mark.parametrize("policy", [FOR_CART, _with_route()], ids=["no routes", "routes, so nothing opaque"])
+async def test_a_client_that_hesitates_before_its_request_is_served_as_http(autojump_clock: trio.testing.MockClock, policy):
+    async def answer(exchange) -> None:
+        await exchange.answer(exchange.headers[b"pillion-client-id"])
+
+    async with mesh(H11App(answer), policy=policy) as made:
+        for dial in (made.dial, made.dial):
+            stream = await dial()
+            await trio.sleep(4)
+            await stream.send_all(b"GET / HTTP/1.1\r\nhost: web\r\n\r\n")
+            assert (await read_until(stream, CART.uri.encode())).startswith(b"HTTP/1.1 200")
+        assert made.metric(made.server, "pillion_inbound_http_authz_allow_total") == 2
+
+
+async def test_either_side_may_end_its_half_first(autojump_clock: trio.testing.MockClock):
+    async def sums(stream: trio.SocketStream, said: bytearray) -> None:
+        if not said:
+            await stream.send_all(b"\x00server's half")
+            await stream.send_eof()
+        async for data in stream:
+            said += data
+
+    async def counts(stream: trio.SocketStream, said: bytearray) -> None:
+        async for data in stream:
+            said += data
+        await stream.send_all(b"%d bytes" % len(said))
+
+    for app, expected in ((Recorded(sums), b"\x00server's half"), (Recorded(counts), b"300000 bytes")):
+        async with mesh(app) as made:
+            stream = await made.dial()
+            await stream.send_all(b"\x00" * 100_000)
+            if app._serve is sums:
+                assert await read_all(stream) == expected  # their end is here, ours is open
+            await stream.send_all(b"\x00" * 200_000)
+            await stream.send_eof()
+            assert await read_all(stream) == (b"" if app._serve is sums else expected)
+            await app.over.wait()
+            assert app.said == [b"\x00" * 300_000]
+            await made.client.live.wait_none()
+            await made.server.live.wait_none()
+            assert made.client.relay.open_links == made.server.relay.open_links == 0
+
+
+async def test_a_reset_by_the_app_is_a_reset_for_the_client():
+    async def slam(stream: trio.SocketStream, said: bytearray) -> None:
+        said += await stream.receive_some(100)
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        stream.socket.close()
+
+    async with mesh(Recorded(slam)) as made:
+        stream = await made.dial()
+        await stream.send_all(b"\x00")
+        assert await _was_reset(stream)
+        for side in (made.client, made.server):
+            assert made.metric(side, "pillion_errors_total", error="opaque-reset") == 1
+
+
+async def test_a_reset_by_the_client_is_a_reset_for_the_app():
+    app = Recorded(_echo)
+    async with mesh(app) as made:
+        stream = await made.dial()
+        await stream.send_all(b"\x00")
+        await stream.receive_some(1)
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        stream.socket.close()
+        with trio.fail_after(5):
+            await app.over.wait()
+        assert app.said == [b"\x00<reset>"]
+
+
+async def test_ten_mebibytes_pass_both_ways_at_once():
+    async with mesh(Recorded(_echo)) as made:
+        stream = await made.dial()
+        data = bytes(range(256)) * (10 * MIB // 256)
+        got: list[bytes] = []
+        async with trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                await stream.send_all(data)
+                await stream.send_eof()
+
+            nursery.start_soon(send)
+            got.append(await read_all(stream))
+        assert got[0] == data
+
+
+async def test_a_port_with_routes_carries_nothing_opaque():
+    app = Recorded(_echo)
+    async with mesh(app, policy=_with_route()) as made:
+        stream = await made.dial()
+        await stream.send_all(b"\x00 past the rules")
+        assert await _was_reset(stream)
+        assert app.said == []
+        assert made.metric(made.server, "pillion_inbound_tcp_authz_deny_total") == 1
+        assert made.log("denied")[0]["detail"]
+
+
+async def test_an_open_connection_is_cut_when_its_permit_is_withdrawn():
+    app = Recorded(_echo)
+    async with mesh(app) as made:
+        stream = await made.dial()
+        await stream.send_all(b"\x00")
+        assert await stream.receive_some(1) == b"\x00"
+        made.policy(inbound_policy(only(CART, WEB)))
+        await stream.send_all(b"\x01")
+        assert await stream.receive_some(1) == b"\x01"  # another policy, the same answer: not touched
+        made.policy(inbound_policy(only(WEB)))
+        assert await _was_reset(stream)
+        assert made.metric(made.server, "pillion_inbound_tcp_authz_terminate_total") == 1
+        assert CART.uri in str(made.log("terminated")[0]["reason"])
+
+
+async def test_without_any_policy_a_connection_waits_and_is_then_refused(autojump_clock: trio.testing.MockClock):
+    app = Recorded(_echo)
+    async with mesh(app, policy=None, PILLION_POLICY_WAIT_MS="700") as made:
+        for dial in (made.dial, made.dial_unmeshed):
+            began = trio.current_time()
+            stream = await dial()
+            await stream.send_all(b"\x00")
+            assert await _was_reset(stream)
+            assert 0.7 <= trio.current_time() - began < 0.9
+        assert app.said == []
+        assert made.metric(made.server, "pillion_errors_total", error="policy-unknown") == 2
+
+
+async def test_a_connection_that_waits_is_served_as_soon_as_its_policy_arrives(autojump_clock: trio.testing.MockClock):
+    app = Recorded(_echo)
+    async with mesh(app, policy=None) as made:
+        stream = await made.dial()
+        await stream.send_all(b"\x00")
+        await trio.sleep(1)
+        made.policy(FOR_CART)
+        assert await stream.receive_some(1) == b"\x00"
+
+
+async def test_a_destination_that_nobody_knows_is_refused(autojump_clock: trio.testing.MockClock):
+    async with mesh(Recorded(_echo)) as made:
+        for dst in (OriginalDst(Addr("10.96.0.99", 80)), OriginalDst(made.app)):
+            stream = await made.dial(dst)
+            await stream.send_all(b"\x00")
+            assert await _was_reset(stream)
+        assert made.metric(made.client, "pillion_errors_total", error="policy-unknown") == 2
+
+
+async def test_an_external_destination_is_reached_in_plaintext_as_dialled(autojump_clock: trio.testing.MockClock):
+    app = Recorded(_mail)
+    async with mesh(app) as made:
+        outside = OriginalDst(made.app)
+        made.client_controller.watch_destination(str(outside)).set(Destination("external", None, "detect"))
+        began = trio.current_time()
+        stream = await made.dial(outside)
+        assert await read_until(stream, b"\r\n") == _BANNER
+        assert trio.current_time() == began  # nothing to detect
+        made.client.credentials.set(None)  # and nothing that needs a certificate
+        assert await read_until(await made.dial(outside), b"\r\n") == _BANNER
+
+
+async def test_a_service_without_endpoints_and_one_that_refuses_end_the_connection_at_once():
+    async with mesh(Recorded(_echo)) as made:
+        made.nowhere()
+        first = await made.dial()
+        await first.send_all(b"\x00")
+        assert await _was_reset(first)
+        made.destination(Endpoint("127.0.0.1:1", WEB.uri))
+        second = await made.dial()
+        await second.send_all(b"\x00")
+        assert await _was_reset(second)
+        for cause in ("no-endpoints", "connect-refused"):
+            assert made.metric(made.client, "pillion_errors_total", error=cause) >= 1
+
+
+@pytest.mark.needs("openssl")
+@pytest.mark.parametrize(
+    "options", [("-alpn", "h2", "-servername", "web.shop"), ("-noservername",), ("-tls1_2", "-servername", "web.shop")]
+)
+async def test_the_tls_of_an_app_passes_through_untouched(tmp_path: Path, options: tuple[str, ...]):
+    authority = Authority("the app's own")
+    credentials = authority.credentials(WEB, names=[x509.DNSName("web.shop")])
+    (tmp_path / "cert").write_bytes(credentials.chain_pem)
+    (tmp_path / "key").write_bytes(credentials.key_pem)
+    (tmp_path / "anchor").write_bytes(authority.bundle_pem)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        app = Addr(*probe.getsockname())
+    serve = (
+        "openssl",
+        "s_server",
+        "-accept",
+        str(app),
+        "-cert",
+        f"{tmp_path / 'cert'}",
+        "-key",
+        f"{tmp_path / 'key'}",
+        "-rev",
+        "-alpn",
+        "h2",
+    )
+    async with program(*serve, ready=app), mesh(app) as made, made.entry() as entry:
+        ask = ("-connect", str(entry), "-CAfile", str(tmp_path / "anchor"), "-verify_return_error", *options)
+        ran = await run("openssl", "s_client", *ask, "-ign_eof", stdin=b"drawer\nCLOSE\n")
+        assert (b"Verify return code: 0 (ok)" in ran.out, b"reward" in ran.out) == (True, True), ran
+        assert (b"ALPN protocol: h2" in ran.out) is ("-alpn" in options)
+        assert made.metric(made.server, "pillion_tcp_open_total", client_id=CART.uri) == 1  # and inside our own TLS
