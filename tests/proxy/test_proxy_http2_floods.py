@@ -133,13 +133,11 @@ def test_more_streams_than_allowed_are_refused() -> None:
     assert len(chain.near.streams_by_id) == 3
 
 
-@pytest.mark.parametrize("piece", [b"", b"v" * 8192])
-def test_a_continuation_flood_is_bounded(piece: bytes) -> None:
+@pytest.mark.parametrize(("piece", "most"), [(b"", 33), (b"v" * 8192, 16)])
+def test_a_continuation_flood_is_bounded(piece: bytes, most: int) -> None:
     chain = Chain()
     chain.near.received(frame(HEADERS, 0, 1, GET))
-    for _ in range(33):
-        if chain.client_sink.fate:
-            break
+    for _ in range(most):
         chain.near.received(frame(CONTINUATION, 0, 1, piece))
     assert goaway_code(chain) == CALM
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.protocol.http2 import Http2Limits
-from proxy.protocol.requests import Forward
+from proxy.protocol.requests import Answer, Forward
+from proxy.rescue import Cause
 from tests.proxy.http2_fakes import DATA, GOAWAY, GRPC, HEADERS, RST_STREAM, SETTINGS, WINDOW_UPDATE, Chain, frame, split
 
 
@@ -267,3 +268,33 @@ def test_any_interleaving_of_streams_arrives_in_order_and_complete(
         assert chain.client.of(h2.events.StreamEnded, stream)
     assert len(chain.gate.told("finished")) == 4
     assert chain.far.held_from == chain.near.held_from == 0
+
+
+def test_credit_of_padding_is_returned_even_when_the_data_is_held() -> None:
+    chain = Chain()
+    chain.gate.decide = lambda _head, _token: None
+    stream = chain.ask(GRPC, end=False)
+    chain.near.received(frame(DATA, 0x8, stream, b"\xff" + b"p" * 10 + b"\0" * 255))
+    end = chain.near.streams_by_id[stream]
+    assert end.credit + end.owed == chain.limits.stream_window - 10
+
+
+def test_no_credit_is_returned_to_a_stream_that_has_ended() -> None:
+    chain = Chain()
+    chain.gate.decide = lambda _head, _token: None
+    stream = chain.ask(GRPC, end=False)
+    for n in range(3):
+        chain.near.received(frame(DATA, n == 2, stream, b"x" * 16384))
+    chain.near.proceed(stream, Forward(chain.far, chain.gate.edit, "x"))
+    chain.run()
+    assert len(chain.server.body(1)) == 3 * 16384
+    assert not chain.client.of(h2.events.WindowUpdated, stream)
+
+
+def test_what_was_held_is_dropped_when_the_verdict_is_an_answer() -> None:
+    chain = Chain()
+    chain.gate.decide = lambda _head, _token: None
+    stream = chain.ask(GRPC, b"early", end=False)
+    assert chain.near.held_from == 5
+    chain.near.proceed(stream, Answer(Cause.DENIED, True, "x"))
+    assert chain.near.held_from == 0

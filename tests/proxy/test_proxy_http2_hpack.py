@@ -14,6 +14,7 @@ from proxy.protocol.http2.hpack_codec import CompiledDecoder, HeaderListTooLarge
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Malformed
 from proxy.protocol.requests import HeadEdit
+from tests.proxy.http2_fakes import GRPC, Chain
 
 NAMES = st.one_of(st.sampled_from([b":path", b"cookie", b"x-a", b"authorization"]), st.binary(min_size=1, max_size=20))
 FIELDS = st.lists(st.tuples(NAMES, st.one_of(st.binary(max_size=40), st.just(b"v" * 300)), st.booleans()), max_size=8)
@@ -135,3 +136,22 @@ def test_what_is_remembered_is_bounded() -> None:
         head(reader, fields)
     assert len(blocks._bodiless_requests.known) <= 512
     assert len(messages._requests._known) <= 512
+
+
+def test_a_secret_field_stays_secret_among_messages_of_the_same_names() -> None:
+    reader = BlockReader(Http2Limits())
+    reader.without_table()
+    for secret in (False, True, False, True):
+        fields = [*((n, v, False) for n, v in GET), (b"x-token", b"t", secret)]
+        for _ in range(3):
+            block = reader.request_untrusted(encode(fields), True).encoded(HeadEdit())
+            assert PythonDecoder(0, 1 << 20).decode_untrusted(block) == fields
+
+
+def test_the_engine_runs_on_the_python_decoder_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hpack_codec, "_compiled", None)
+    chain = Chain()
+    stream = chain.ask(GRPC, b"ping")
+    chain.answer(1, body=b"pong")
+    assert (chain.server.body(1), chain.client.body(stream)) == (b"ping", b"pong")
+    assert isinstance(hpack_codec.new_decoder(0, 1), PythonDecoder)

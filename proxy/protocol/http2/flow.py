@@ -209,8 +209,7 @@ class FlowControl:
         if to.over or to.local_done:  # nobody wants it any more
             self.give_back(end, size)
         elif (
-            conn is None or to.held or to.fin is not None or length > to.window or length > conn.window
-            or length > conn.max_frame or conn.sink.blocked
+            conn is None or to.held or length > to.window or length > conn.window or length > conn.max_frame or conn.sink.blocked
         ):  # fmt: skip
             self._hold(end, to, payload, fin)
             if size > length:
