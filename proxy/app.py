@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from proxy.probes import PREFIX, ProbeRunner, read_probes
 from proxy.protocol.http1 import Http1Limits
 from proxy.protocol.http2 import Http2Limits
 from proxy.rescue import Cause, Failure, effect
+from proxy.telemetry.access_log import EVENT, Mode
 from proxy.telemetry.metrics import Direction, Metrics, build_info, process_samples
 from proxy.telemetry.prometheus import Sample
 from proxy.telemetry.record import Recorder
@@ -89,7 +90,7 @@ class Sidecar:
         policy_addr = (config.policy_addr.host, config.policy_addr.port)
         self.policy = PolicyClient(policy_addr, config.control_identity("pillion-policy"), self.credentials, hello)
         self.discovery = Discovery(source or self.policy, config.trust_domain, config.policy_wait_s)
-        self.recorder = Recorder(self.metrics, clock, _write_log, config.access_log, lambda line: _access.info("request", **line))
+        self.recorder = Recorder(self.metrics, time.monotonic, _write_log, Mode(config.access_log), _write_access)
         security = Security(config.identity, self.credentials, config.handshake_timeout_s)
         dialer = Dialer(security, config.connect_timeout_s, config.pod_ips)
         http1, http2 = _limits(config)
@@ -232,6 +233,10 @@ def _limits(config: Config) -> tuple[Http1Limits, Http2Limits]:
 
 def _write_log(level: str, event: str, **fields: object) -> None:
     getattr(_log, level)(event, **fields)
+
+
+def _write_access(fields: Mapping[str, object]) -> None:
+    _access.info(EVENT, **fields)
 
 
 def _report_crash(error: BaseException) -> None:

@@ -16,7 +16,7 @@ from proxy.protocol.http1 import Http1Client, Http1Upstream
 from proxy.protocol.http2 import Http2Client, Http2Upstream
 from proxy.protocol.requests import LATER, Answer, Forward, HeadEdit, RequestHead, Verdict
 from proxy.rescue import Cause, Failure
-from proxy.telemetry.record import InboundRecord
+from proxy.telemetry.record import InboundRecord, Note
 from proxy.transport.relay import Relay
 
 CLIENT_ID = b"pillion-client-id"
@@ -49,7 +49,7 @@ class InboundGate:
         added = ((CLIENT_ID, identity.encode()),) if identity is not None else ()
         self._edit = HeadEdit(strip=(CLIENT_ID,), add=added)
         self._upstream: Http1Upstream | Http2Upstream | None = None
-        self._waiting: dict[int, object] = {}
+        self._waiting: dict[int, Note] = {}
         self._connecting = False
 
     # --- Gate ----------------------------------------------------------------------------------------------------------
@@ -64,6 +64,7 @@ class InboundGate:
 
     def retry(self, exchange: object, head: RequestHead, token: int) -> Verdict | None:
         """See requests.Gate: a fresh connection to the same app, under the policy of now."""
+        assert isinstance(exchange, Note)
         decision = self._authorization.request(head)
         if not isinstance(decision, Permit):
             return Answer(cause_of(decision), self.explain, exchange)
@@ -72,6 +73,7 @@ class InboundGate:
 
     def finished(self, exchange: object, status: int, cause: Cause | None) -> None:
         """See requests.Gate."""
+        assert isinstance(exchange, Note)
         self._record.finish(exchange, status, cause)
 
     def refused(self, cause: Cause, detail: str) -> None:
@@ -96,7 +98,7 @@ class InboundGate:
 
     # --- the upstream --------------------------------------------------------------------------------------------------
 
-    def _forward(self, permit: Permit, exchange: object, token: int) -> Verdict | None:
+    def _forward(self, permit: Permit, exchange: Note, token: int) -> Verdict | None:
         upstream = self._upstream
         if upstream is not None:
             return Forward(upstream, self._edit, exchange)
@@ -128,7 +130,7 @@ class InboundGate:
             upstream = self._upstream
             self._tell(lambda exchange: Forward(upstream, self._edit, exchange))
 
-    def _tell(self, verdict: Callable[[object], Verdict]) -> None:
+    def _tell(self, verdict: Callable[[Note], Verdict]) -> None:
         waiting, self._waiting = self._waiting, {}
         with self._relay.batch():
             for token, exchange in waiting.items():

@@ -23,7 +23,7 @@ from proxy.protocol.http1 import Http1Client, Http1Upstream
 from proxy.protocol.http2 import Http2Client, Http2Upstream
 from proxy.protocol.requests import LATER, Answer, Forward, HeadEdit, RequestHead, Verdict
 from proxy.rescue import Cause, Failure
-from proxy.telemetry.record import OutboundRecord
+from proxy.telemetry.record import Note, OutboundRecord
 from proxy.transport.connect import Dialer, Dialled
 from proxy.transport.relay import Relay
 
@@ -42,12 +42,14 @@ class Services(NamedTuple):
     now: Callable[[], float]
 
 
-class Exchange(NamedTuple):
+class Exchange:
     """What a gate remembers of a request in flight. note: the record's own."""
 
-    load: EndpointLoad
-    started: float
-    note: object
+    __slots__ = ("load", "note")
+
+    def __init__(self, load: EndpointLoad, note: Note) -> None:
+        self.load = load
+        self.note = note
 
 
 class _Gate(ABC):
@@ -74,27 +76,32 @@ class _Gate(ABC):
         load = self._balancer.choose(now)
         if load is None:
             return Answer(Cause.NO_ENDPOINTS, self.explain, self._unsent(now, head))
-        return self._go(load, Exchange(load, now, self._record.begin(load.endpoint, head)), token)
+        exchange = Exchange(load, self._record.begin(load.endpoint, head, now))
+        upstream = self._ready(load.endpoint)
+        if upstream is None:
+            self._open(exchange, token)
+            return LATER
+        load.active += 1
+        return Forward(upstream, _UNTOUCHED, exchange)
 
     def retry(self, exchange: object, head: RequestHead, token: int) -> Verdict | None:
         """See requests.Gate: on a fresh connection, to the endpoint the balancer prefers now."""
         assert isinstance(exchange, Exchange)
         exchange.load.active -= 1
-        load = self._balancer.choose(self._now()) or exchange.load
-        self._open(load, exchange._replace(load=load), token)
+        exchange.load = self._balancer.choose(self._now()) or exchange.load
+        self._open(exchange, token)
         return LATER
 
     def finished(self, exchange: object, status: int, cause: Cause | None) -> None:
         """See requests.Gate."""
         assert isinstance(exchange, Exchange)
-        load, started, note = exchange
-        now = self._now()
+        load, now = exchange.load, self._now()
         load.active -= 1
         if cause is None:
-            load.observe(now - started, now)
+            load.observe(now - exchange.note.started, now)
         elif not status:
             load.failed(now)
-        self._record.finish(note, status, cause)
+        self._record.finish(exchange.note, status, cause)
 
     def refused(self, cause: Cause, detail: str) -> None:
         """See requests.Gate."""
@@ -122,20 +129,12 @@ class _Gate(ABC):
     def _unsent(self, now: float, head: RequestHead) -> Exchange:
         nowhere = EndpointLoad(_NOWHERE, now)
         nowhere.active = 1
-        return Exchange(nowhere, now, self._record.begin(None, head))
+        return Exchange(nowhere, self._record.begin(None, head, now))
 
-    def _go(self, load: EndpointLoad, exchange: Exchange, token: int) -> Verdict | None:
-        upstream = self._ready(load.endpoint)
-        if upstream is None:
-            self._open(load, exchange, token)
-            return LATER
-        load.active += 1
-        return Forward(upstream, _UNTOUCHED, exchange)
-
-    def _open(self, load: EndpointLoad, exchange: Exchange, token: int) -> None:
-        load.active += 1
+    def _open(self, exchange: Exchange, token: int) -> None:
+        exchange.load.active += 1
         self._owed[token] = exchange
-        self._services.nursery.start_soon(self._dial, load, token)
+        self._services.nursery.start_soon(self._dial, exchange.load, token)
 
     async def _dial(self, load: EndpointLoad, token: int) -> None:
         """Open a connection for one request, trying other endpoints while the first ones cannot be reached."""
@@ -168,7 +167,7 @@ class _Gate(ABC):
         if exchange is not None:
             away.active -= 1
             to.active += 1
-            self._owed[token] = exchange._replace(load=to)
+            exchange.load = to
 
     def _proceed(self, token: int, found: Http1Upstream | Http2Upstream | Cause) -> None:
         """Pay the verdict that is owed; the client may have left meanwhile."""
@@ -248,13 +247,13 @@ class Http2Gate(_Gate):
         upstream = self._alive().get(endpoint)
         return upstream if upstream is not None and upstream.capacity > 0 else None
 
-    def _open(self, load: EndpointLoad, exchange: Exchange, token: int) -> None:
-        waiting = self._waiting.get(load.endpoint)
+    def _open(self, exchange: Exchange, token: int) -> None:
+        waiting = self._waiting.get(exchange.load.endpoint)
         if waiting is None:
-            self._waiting[load.endpoint] = []
-            super()._open(load, exchange, token)
+            self._waiting[exchange.load.endpoint] = []
+            super()._open(exchange, token)
         else:  # a connection to it is on its way
-            load.active += 1
+            exchange.load.active += 1
             self._owed[token] = exchange
             waiting.append(token)
 
@@ -272,7 +271,7 @@ class Http2Gate(_Gate):
                     self._proceed(other, upstream)
                 elif exchange is not None:  # not reached, or full already: each on its own, so that each may try other endpoints
                     exchange.load.active -= 1
-                    self._open(exchange.load, exchange, other)
+                    self._open(exchange, other)
 
     def _adopt(self, endpoint: Endpoint, dialled: Dialled) -> Http2Upstream:
         return self._services.http2.adopt(dialled, self._alive(), endpoint)

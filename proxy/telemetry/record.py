@@ -7,19 +7,20 @@ and access log are given.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from core.addrs import Addr
 from core.refs import Ref
 from policy.authorize import BadTarget, Client, Denied, NoRoute, Permit
 from policy.wire import Endpoint
 from proxy.rescue import Cause, Failure, effect
+from proxy.telemetry.access_log import TRACE_HEADERS, Exchange, Mode, record, wanted
 from proxy.telemetry.counters import Counter
 from proxy.telemetry.metrics import Direction, HttpSeries, Metrics, Tls, inbound_labels, outbound_labels
 
 _LINES_PER_S = 20  # of one kind of event: a flood of refusals must not become a flood of writes
-_DECISIONS_BOUND = 256  # of one connection; a policy has far fewer outcomes
+_OUTCOMES_MAX = 256  # of one connection; a policy has far fewer outcomes
 
 Decision = Permit | Denied | NoRoute | BadTarget
 
@@ -30,28 +31,38 @@ class Log(Protocol):
     def __call__(self, level: str, event: str, **fields: Any) -> None: ...
 
 
-class Head(Protocol):
-    """What the access log shows of a request."""
+class RequestHead(Protocol):
+    """What the access log shows of a request (proxy.protocol.requests.RequestHead)."""
 
     method: bytes
     target: bytes
     authority: bytes
 
-
-class Bound(NamedTuple):
-    """The series of one outcome."""
-
-    http: HttpSeries
-    authz: Counter | None
-    decision: Decision | None
+    def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
+        """The first value of each named field."""
+        ...
 
 
-class Note(NamedTuple):
-    """A request in flight. head: kept for the access log only."""
+class Outcome:
+    """The series of one decision on one connection, bound. decision None: outbound, where nothing is decided but the way."""
 
-    bound: Bound
-    started: float
-    head: Head | None
+    __slots__ = ("authz", "decision", "http")
+
+    def __init__(self, http: HttpSeries, authz: Counter | None, decision: Decision | None) -> None:
+        self.http = http
+        self.authz = authz
+        self.decision = decision
+
+
+class Note:
+    """A request in flight. started: as the recorder's clock said. head: kept for the access log only."""
+
+    __slots__ = ("head", "outcome", "started")
+
+    def __init__(self, outcome: Outcome, started: float, head: RequestHead | None) -> None:
+        self.outcome = outcome
+        self.started = started
+        self.head = head
 
 
 class Throttle:
@@ -73,15 +84,14 @@ class Throttle:
 
 
 class Recorder:
-    """Makes the records. access_log: ``off``, ``errors`` or ``all``; access: takes one finished request as a mapping."""
+    """Makes the records. access: takes the fields of one finished request."""
 
     def __init__(
-        self, metrics: Metrics, now: Callable[[], float], log: Log, access_log: str, access: Callable[[dict[str, Any]], None]
+        self, metrics: Metrics, now: Callable[[], float], log: Log, access_log: Mode, access: Callable[[Mapping[str, Any]], None]
     ) -> None:
         self.metrics = metrics
         self.now = now
-        self.keep_heads = access_log != "off"
-        self.access_all = access_log == "all"
+        self.access_log = access_log
         self.access = access
         self._log = log
         self._throttle = Throttle(now)
@@ -111,23 +121,24 @@ class _Record:
 
     direction: Direction
 
-    def __init__(self, recorder: Recorder, client: Addr, dst: Addr) -> None:
+    def __init__(self, recorder: Recorder, client: Addr, dst: Addr, client_id: str = "") -> None:
         self._recorder = recorder
         self._client = client
         self._dst = dst
-        self._bounds: dict[object, Bound] = {}
+        self._client_id = client_id
+        self._outcomes: dict[object, Outcome] = {}
+        self._keep_heads = recorder.access_log is not Mode.OFF
 
-    def finish(self, note: object, status: int, cause: Cause | None) -> None:
+    def finish(self, note: Note, status: int, cause: Cause | None) -> None:
         """A request ended as gates say: see requests.Gate.finished."""
-        assert isinstance(note, Note)
-        bound, started, head = note
+        outcome = note.outcome
         recorder = self._recorder
-        millis = (recorder.now() - started) * 1000.0
-        bound.http.response(status, millis)
+        millis = (recorder.now() - note.started) * 1000.0
+        outcome.http.response(status, millis)
         if cause is not None:
-            self._failed(cause, bound.decision)
-        if head is not None and (recorder.access_all or cause is not None or status >= 500):
-            recorder.access(self._line(bound, head, status, cause, millis))
+            self._failed(cause, outcome.decision)
+        if note.head is not None and wanted(recorder.access_log, status, cause.value if cause else None):
+            recorder.access(record(self._exchange(outcome.decision, note.head, status, cause, millis)))
 
     def refused(self, cause: Cause, detail: str) -> None:
         """Bytes that never became a request."""
@@ -161,23 +172,28 @@ class _Record:
                 reason=decision.reason,
             )
 
-    def _line(self, bound: Bound, head: Head, status: int, cause: Cause | None, millis: float) -> dict[str, Any]:
-        line: dict[str, Any] = {
-            "direction": self.direction,
-            "client": str(self._client),
-            "dst": str(self._dst),
-            "method": head.method.decode("latin-1"),
-            "target": head.target.decode("latin-1"),
-            "authority": head.authority.decode("latin-1"),
-            "status": status,
-            "total_ms": round(millis, 3),
-        }
-        if cause is not None:
-            line["error"] = cause.value
-        decision = bound.decision
-        if decision is not None:
-            line |= {"server": str(decision.server), "reason": decision.reason}
-        return line
+    def _exchange(self, decision: Decision | None, head: RequestHead, status: int, cause: Cause | None, millis: float) -> Exchange:
+        agent, *traces = head.values((b"user-agent", *TRACE_HEADERS))
+        return Exchange(
+            direction=self.direction,
+            protocol="http",
+            client_addr=str(self._client),
+            client_id=self._client_id,
+            server_addr=str(self._dst),
+            duration_ms=millis,
+            method=head.method,
+            target=head.target,
+            authority=head.authority,
+            status=status,
+            server=decision.server if decision else None,
+            route=decision.route if decision else None,
+            authorization=decision.authorization if decision else None,
+            audit=decision.audit if decision else False,
+            reason=decision.reason if decision and not isinstance(decision, Permit) else "",
+            cause=cause.value if cause else None,
+            user_agent=agent,
+            trace_id=next((trace for trace in traces if trace), None),
+        )
 
 
 class InboundRecord(_Record):
@@ -186,22 +202,21 @@ class InboundRecord(_Record):
     direction = "inbound"
 
     def __init__(self, recorder: Recorder, client: Addr, dst: Addr, peer: Client) -> None:
-        super().__init__(recorder, client, dst)
+        super().__init__(recorder, client, dst, peer.identity or "")
         self._peer = peer
         self._tls: Tls = "true" if peer.identity else "opaque" if peer.reason == "tls-not-addressed-to-us" else "no_identity"
         self._tcp = recorder.metrics.tcp(inbound_labels(self._tls, peer.identity or "", port=dst.port))
         self._tcp.opened()
 
-    def begin(self, decision: Decision, head: Head) -> Note:
+    def begin(self, decision: Decision, head: RequestHead) -> Note:
         """A request was decided on."""
-        bound = self._bounds.get(decision)
-        if bound is None:
-            bound = self._bind(decision)
-        bound.http.requests.value += 1
-        if bound.authz is not None:
-            bound.authz.value += 1
-        recorder = self._recorder
-        return Note(bound, recorder.now(), head if recorder.keep_heads else None)
+        outcome = self._outcomes.get(decision)
+        if outcome is None:
+            outcome = self._bind(decision)
+        outcome.http.requests.value += 1
+        if outcome.authz is not None:
+            outcome.authz.value += 1
+        return Note(outcome, self._recorder.now(), head if self._keep_heads else None)
 
     def connection(self, decision: Permit | Denied) -> None:
         """The connection was decided on as opaque bytes."""
@@ -219,7 +234,7 @@ class InboundRecord(_Record):
         self._tcp.wrote(written_bytes)
         self._tcp.closed()
 
-    def _bind(self, decision: Decision) -> Bound:
+    def _bind(self, decision: Decision) -> Outcome:
         labels = self._labels(decision)
         metrics = self._recorder.metrics
         authz: Counter | None = None
@@ -229,11 +244,11 @@ class InboundRecord(_Record):
             authz = metrics.http_authz("deny", labels)
         elif isinstance(decision, NoRoute):
             authz = metrics.route_not_found(labels)
-        bound = Bound(metrics.http(labels), authz, decision)
-        if len(self._bounds) >= _DECISIONS_BOUND:
-            self._bounds.clear()
-        self._bounds[decision] = bound
-        return bound
+        outcome = Outcome(metrics.http(labels), authz, decision)
+        if len(self._outcomes) >= _OUTCOMES_MAX:
+            self._outcomes.clear()
+        self._outcomes[decision] = outcome
+        return outcome
 
     def _labels(self, decision: Decision) -> tuple[tuple[str, str], ...]:
         return inbound_labels(
@@ -252,16 +267,15 @@ class OutboundRecord(_Record):
         self._tcp = recorder.metrics.tcp(outbound_labels("disabled", destination=destination, port=dst.port))
         self._tcp.opened()
 
-    def begin(self, endpoint: Endpoint | None, head: Head) -> Note:
-        """A request is about to go to this endpoint; None: there is none."""
+    def begin(self, endpoint: Endpoint | None, head: RequestHead, now: float) -> Note:
+        """A request is about to go to this endpoint; None: there is none. now: as the recorder's clock says."""
         identity = endpoint.identity if endpoint is not None else None
-        bound = self._bounds.get(identity)
-        if bound is None:
+        outcome = self._outcomes.get(identity)
+        if outcome is None:
             labels = outbound_labels("true" if identity else "disabled", identity or "", self._destination, self._dst.port)
-            bound = self._bounds[identity] = Bound(self._recorder.metrics.http(labels), None, None)
-        bound.http.requests.value += 1
-        recorder = self._recorder
-        return Note(bound, recorder.now(), head if recorder.keep_heads else None)
+            outcome = self._outcomes[identity] = Outcome(self._recorder.metrics.http(labels), None, None)
+        outcome.http.requests.value += 1
+        return Note(outcome, now, head if self._keep_heads else None)
 
     def closed(self, read_bytes: int, written_bytes: int) -> None:
         """The connection is over."""

@@ -237,8 +237,9 @@ class Http1Client(ClientConnection):
             assert not isinstance(verdict, Forward)
             return self._answer(verdict.cause, verdict.explain)
         assert isinstance(verdict, Forward)
-        up: Http1Upstream
-        up, edit, self._exchange = verdict
+        up: Http1Upstream = verdict.upstream
+        edit = verdict.edit
+        self._exchange = verdict.exchange
         head = self.head
         if head is self._edited and edit is self._edit:
             out = self._out

@@ -91,8 +91,14 @@ class RequestHead:
 
     # Defaults of the class, not of each instance: most heads differ from few of them, and making one is on the path of every request.
     length = 0
-    keep = bodiless = plain = True
-    grpc = old = expects = upgrades = connects = False
+    keep = True
+    bodiless = True
+    plain = True
+    grpc = False
+    old = False
+    expects = False
+    upgrades = False
+    connects = False
 
     def __init__(self, size: int, method: bytes, target: bytes, authority: bytes, wire: bytes, lower: bytes) -> None:
         self.size = size
@@ -127,7 +133,8 @@ class ResponseHead:
     """
 
     length = UNTIL_CLOSE
-    keep = plain = True
+    keep = True
+    plain = True
     old = False
     connection = b""
 
