@@ -490,3 +490,34 @@ def test_what_a_finished_exchange_left_waiting_upstream_is_not_counted_for_ever(
     assert (chain.near.held_from, chain.far.streams) == (6, 1)
     chain.far.lost(True)
     assert (chain.near.held_from, chain.far.streams) == (0, 0)
+
+
+def test_a_client_that_leaves_while_a_retry_is_decided_is_reported_once() -> None:
+    chain = Chain()
+    chain.gate.again = lambda _head, _token: None
+    stream = chain.ask(GET)
+    chain.far.lost(True)
+    chain.near.lost(True)
+    assert chain.gate.log == [("retry", stream), ("cancelled", stream)]
+
+
+def test_an_answer_without_a_note_is_not_reported() -> None:
+    chain = Chain()
+    chain.gate.again = lambda _head, _token: Answer(Cause.NO_ENDPOINTS, True)
+    stream = chain.ask(GET)
+    chain.far.lost(True)
+    assert chain.gate.log == [("retry", stream)]
+    chain.gate.decide = lambda _head, _token: Answer(Cause.DENIED, True)
+    chain.ask(GET)
+    assert chain.gate.log == [("retry", stream)]
+
+
+def test_a_reset_by_the_upstream_gives_back_what_its_stream_held() -> None:
+    chain = Chain()
+    stream = chain.ask()
+    chain.answer(stream, end=False)
+    chain.client_sink.blocked = True
+    chain.far.received(frame(DATA, 0, 1, b"x" * 1000) + frame(RST_STREAM, 0, 1, u32(8)))
+    assert chain.far.held_from == 0
+    assert not chain.near.holding
+    assert chain.far.usable

@@ -4,8 +4,8 @@ Theory of operation. A header block becomes a checked `RequestHead`; the gate sa
 stream's two ends exist from the start, so that DATA that comes before the verdict is held like any other that cannot leave yet. What
 happens to an exchange is decided here, also when the upstream's end reports it: `upstream_answered`, `upstream_failed`.
 
-Only this module calls the gate. For each request it asked about, exactly one of `finished` (after a verdict) and `cancelled` (before one)
-is called at the end. Must not: choose upstreams, know time, touch bodies. Called by the relay through `Receiver`, by the gate, and by
+Only this module calls the gate. For each request it asked about, exactly one of `finished` and (while a verdict is owed) `cancelled` is
+called at the end; neither after an answer for which the gate left no note. Must not: choose upstreams, know time, touch bodies. Called by the relay through `Receiver`, by the gate, and by
 upstream.py.
 """
 
@@ -215,6 +215,8 @@ class Http2Client(Connection):
     def _act(self, stream: ClientStream, verdict: Verdict) -> None:
         stream.exchange = verdict.exchange
         if isinstance(verdict, Answer):
+            if verdict.exchange is None:
+                stream.attempts = 0  # the gate has no note to be told about
             return self._answer(stream, verdict.cause, verdict.explain)
         stream.edit = verdict.edit
         stream.attempts += 1
@@ -254,6 +256,7 @@ class Http2Client(Connection):
         """
         other = end.other
         sent = other.sent
+        self.forget_held(end)  # while it is still known whose data that was
         other.detach()
         if end.over:
             return drop(other)
@@ -326,9 +329,8 @@ class Http2Client(Connection):
         if end.deciding:
             end.deciding = False
             self.gate.cancelled(end.id)
-        cause = end.cause or cause
-        if end.attempts or end.exchange is not None:
-            self.gate.finished(end.exchange, end.status, cause)
+        elif end.attempts or end.exchange is not None:
+            self.gate.finished(end.exchange, end.status, end.cause or cause)
         if (self._closing or self._peer_leaving) and not self.streams_by_id and not self.dead:
             self.leave()
 
