@@ -82,6 +82,7 @@ class Dialer:
             expect = parse_workload_id(endpoint.identity)
         except InvalidName as error:
             raise Failure(Cause.PEER_IDENTITY, f"{addr}: {error}") from None
+        self._security.current()
         try:
             return await self._secure(addr, expect, inside)
         except HandshakeFailed as error:

@@ -41,7 +41,8 @@ class Security:
         self._server: SSL.Context | None = None
         self._clients: dict[bytes, SSL.Context] = {}
 
-    def _current(self) -> Credentials:
+    def current(self) -> Credentials:
+        """Our credentials, with contexts made from them; raises Failure(NO_IDENTITY). Ask before dialling, so that nobody is bothered."""
         credentials = self._credentials.value
         if credentials is None:
             raise Failure(Cause.NO_IDENTITY, "no certificate was issued to this workload yet")
@@ -55,13 +56,13 @@ class Security:
 
     async def accept(self, stream: RawStream, received: bytes) -> Secured:
         """Authenticate a peer that addressed us; raises Failure or HandshakeFailed."""
-        self._current()
+        self.current()
         assert self._server is not None
         return await self._shake(TlsStream.server(stream, self._server, self.identity.trust_domain), received)
 
     async def dial(self, stream: RawStream, expect: WorkloadId, inside: bytes) -> Secured:
         """Authenticate to an endpoint and demand that it is ``expect``; raises Failure or HandshakeFailed."""
-        self._current()
+        self.current()
         return await self._shake(TlsStream.client(stream, self._clients[inside], expect.server_name, expect), b"")
 
     async def _shake(self, tls: TlsStream, received: bytes) -> Secured:

@@ -111,9 +111,7 @@ class Exchange:
         return b"".join(parts)
 
     async def send(self, *events: h11.Event) -> None:
-        for event in events:
-            if data := self._connection.send(event):
-                await self.stream.send_all(data)
+        await self.stream.send_all(b"".join(self._connection.send(event) or b"" for event in events))
 
     async def answer(self, body: bytes = b"", status: int = 200, **headers: str) -> None:
         """A response with a Content-Length where one belongs."""
