@@ -18,6 +18,7 @@ import trio
 from core.k8s.fields import InvalidObject
 from core.k8s.objects import Service, read_core_object
 from core.refs import Ref
+from injector.decide import STATUS
 from injector.sidecar import DEFAULT_MESH
 from local import rules, services, volumes, workloads
 from local.injection import inject
@@ -62,7 +63,8 @@ class Mesh:
         self._ruleset = ""
         self._links = 0
         self._created: dict[Ref, str] = {}
-        self.settled_rounds = 0
+        self._rounds = 0
+        self._working = False
         scratch = setup.state / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
         # tokens and logs lie in there: apps of other pods see the same file system and must not read them
@@ -94,6 +96,11 @@ class Mesh:
         self._dirty.set()
 
     @property
+    def settled(self) -> bool:
+        """Everything that was said so far has been acted on."""
+        return self._rounds > 0 and not self._working and not self._dirty.is_set()
+
+    @property
     def known_services(self) -> list[Service]:
         """All Services with their addresses."""
         return [service for service, _ in self._services]
@@ -105,9 +112,9 @@ class Mesh:
         async with trio.open_nursery() as nursery:
             while True:
                 await self._dirty.wait()
-                self._dirty = trio.Event()
+                self._dirty, self._working = trio.Event(), True
                 await self._reconcile(nursery)
-                self.settled_rounds += 1
+                self._rounds, self._working = self._rounds + 1, False
                 await trio.sleep(0.02)  # changes come in bursts: one round for all of them
 
     async def stop_all(self) -> None:
@@ -177,6 +184,9 @@ class Mesh:
             return
         raw = json.loads(json.dumps(result.pod, default=str))
         raw["metadata"] |= {"uid": str(uuid.uuid4()), "creationTimestamp": now_text()}
+        if result.skips is None:
+            # said by the author, not by the injector: callers would demand an identity from a pod that has none
+            (raw["metadata"].get("annotations") or {}).pop(STATUS, None)
         raw["spec"].setdefault("serviceAccountName", workloads.service_account_of(raw))
         raw["spec"]["nodeName"] = "local"
         self._links += 1

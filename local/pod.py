@@ -27,6 +27,7 @@ from local.services import PodFacts, hosts_file
 from local.workloads import PodPlan
 
 DEFAULT_GRACE_S = 30.0  # Pod.spec.terminationGracePeriodSeconds
+_LEAVE_S = 0.3  # callers hear that an endpoint is gone before it is; Kubernetes leaves that to a preStop sleep
 _RETRY_S = 0.25  # what is missing at start is the trust bundle or a ConfigMap of the next file
 _TOKEN_LIFETIME_MAX_S = 600
 
@@ -60,6 +61,8 @@ class Pod:
         self.phase = "Pending"
         self.message = "starting"
         self.why_unmeshed = ""
+        self._was_ready = False
+        self._deadline = 0.0
         self.stopping = trio.Event()
         self.ended = trio.Event()
         self._sandbox: Sandbox | None = None
@@ -209,11 +212,14 @@ class Pod:
 
     async def _stop_when_told(self, container: Container) -> None:
         await self.stopping.wait()
+        if self._was_ready:
+            await trio.sleep(_LEAVE_S)
         await container.stop(self._left_s())
 
     async def stop(self) -> None:
         """End the pod gracefully; returns when nothing of it is left."""
         if not self.stopping.is_set():
+            self._was_ready = self.ready
             self._deadline = trio.current_time() + self.grace_s
             self.raw["status"]["deletion"] = now_text()
             self.stopping.set()

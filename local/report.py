@@ -15,7 +15,7 @@ from local.pod import Pod
 def report(
     name: str, state: Path, mesh: Mesh, refusals: Sequence[Refusal], control_plane: dict[str, str] | None = None, pid: int = 0
 ) -> protocol.MeshStatus:
-    """The present state. settled: the first look at the folder has become pods."""
+    """The present state. settled: what the folder says has become pods."""
     pods = tuple(pod_status(pod) for _, pod in sorted(mesh.pods.items()))
     reasons = [str(refusal) for refusal in refusals]
     reasons += [f"{ref}: {why}" for ref, why in sorted(mesh.refused.items())]
@@ -28,7 +28,7 @@ def report(
     return protocol.MeshStatus(
         name=name,
         ready=not reasons,
-        settled=mesh.settled_rounds > 0,
+        settled=mesh.settled,
         reasons=tuple(reasons),
         notes=("images are ignored: every container is a process on this machine's file system",),
         pods=pods,

@@ -154,7 +154,11 @@ spec:
 
 _WITHOUT_CAPTURE = """
 import sys, trio
-from pathlib import Pathnamespaces.unshare(namespaces.CLONE_NEWNET)  # a node of our own: the link must not appear on this machine's network
+from pathlib import Path
+from local import namespaces, network, sandbox
+from local.network import Addresses
+namespaces.unshare(namespaces.CLONE_NEWNET)  # a node of our own: the link must not appear on this machine's network
+sandbox.run_program_now(["ip", "-batch", "-"], network.node_setup(ipv6=False))
 folder = Path(sys.argv[1])
 plan = sandbox.SandboxPlan(
     "pod0", "web-0", Addresses("10.142.255.1", ""), folder / "hosts", folder / "hosts", sys.argv[2], (), str(folder)
@@ -200,11 +204,12 @@ mount --bind {tmp_path}/subid /etc/subuid
 mount --bind {tmp_path}/subid /etc/subgid
 export HOME={tmp_path}/home XDG_RUNTIME_DIR={tmp_path}/run
 cat > {tmp_path}/user.sh <<'USER'
+down() {{ {local} down; }}
+trap down EXIT
 {local} check || exit 1
 {local} up -f {EXAMPLE} --detach --timeout 40 || {{ cat {tmp_path}/run/pillion/default/runner.log; exit 1; }}
 {local} exec -n hello client -- curl -sS -m 10 http://web/
 {local} exec -n hello stranger -- curl -sS -m 10 -o /dev/null -w '%{{http_code}}' http://web/
-{local} down
 USER
 exec setpriv --reuid 4242 --regid 4242 --clear-groups -- sh {tmp_path}/user.sh
 """

@@ -288,10 +288,11 @@ spec: {containers: [{name: main, command: [sleep, "9"]}]}
 
 
 @pytest.mark.parametrize("how", ["down", "kill"])
-def test_nothing_is_left_after_down_or_a_killed_runner(how: str, tmp_path: Path) -> None:
+def test_nothing_is_left_after_down_or_a_killed_runner(how: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     (tmp_path / "app.yaml").write_text(MANIFESTS)
     mesh = LocalMesh(f"gone-{how}-{os.getpid()}", tmp_path)
     mounts = Path("/proc/self/mounts").read_text()
+    request.addfinalizer(lambda: mesh.run("down"))
     assert mesh.up().returncode == 0
     members = mesh.members()
     assert len(network_namespaces(members)) == 5, "the node and four pods; the job has ended"
