@@ -1,0 +1,164 @@
+"""gRPC through both sidecars, with grpcio on either end: every kind of call, its end, and what failures look like."""
+
+from __future__ import annotations
+
+import queue
+
+import grpc
+import pytest
+import trio
+
+from core.addrs import Addr
+from policy.wire import Endpoint, GrpcMatch, Route, Rule
+from tests.scenarios.grpc_peers import Cart, Client, calling, grpc_server, status_of
+from tests.scenarios.mesh import CART, FOR_CART, WEB, Mesh, inbound_policy, mesh, only
+from tests.scenarios.peers import MIB
+
+Status = grpc.StatusCode
+
+
+@pytest.fixture
+def cart() -> Cart:
+    return Cart()
+
+
+@pytest.fixture
+def app(cart: Cart):
+    with grpc_server(cart) as addr:
+        yield addr
+
+
+async def _talk(made: Mesh, talk):
+    async with made.entry() as entry:
+        with trio.fail_after(20):
+            return await trio.to_thread.run_sync(calling, entry, talk)
+
+
+async def test_every_kind_of_call_works(app: Addr):
+    def talk(client: Client) -> None:
+        assert client.echo(b"one", timeout=5) == b"one"
+        assert [int(number) for number in client.count(b"1000", timeout=5)] == list(range(1000))
+        assert client.sum((b"%d" % number for number in range(500)), timeout=5) == b"%d" % sum(range(500))
+        chat = client.chat(iter([b"a", b"b", b"c"]), timeout=5)
+        assert list(chat) == [b"hello", b"A", b"B", b"C"]
+
+    async with mesh(app) as made:
+        await _talk(made, talk)
+        assert made.metric(made.server, "pillion_response_total", status_code="200", client_id=CART.uri) == 4
+        assert made.metric(made.server, "pillion_request_total") == 4
+
+
+async def test_a_bidirectional_stream_answers_while_it_is_open(app: Addr):
+    def talk(client: Client) -> None:
+        lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        chat = client.chat(iter(lines.get, None), timeout=5)
+        assert next(chat) == b"hello"  # the server speaks before we do
+        for line in (b"one", b"two"):
+            lines.put(line)
+            assert next(chat) == line.upper()
+        lines.put(None)
+        assert list(chat) == []
+        assert chat.code() is Status.OK
+
+    async with mesh(app) as made:
+        await _talk(made, talk)
+
+
+async def test_metadata_and_trailers_pass_both_ways_and_the_app_learns_the_proven_name(app: Addr):
+    def talk(client: Client) -> None:
+        sent = (("x-one", "1"), ("x-bytes-bin", bytes(range(256))), ("pillion-client-id", "spiffe://cluster.local/ns/a/sa/liar"))
+        _, call = client.echo.with_call(b"", metadata=sent, timeout=5)
+        initial = dict(call.initial_metadata())
+        assert (initial["x-saw-x-one"], initial["x-saw-pillion-client-id"]) == ("1", CART.uri)
+        trailing = dict(call.trailing_metadata())
+        assert (trailing["x-end"], trailing["x-bytes-bin"]) == ("here", bytes(range(256)))
+
+    async with mesh(app) as made:
+        await _talk(made, talk)
+
+
+async def test_a_deadline_reaches_the_app_and_ends_the_call(app: Addr, cart: Cart):
+    def talk(client: Client) -> None:
+        client.echo(b"", timeout=5)
+        code, _, took = status_of(lambda: client.wait(b"", timeout=0.3))
+        assert (code, took < 2) == (Status.DEADLINE_EXCEEDED, True)
+        assert cart.cancelled.wait(5)
+
+    async with mesh(app) as made:
+        await _talk(made, talk)
+    assert cart.left_s is not None
+    assert 3 < cart.left_s <= 5
+
+
+async def test_a_cancelled_call_is_cancelled_at_the_app_and_others_go_on(app: Addr, cart: Cart):
+    def talk(client: Client) -> None:
+        waiting = client.wait.future(b"")
+        assert cart.waiting.wait(5)
+        waiting.cancel()
+        assert cart.cancelled.wait(5)
+        assert client.echo(b"still here", timeout=5) == b"still here"
+
+    async with mesh(app) as made:
+        await _talk(made, talk)
+
+
+async def test_a_status_of_the_app_arrives_with_its_message(app: Addr):
+    def talk(client: Client) -> None:
+        assert status_of(lambda: client.fail("lost: ä%".encode()))[:2] == (Status.DATA_LOSS, "lost: ä%")
+        assert status_of(lambda: client.missing(b""))[0] is Status.UNIMPLEMENTED
+
+    async with mesh(app) as made:
+        await _talk(made, talk)
+
+
+async def test_big_messages_pass_both_ways(app: Addr):
+    message = bytes(range(256)) * (10 * MIB // 256)
+    async with mesh(app) as made:
+        assert await _talk(made, lambda client: client.echo(message, timeout=15)) == message
+
+
+async def test_hundreds_of_calls_at_once_share_a_connection(app: Addr, cart: Cart):
+    def talk(client: Client) -> None:
+        calls = [client.echo.future(b"%d" % number, timeout=15) for number in range(300)]
+        assert [call.result() for call in calls] == [b"%d" % number for number in range(300)]
+
+    async with mesh(app) as made:
+        await _talk(made, talk)
+        assert made.metric(made.server, "pillion_tcp_open_total", client_id=CART.uri) <= 3
+
+
+async def test_a_denied_call_is_permission_denied_at_once(app: Addr, cart: Cart):
+    async with mesh(app, policy=inbound_policy(only(WEB))) as made:
+        code, message, took = await _talk(made, lambda client: status_of(lambda: client.echo(b"", timeout=10)))
+        assert (code, message, took < 2) == (Status.PERMISSION_DENIED, "denied", True)
+        streamed = await _talk(made, lambda client: status_of(lambda: list(client.chat(iter([b"a"]), timeout=10))))
+        assert streamed[0] is Status.PERMISSION_DENIED
+        assert cart.calls == 0
+
+
+async def test_a_route_lets_one_method_through_and_denies_the_rest(app: Addr):
+    echo = Rule((GrpcMatch(service="shop.Cart", method="Echo"),))
+    route = Route(FOR_CART.server, "grpc", (), (echo,), FOR_CART.authorizations)
+
+    def talk(client: Client) -> None:
+        assert client.echo(b"x", timeout=5) == b"x"
+        assert status_of(lambda: client.fail(b"", timeout=5))[0] is Status.UNIMPLEMENTED  # no route: Gateway API has it so
+
+    async with mesh(app, policy=inbound_policy(routes=(route,))) as made:
+        await _talk(made, talk)
+
+
+async def test_no_endpoint_and_a_refusing_one_are_unavailable_at_once(app: Addr):
+    async with mesh(app) as made:
+        made.nowhere()
+        code, message, took = await _talk(made, lambda client: status_of(lambda: client.echo(b"", timeout=10)))
+        assert (code, message, took < 2) == (Status.UNAVAILABLE, "no-endpoints", True)
+        made.destination(Endpoint("127.0.0.1:1", WEB.uri))
+        code, message, took = await _talk(made, lambda client: status_of(lambda: client.echo(b"", timeout=10)))
+        assert (code, message, took < 2) == (Status.UNAVAILABLE, "connect-refused", True)
+
+
+async def test_an_app_that_is_not_there_is_unavailable_at_once():
+    async with mesh(Addr("127.0.0.1", 1)) as made:
+        code, message, took = await _talk(made, lambda client: status_of(lambda: client.echo(b"", timeout=10)))
+        assert (code, message, took < 2) == (Status.UNAVAILABLE, "connect-refused", True)
