@@ -27,7 +27,7 @@ from typing import Final, TypeVar
 import trio
 
 from proxy.protocol.sides import Receiver
-from proxy.transport.tls_bio import READ_MAX, RECEIVE_BUFFER, Records, TlsBroken
+from proxy.transport.tls_bio import READ_MAX, RECEIVE_BUFFER, RECORD_OVERHEAD, Records, TlsBroken
 
 R = TypeVar("R", bound=Receiver)
 
@@ -49,7 +49,7 @@ class Link:
 
     __slots__ = (
         "_closing", "_dead", "_ended", "_fd", "_held", "_mask", "_paused", "_queued", "_read_size", "_recv", "_relay", "_send",
-        "_shut", "blocked", "bucket", "deadline", "on_gone", "read_bytes", "receiver", "sock", "written_bytes",
+        "_shut", "blocked", "bucket", "deadline", "on_gone", "read_bytes", "reading", "receiver", "sock", "written_bytes",
     )  # fmt: skip
 
     def __init__(self, relay: Relay, sock: socket.socket, receiver: Receiver) -> None:
@@ -65,6 +65,7 @@ class Link:
         self.bucket = 0
         self.deadline = _NEVER
         self.on_gone: Callable[[], None] | None = None
+        self.reading = True  # whether readiness is to be acted upon: not paused, not ended, not dead
         self.blocked = self._paused = self._ended = self._shut = self._closing = self._dead = False
         self.read_bytes = self.written_bytes = 0
 
@@ -128,17 +129,26 @@ class Link:
     # --- Sink ------------------------------------------------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
+        if self._queued or self._held or self._dead or self._shut:
+            self._write_later(data)
+            return
+        try:
+            n = self._send(data)
+        except BlockingIOError:
+            n = 0
+        except OSError:
+            self._relay.doom(self)
+            return
+        self.written_bytes += n
+        if n < len(data):
+            self._hold(memoryview(data)[n:])
+
+    def _write_later(self, data: bytes) -> None:
+        """Behind what waits already, unless nothing may be written any more."""
         if self._queued:
             self._queued.append(data)
-            return
-        if self._held:
+        elif not self._dead and not self._shut:
             self._held.append(memoryview(data))
-            return
-        if self._dead or self._shut:
-            return
-        n = self._transmit(data)
-        if 0 <= n < len(data):
-            self._hold(memoryview(data)[n:])
 
     def queue(self, data: bytes) -> None:
         if not self._queued:
@@ -151,11 +161,13 @@ class Link:
     def pause(self) -> None:
         if not self._paused:
             self._paused = True
+            self.reading = False
             self._watch()
 
     def resume(self) -> None:
         if self._paused:
             self._paused = False
+            self.reading = not (self._ended or self._dead)
             self._watch()
 
     def end(self) -> None:
@@ -228,6 +240,7 @@ class Link:
 
     def _end_of_input(self) -> None:
         self._ended = True
+        self.reading = False
         if self._closing:
             if not self._held:
                 self._drop()
@@ -241,6 +254,7 @@ class Link:
             self._drop()
             return
         self._paused = False
+        self.reading = True
         self._watch()
         self.expire_after(_LINGER_S)
 
@@ -264,7 +278,7 @@ class Link:
 
     def _drop(self) -> None:
         self._dead = True
-        self.blocked = False
+        self.reading = self.blocked = False
         self._held.clear()
         self._queued.clear()
         self.deadline = _NEVER
@@ -289,20 +303,16 @@ class Link:
             return
         self._mask = mask
 
-    @property
-    def wants_read(self) -> bool:
-        """Whether readiness to read is to be acted upon (it may have been switched off earlier in the same pass)."""
-        return not (self._paused or self._ended or self._dead)
-
 
 class TlsLink(Link):
     """A connection whose bytes are TLS records; its receiver sees plaintext."""
 
-    __slots__ = ("_records", "_recv_into")
+    __slots__ = ("_decrypt", "_encrypt", "_records", "_recv_into")
 
     def __init__(self, relay: Relay, sock: socket.socket, receiver: Receiver, records: Records) -> None:
         super().__init__(relay, sock, receiver)
         self._records = records
+        self._decrypt, self._encrypt = records.decrypt, records.encrypt
         self._recv_into = sock.recv_into
 
     def start(self) -> None:
@@ -319,6 +329,7 @@ class TlsLink(Link):
             self._lose(reset=True)
             return
         if not n:
+            self.reading = False
             if self._records.ended:
                 self._ended = True
                 self._watch()
@@ -328,17 +339,20 @@ class TlsLink(Link):
             return
         if n == size and n < READ_MAX:
             self._read_size = min(n * 4, READ_MAX)
-        self._decrypted(n)
-
-    def _decrypted(self, length: int) -> None:
         try:
-            data = self._records.decrypt(length)
+            data = self._decrypt(n)
         except TlsBroken:
-            if alert := self._records.output():
-                self._put_on_wire(alert)
-            self._lose(reset=True)
+            self._refuse_record()
             return
-        if len(data) + 22 != length and (answer := self._records.output()):
+        if len(data) + RECORD_OVERHEAD == n:  # exactly one record of application data, the usual case
+            self.read_bytes += n
+            self.receiver.received(data)
+        else:
+            self._deliver(data)
+
+    def _deliver(self, data: bytes) -> None:
+        """Pass on what several or special records amounted to."""
+        if answer := self._records.output():  # to a key update
             self._put_on_wire(answer)
         if data:
             self.read_bytes += len(data)
@@ -347,23 +361,51 @@ class TlsLink(Link):
             self._end_of_input()
 
     def _deliver_leftover(self) -> None:
-        if not self._dead:
-            self._decrypted(0)
+        if self._dead:
+            return
+        try:
+            data = self._decrypt(0)
+        except TlsBroken:
+            self._refuse_record()
+            return
+        self._deliver(data)
+
+    def _refuse_record(self) -> None:
+        if alert := self._records.output():
+            self._put_on_wire(alert)
+        self._lose(reset=True)
 
     def write(self, data: bytes) -> None:
+        if self._queued or self._held or self._dead or self._shut or len(data) > READ_MAX:
+            self._write_later(data)
+            return
+        self.written_bytes += len(data)
+        try:
+            wire = self._encrypt(data)
+        except TlsBroken:
+            self._relay.doom(self)
+            return
+        try:
+            n = self._send(wire)
+        except BlockingIOError:
+            n = 0
+        except OSError:
+            self._relay.doom(self)
+            return
+        if n < len(wire):
+            self._hold(memoryview(bytes(wire[n:])))
+
+    def _write_later(self, data: bytes) -> None:
         if self._queued:
             self._queued.append(data)
             return
         if self._dead or self._shut:
             return
         self.written_bytes += len(data)
+        view = memoryview(data)
         try:
-            if len(data) <= READ_MAX:
-                self._put_on_wire(self._records.encrypt(data))
-                return
-            view = memoryview(data)
             while view:
-                self._put_on_wire(self._records.encrypt(view[:READ_MAX]))
+                self._put_on_wire(self._encrypt(view[:READ_MAX]))
                 view = view[READ_MAX:]
         except TlsBroken:
             self._relay.doom(self)
@@ -463,14 +505,11 @@ class Relay:
             try:
                 if event & _WRITE:
                     link.writable()
-                if event & _READ:
-                    if link.wants_read:
+                if link.reading:
+                    if event != _WRITE:
                         link.readable()
-                elif event & _DEAD:
-                    if link.wants_read:
-                        link.readable()
-                    else:
-                        link.hung_up()
+                elif event & _DEAD and fd in links:
+                    link.hung_up()
             except Exception as error:
                 self._crashed(link, error)
         self._settle()

@@ -21,9 +21,9 @@ from OpenSSL import _util as _openssl
 READ_MAX: Final = 256 * 1024
 """The most that one read of a socket takes; also the most plaintext that one `encrypt` accepts."""
 
-_RECORD_OVERHEAD = 22  # header 5, content type 1, tag 16 (RFC 8446 section 5.2)
+RECORD_OVERHEAD: Final = 22  # header 5, content type 1, tag 16 (RFC 8446 section 5.2)
 _RECORD_PLAINTEXT = 16384
-_SEND_BYTES = READ_MAX + (READ_MAX // _RECORD_PLAINTEXT + 2) * _RECORD_OVERHEAD
+_SEND_BYTES = READ_MAX + (READ_MAX // _RECORD_PLAINTEXT + 2) * RECORD_OVERHEAD
 
 _SSL_ERROR_WANT_READ = 2
 _SSL_ERROR_ZERO_RETURN = 6
@@ -88,7 +88,7 @@ class FastRecords:
         if length:
             _BIO_write(self._into, _receive, length)
         n = _SSL_read(ssl, _plain, READ_MAX)
-        if n > 0 and n + _RECORD_OVERHEAD == length:
+        if n > 0 and n + RECORD_OVERHEAD == length:
             return _plain_view[:n]  # type: ignore[no-any-return]  # exactly one record: another read would only say "want read"
         parts = []
         while n > 0:

@@ -265,3 +265,18 @@ async def test_an_engine_that_raises_costs_its_own_connection_only(nursery):
     assert [type(error) for error in seen] == [LookupError]
     for sock in (bad, app, server):
         sock.close()
+
+
+@pytest.mark.parametrize("make", [records, PortableRecords])
+@pytest.mark.parametrize("length", [1, 5, 20, 21, 22, 23, 100, 1039])
+async def test_bytes_that_are_no_tls_records_deliver_nothing(relay, make, length):
+    client, raw, tls = await _tls_sockets(make)
+    outer, server = tcp_pair()
+    join(relay, (raw, tls), (outer, None), lambda cause: None)
+    await client.send_all(b"secret of before")  # so that the shared buffer holds somebody's plaintext
+    assert await trio.to_thread.run_sync(server.recv, 100) == b"secret of before"
+    await client.transport.send_all(b"\x17\x03\x03\x00\x01"[:length].ljust(length, b"\x00"))
+    await client.transport.send_eof()
+    server.settimeout(5)
+    with pytest.raises(ConnectionResetError):
+        await trio.to_thread.run_sync(server.recv, 100)
