@@ -155,3 +155,11 @@ def test_the_engine_runs_on_the_python_decoder_too(monkeypatch: pytest.MonkeyPat
     chain.answer(1, body=b"pong")
     assert (chain.server.body(1), chain.client.body(stream)) == (b"ping", b"pong")
     assert isinstance(hpack_codec.new_decoder(0, 1), PythonDecoder)
+
+
+def test_names_of_the_static_table_are_where_the_rfc_has_them() -> None:
+    table = [name for name, _ in hpack.hpack.HeaderTable.STATIC_TABLE]
+    assert list(hpack_codec._STATIC) == table
+    for name in set(table):
+        block = hpack_codec.name_prefix(name, False) + hpack_codec.value_literal(b"v")
+        assert PythonDecoder(0, 1 << 20).decode_untrusted(block) == [(name, b"v", False)]

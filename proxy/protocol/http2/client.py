@@ -5,8 +5,9 @@ stream's two ends exist from the start, so that DATA that comes before the verdi
 happens to an exchange is decided here, also when the upstream's end reports it: `upstream_answered`, `upstream_failed`.
 
 Only this module calls the gate. For each request it asked about, exactly one of `finished` and (while a verdict is owed) `cancelled` is
-called at the end; neither after an answer for which the gate left no note. Must not: choose upstreams, know time, touch bodies. Called by the relay through `Receiver`, by the gate, and by
-upstream.py.
+called at the end; neither after an answer for which the gate left no note.
+
+Must not: choose upstreams, know time, touch bodies. Called by the relay through `Receiver`, by the gate, and by upstream.py.
 """
 
 from __future__ import annotations

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import hpack
-from hpack.table import HeaderTable
-
 _compiled: Any = None
 try:
     from jh2 import _hazmat
@@ -65,9 +62,12 @@ class CompiledDecoder:
 
 
 class PythonDecoder:
-    """The `hpack` package: 25-45 us a block."""
+    """The `hpack` package: 25-45 us a block. Imported only where it is used, because its Huffman tables take memory."""
 
     def __init__(self, table_size: int, max_list: int) -> None:
+        import hpack
+
+        self._too_large = hpack.OversizedHeaderListError
         self._decoder = hpack.Decoder(max_header_list_size=max_list)
         self._decoder.max_allowed_table_size = table_size
         self._decoder.header_table_size = table_size
@@ -76,7 +76,7 @@ class PythonDecoder:
         """Fields in order. Raises HpackFault, HeaderListTooLarge."""
         try:
             fields = self._decoder.decode(block, raw=True)
-        except hpack.OversizedHeaderListError as error:
+        except self._too_large as error:
             raise HeaderListTooLarge from error
         except Exception as error:
             raise HpackFault(str(error)) from error
@@ -106,7 +106,18 @@ def _integer(value: int, prefix_bits: int, pattern: int) -> bytes:
 
 
 _LENGTHS: Final = tuple(_integer(length, 7, 0) for length in range(1024))
-_STATIC_NAMES: Final = {field[0]: at for at, field in reversed(list(enumerate(HeaderTable.STATIC_TABLE, 1)))}
+# RFC 7541 appendix A, the names in order; where one occurs again the first index is used.
+_STATIC: Final = (
+    b":authority", b":method", b":method", b":path", b":path", b":scheme", b":scheme", b":status", b":status", b":status",
+    b":status", b":status", b":status", b":status", b"accept-charset", b"accept-encoding", b"accept-language", b"accept-ranges",
+    b"accept", b"access-control-allow-origin", b"age", b"allow", b"authorization", b"cache-control", b"content-disposition",
+    b"content-encoding", b"content-language", b"content-length", b"content-location", b"content-range", b"content-type", b"cookie",
+    b"date", b"etag", b"expect", b"expires", b"from", b"host", b"if-match", b"if-modified-since", b"if-none-match", b"if-range",
+    b"if-unmodified-since", b"last-modified", b"link", b"location", b"max-forwards", b"proxy-authenticate", b"proxy-authorization",
+    b"range", b"referer", b"refresh", b"retry-after", b"server", b"set-cookie", b"strict-transport-security", b"transfer-encoding",
+    b"user-agent", b"vary", b"via", b"www-authenticate",
+)  # fmt: skip
+_STATIC_NAMES: Final = {name: at for at, name in reversed(list(enumerate(_STATIC, 1)))}
 
 
 def name_prefix(name: bytes, secret: bool) -> bytes:
