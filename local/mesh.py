@@ -29,6 +29,9 @@ from local.podspec import Base
 from local.sandbox import SetupFailed, run_program
 from local.workloads import PodPlan
 
+# What the policy controller may need until sidecars know what was written: it looks at its folder every 200 ms (core.k8s.folder)
+CONTROLLER_LAG_S = 0.5
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -65,6 +68,7 @@ class Mesh:
         self._created: dict[Ref, str] = {}
         self._rounds = 0
         self._working = False
+        self._last_write = trio.current_time()
         scratch = setup.state / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
         # tokens and logs lie in there: apps of other pods see the same file system and must not read them
@@ -97,8 +101,9 @@ class Mesh:
 
     @property
     def settled(self) -> bool:
-        """Everything that was said so far has been acted on."""
-        return self._rounds > 0 and not self._working and not self._dirty.is_set()
+        """Everything that was said so far has been acted on, by the policy controller too."""
+        idle = self._rounds > 0 and not self._working and not self._dirty.is_set()
+        return idle and trio.current_time() - self._last_write > CONTROLLER_LAG_S
 
     @property
     def known_services(self) -> list[Service]:
@@ -260,7 +265,9 @@ class Mesh:
     async def _publish(self) -> None:
         facts = self.facts()
         objects = self._objects(facts)
-        await trio.to_thread.run_sync(self._write_objects, objects)
+        if objects != self._written:
+            await trio.to_thread.run_sync(self._write_objects, objects)
+            self._last_write = trio.current_time()
         for pod in self.pods.values():
             if not pod.ended.is_set():
                 pod.update_hosts()

@@ -27,7 +27,7 @@ from local.services import PodFacts, hosts_file
 from local.workloads import PodPlan
 
 DEFAULT_GRACE_S = 30.0  # Pod.spec.terminationGracePeriodSeconds
-_LEAVE_S = 0.3  # callers hear that an endpoint is gone before it is; Kubernetes leaves that to a preStop sleep
+_LEAVE_S = 0.5  # callers hear that an endpoint is gone before it is; Kubernetes leaves that to a preStop sleep
 _RETRY_S = 0.25  # what is missing at start is the trust bundle or a ConfigMap of the next file
 _TOKEN_LIFETIME_MAX_S = 600
 
