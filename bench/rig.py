@@ -26,7 +26,11 @@ SIZES = {"1 MiB": 1 << 20, "64 MiB": 64 << 20}
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how often. rounds: of each contestant. seconds: of one round. quick: smaller sizes, fewer works."""
+    """How long and how often.
+
+    rounds: of each contestant. seconds: of one round (wrk knows whole ones only). quick: fewer works and smaller sizes, to see that
+    every contestant answers.
+    """
 
     rounds: int
     seconds: float
@@ -35,11 +39,11 @@ class Plan:
 
     def warmup_for(self, endpoints: int) -> float:
         """With a thousand endpoints a connection to each is made first, or handshakes would be measured."""
-        return self.warmup_s + endpoints * (0.004 if self.quick else 0.012)
+        return self.warmup_s + (endpoints * 0.012 if endpoints > 1 else 0)
 
 
-FULL = Plan(rounds=5, seconds=4, warmup_s=1, quick=False)
-QUICK = Plan(rounds=2, seconds=1, warmup_s=1, quick=True)
+FULL = Plan(rounds=5, seconds=3, warmup_s=1, quick=False)
+QUICK = Plan(rounds=2, seconds=0.5, warmup_s=0, quick=True)
 
 
 @dataclass
@@ -193,19 +197,20 @@ def start_one(bench: Bench, stack: contextlib.ExitStack, contestant: Contestant,
     return stage, contestant.start(bench.context, stage, setup)
 
 
-def rounds(bench: Bench, entries: Sequence[Entry], load: Load, check: Check, figures: Figures) -> None:
-    """Check, warm up, then run interleaved rounds; a round with any failed request keeps no figures."""
+def rounds(bench: Bench, entries: Sequence[Entry], load: Load, check: Check, figures: Figures, share: float = 1.0) -> None:
+    """Check, warm up, then run interleaved rounds; a round with any failed request keeps no figures. share: of a full round's time."""
     able = []
     for entry in entries:
         try:
             check(entry)
-            load(entry, bench.plan.warmup_for(len(entry.stage.endpoints)))
+            if warmup_s := bench.plan.warmup_for(len(entry.stage.endpoints)):
+                load(entry, warmup_s)
             able.append(entry)
         except StageError as error:
             entry.series.fail(str(error))
             bench.say(f"{entry.label} {error}")
     for entry in interleaved(able, bench.plan.rounds):
-        one_round(bench, entry, partial(load, entry, bench.plan.seconds), figures)
+        one_round(bench, entry, partial(load, entry, bench.plan.seconds * share), figures)
 
 
 def one_round(bench: Bench, entry: Entry, load: Callable[[], Outcome], figures: Figures) -> None:

@@ -61,7 +61,7 @@ def p2(bench: Bench) -> None:
 def p3(bench: Bench) -> None:
     """HTTP/2 and gRPC unary through the pair."""
     for kind, title, rules in (("http2", "HTTP/2", API_RULES), ("grpc", "gRPC", GRPC_RULES)):
-        for connections, streams in ((8, 16), (1, 100), (8, 1)):
+        for connections, streams in ((8, 16),) if bench.plan.quick else ((8, 16), (1, 100), (8, 1)):
 
             def load(entry: Entry, seconds: float, kind: str = kind, c: int = connections, s: int = streams) -> Outcome:
                 command = program("h2", *entry.running.dial, kind, c, s, seconds)
@@ -69,7 +69,7 @@ def p3(bench: Bench) -> None:
 
             server = partial(nghttpd, trailers=kind == "grpc")
             with started(bench, "P3", f"{title}, {connections} x {streams}", Setup("http2", rules), server) as entries:
-                rounds(bench, entries, load, partial(_check_http2, kind=kind), per_request)
+                rounds(bench, entries, load, partial(_check_http2, kind=kind), per_request, share=0.5)
 
 
 def _check_http2(entry: Entry, kind: str) -> None:
@@ -89,7 +89,7 @@ def p4(bench: Bench) -> None:
     works = [(app, size, way) for app in sizes for size in sizes[app] for way in ("down", "up")]
     names = {"http1": "HTTP/1.1", "http2": "HTTP/2", "opaque": "opaque TCP"}
     for app, size, way in works:
-        if bench.plan.quick and size == "64 MiB" and app != "opaque":
+        if bench.plan.quick and (size, way) != ("1 MiB", "up") and (app, way) != ("opaque", "down"):
             continue
 
         def load(entry: Entry, seconds: float, app: str = app, count: int = SIZES[size], up: bool = way == "up") -> Outcome:
@@ -100,7 +100,7 @@ def p4(bench: Bench) -> None:
 
         server = nghttpd if app == "http2" else blobs
         with started(bench, "P4", f"{names[app]}, {size} {way}", Setup(app, BULK_RULES), server) as entries:
-            rounds(bench, entries, load, no_check, _per_byte)
+            rounds(bench, entries, load, no_check, _per_byte, share=0.5)
 
 
 def _bulk_outcome(code: int, out: str, err: str) -> Outcome:
@@ -127,19 +127,19 @@ def p5(bench: Bench) -> None:
         return {"connections_per_cpu_s": outcome.units / cpu_s if cpu_s else 0.0, "connections": outcome.metrics["throughput"]}
 
     with started(bench, "P5", "inbound, HTTP/1.1", Setup(inbound_only=True), nginx) as entries:
-        rounds(bench, entries, to_inbound, no_check, figures)
+        rounds(bench, entries, to_inbound, no_check, figures, share=0.5)
 
     def through_pair(entry: Entry, seconds: float) -> Outcome:
         command = program("openloop", "--new", *entry.running.dial, 4, seconds)
         return h2.parse(*entry.stage.client.output(command, seconds + 40))
 
     with started(bench, "P5", "pair, opaque TCP", Setup("opaque"), nginx) as entries:
-        rounds(bench, entries, through_pair, no_check, figures)
+        rounds(bench, entries, through_pair, no_check, figures, share=0.5)
 
 
 def p6(bench: Bench) -> None:
     """Memory of idle sidecars, ten on the machine (five pairs), after start and after load."""
-    pairs = 2 if bench.plan.quick else 5
+    pairs = 1 if bench.plan.quick else 5
     for contestant in bench.contestants:
         if contestant.name in _SAME_PROCESS_OR_NONE:
             continue
@@ -151,7 +151,7 @@ def p6(bench: Bench) -> None:
                 pids = [pid for entry in made for pid in entry.pids]
                 time.sleep(1)
                 idle = [pss_bytes(pid) / MB for pid in pids]
-                failed = [outcome for entry in made if (outcome := _wrk(bench, 32)(entry, bench.plan.warmup_s)).failed]
+                failed = [outcome for entry in made if (outcome := _wrk(bench, 32)(entry, 1)).failed]
                 time.sleep(1)
                 loaded = [pss_bytes(pid) / MB for pid in pids]
             except StageError as error:
@@ -211,7 +211,7 @@ def _hold(bench: Bench, entry: Entry, count: int) -> dict[str, float]:
 
 def p9(bench: Bench) -> None:
     """Latency that the pair adds at fixed rates, open loop."""
-    for rate in (500, 2000):
+    for rate in (2000,) if bench.plan.quick else (500, 2000):
 
         def load(entry: Entry, seconds: float, rate: int = rate) -> Outcome:
             return h2.parse(*entry.stage.client.output(program("openloop", *entry.running.dial, rate, seconds), seconds + 40))
@@ -253,12 +253,12 @@ def p12(bench: Bench) -> None:
     endpoints = [(f"{count:,} endpoint{'s' * (count > 1)}", Setup(endpoints=count)) for count in (1, 10, 1000)]
     for family in (routes, endpoints):
         if bench.plan.quick:
-            family = [family[0], family[-1]]
+            family = [family[0], family[1]]
         with contextlib.ExitStack() as stack:
             chosen = [one for one in bench.contestants if one.name not in _SAME_PROCESS_OR_NONE]
             narrowed = replace(bench, contestants=chosen)
             entries = [entry for work, setup in family for entry in stack.enter_context(started(narrowed, "P12", work, setup, nginx))]
-            rounds(narrowed, entries, _wrk(bench, 32), check_http1, per_request)
+            rounds(narrowed, entries, _wrk(bench, 32), check_http1, per_request, share=0.67)
         smallest = {entry.series.contestant: entry.series for entry in entries if entry.series.work == family[0][0]}
         for entry in entries:
             base = smallest.get(entry.series.contestant)

@@ -15,8 +15,8 @@ def run(pod: Pod, peers: Peers, dial: tuple[str, int], *, size: int, up: bool, s
     """One round of about ``seconds`` seconds; a body that was begun is finished."""
     host, port = dial
     # Timing-based h2load counts only what completed within the time, so that large bodies would be lost at its end: a fixed number
-    # instead, which a pair that moves 1 GB/s does in ``seconds``.
-    count = max(2 * _CONNECTIONS, int(seconds * 1e9 / size))
+    # instead, which a pair that moves 0.7 GB/s does in ``seconds``.
+    count = max(2 * _CONNECTIONS, int(seconds * 0.7e9 / size))
     command = [str(peers.h2load), f"-c{_CONNECTIONS}", "-m1", "-w24", "-W28", f"-n{count}"]
     if up:
         body = pod.workdir / f"upload-{size}"
