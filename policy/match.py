@@ -56,15 +56,23 @@ class _Candidate:
 
     __slots__ = ("exact_headers", "exact_query", "found", "method", "order", "path", "pattern_headers", "pattern_query", "size")
 
-    def __init__(self, found: Found, order: int, match: HttpMatch | GrpcMatch, position: Callable[[bytes], int], fold_paths: bool) -> None:
-        headers = _first_of_each(match.headers)
-        query = _first_of_each(match.query) if isinstance(match, HttpMatch) else []
+    def __init__(self, found: Found, order: int, match: HttpMatch | GrpcMatch, names: dict[bytes, int], fold_paths: bool) -> None:
+        headers: Sequence[ValueMatch] = match.headers
+        query: Sequence[ValueMatch] = match.query if isinstance(match, HttpMatch) else ()
         self.found = found
         self.order = order
         self.method = match.method if isinstance(match, HttpMatch) else None
         self.path = "" if isinstance(match, GrpcMatch) else fold(match.path.value) if fold_paths else match.path.value
+        self.size = (0, 0)
+        self.exact_headers: tuple[tuple[int, bytes], ...] = ()
+        self.pattern_headers: tuple[tuple[int, Pattern], ...] = ()
+        self.exact_query: tuple[tuple[str, str], ...] = ()
+        self.pattern_query: tuple[tuple[str, Pattern], ...] = ()
+        if not headers and not query:
+            return  # most matches have a path and a method only, and large policies are compiled while requests wait
+        headers, query = _first_of_each(headers), _first_of_each(query)
         self.size = (-len(headers), -len(query))
-        named = [(position(one.name.encode()), one) for one in headers]
+        named = [(names.setdefault(one.name.encode(), len(names)), one) for one in headers]
         self.exact_headers = tuple(sorted((at, one.value.encode()) for at, one in named if one.type == "Exact"))
         self.pattern_headers = tuple((at, compile_pattern(one.value)) for at, one in named if one.type != "Exact")
         self.exact_query = tuple(sorted((one.name, one.value) for one in query if one.type == "Exact"))
@@ -100,9 +108,12 @@ class _Group(NamedTuple):
 class _Conditions:
     """Candidates that differ only in headers and query parameters, in ranks of equally many of both."""
 
-    __slots__ = ("_ranks",)
+    __slots__ = ("_only", "_ranks")
 
-    def __init__(self, candidates: Iterable[_Candidate]) -> None:
+    def __init__(self, candidates: Sequence[_Candidate]) -> None:
+        self._only = candidates[0] if len(candidates) == 1 else None  # nearly every path of a large policy
+        if self._only is not None:
+            return
         ranks: dict[tuple[int, int], dict[tuple[tuple[int, ...], tuple[str, ...]], _Group]] = {}
         for one in sorted(candidates, key=lambda one: (one.size, one.order)):
             names = tuple(at for at, _ in one.exact_headers), tuple(name for name, _ in one.exact_query)
@@ -115,6 +126,8 @@ class _Conditions:
         self._ranks = tuple(tuple(groups.values()) for groups in ranks.values())
 
     def find(self, headers: Headers, query: Query) -> _Candidate | None:
+        if self._only is not None:
+            return self._only if self._only.holds(headers, query) else None
         for groups in self._ranks:
             best: _Candidate | None = None
             for group in groups:
@@ -194,7 +207,7 @@ class _GrpcLevel:
         for parts in ((True, True), (True, False), (False, True), (False, False)):
             some = by_parts.get(parts, [])
             by_names = _grouped((pair for pair in some if pair[1].type == "Exact"), lambda pair: (pair[1].service, pair[1].method))
-            exact = {names: _Conditions(one for one, _ in few) for names, few in by_names.items()}
+            exact = {names: _Conditions([one for one, _ in few]) for names, few in by_names.items()}
             regex = sorted((pair for pair in some if pair[1].type != "Exact"), key=lambda pair: (pair[0].size, pair[0].order))
             self._parts.append((parts, exact, [_grpc_patterns(*pair) for pair in regex]))
 
@@ -233,13 +246,14 @@ class RouteTable:
         levels: dict[str, list[tuple[_Candidate, HttpMatch | GrpcMatch]]] = {}
         order = 0
         for route_index, route in enumerate(routes):
+            hosts = [levels.setdefault(hostname, []) for hostname in {name.lower() for name in route.hostnames} or {""}]
             for rule_index, rule in enumerate(route.rules):
+                found = Found(route, route_index, rule_index)
                 for match in rule.matches or (GrpcMatch() if route.kind == "grpc" else HttpMatch(),):
-                    found = Found(route, route_index, rule_index)
-                    candidate = _Candidate(found, order, match, lambda name: names.setdefault(name, len(names)), fold_paths)
+                    candidate = _Candidate(found, order, match, names, fold_paths)
                     order += 1
-                    for hostname in set(route.hostnames) or {""}:
-                        levels.setdefault(hostname.lower(), []).append((candidate, match))
+                    for level in hosts:
+                        level.append((candidate, match))
         compiled = {hostname: _level(candidates) for hostname, candidates in levels.items()}
         self._any = compiled.pop("", None)
         self._wildcards = {hostname[1:]: level for hostname, level in compiled.items() if hostname.startswith("*.")}

@@ -469,8 +469,8 @@ def many(number: int) -> list[Route]:
     ],
 )
 def test_a_lookup_does_the_same_work_whatever_the_number_of_routes(request_: tuple[object, ...]) -> None:
-    assert {calls_of_a_lookup(RouteTable(many(number)), *request_) for number in (2, 10, 100, 1000)} == {
-        calls_of_a_lookup(RouteTable(many(2)), *request_)
+    assert {calls_of_a_lookup(RouteTable(many(number)), *request_) for number in (4, 10, 100, 1000)} == {
+        calls_of_a_lookup(RouteTable(many(4)), *request_)
     }
 
 
