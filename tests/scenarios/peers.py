@@ -23,9 +23,9 @@ class Ran(NamedTuple):
     err: str
 
 
-async def run(*command: str, stdin: bytes = b"") -> Ran:
-    """Run a program to its end; it is killed after 20 s, when something hangs."""
-    with trio.fail_after(20):
+async def run(*command: str, stdin: bytes = b"", patience_s: float = 20) -> Ran:
+    """Run a program to its end; it is killed when something hangs."""
+    with trio.fail_after(patience_s):
         done = await trio.run_process(list(command), stdin=stdin, capture_stdout=True, capture_stderr=True, check=False)
     return Ran(done.returncode, done.stdout, done.stderr.decode("latin-1"))
 
