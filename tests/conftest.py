@@ -7,7 +7,15 @@ import shutil
 
 import pytest
 
-_PACKAGES = {"ip": "iproute2", "nft": "nftables", "unshare": "util-linux", "nghttp": "nghttp2-client", "h2load": "nghttp2-client", "nghttpd": "nghttp2-server", "go": "golang-go"}
+_PACKAGES = {
+    "ip": "iproute2",
+    "nft": "nftables",
+    "unshare": "util-linux",
+    "nghttp": "nghttp2-client",
+    "h2load": "nghttp2-client",
+    "nghttpd": "nghttp2-server",
+    "go": "golang-go",
+}
 """Which Debian package has a program, where it is not the package of the same name."""
 
 
