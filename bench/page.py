@@ -17,7 +17,7 @@ TITLES = {
     "P4": "Large bodies and opaque TCP through the pair, 4 connections",
     "P5": "New mutual TLS connections per second of CPU, one request each",
     "P6": "Memory of idle sidecars (proportional set size), all running on one machine",
-    "P7": "Idle keep-alive connections with mutual TLS through one inbound sidecar",
+    "P7": "Idle keep-alive connections with mutual TLS through one inbound sidecar; given back: 15 s after they closed",
     "P9": "Latency at fixed rates, open loop (no coordinated omission), and what the pair adds to it",
     "P11": "From exec to ready, certificate included",
     "P12": "P1 as policy and service grow; growth is CPU per request over that of the smallest size",
@@ -39,6 +39,7 @@ METHOD = """\
   nghttpd (HTTP/2) and `bench/load/bulk.py` (large bodies).
 - All contestants of a work are started first, then their rounds run interleaved, in turn from both ends. A figure is the median of its
   rounds; spread is (largest - smallest) / median. A round with any failed request is reported as failed and keeps no figure.
+- The key exchange of TLS is each one's own default; Pillion offers X25519MLKEM768 first, which makes its handshakes (P5) dearer.
 - CPU is user and system time of the two proxies' processes, from `/proc/<pid>/stat`. Load, server and Pillion's control plane are not in
   it. Memory is the proportional set size.
 - Load, proxies and server share the machine's cores, so that a throughput ratio is nearer to 1 than the ratio of what the proxies cost:

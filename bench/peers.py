@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "bench"
 DEBIAN = {
     "haproxy": "haproxy",
-    "nginx": "nginx-light",
+    "nginx": "nginx",
     "wrk": "wrk",
     "h2load": "nghttp2-client",
     "nghttpd": "nghttp2-server",
@@ -105,7 +105,8 @@ def _install_debian() -> None:
         return
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     subprocess.run(["apt-get", "update", "-qq"], env=env, stdout=sys.stderr)
-    subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages], env=env, stdout=sys.stderr)
+    for package in packages:  # one by one: a name that this release does not have must not keep the others away
+        subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", package], env=env, stdout=sys.stderr)
 
 
 def _say(command: list[str]) -> str:
