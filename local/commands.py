@@ -61,10 +61,10 @@ def up(folder: str, detach: bool, capture: str, timeout: float, name: str) -> No
     try:
         client.start(name, folder)
         click.echo("images are ignored: every container runs its command on this machine's file system", err=True)
-        if detach:
-            status = client.wait_ready(name, timeout)
-        else:
-            status = _attend(name, timeout)
+        if not detach:
+            _attend(name, timeout)
+            return
+        status = client.wait_ready(name, timeout)
     except (client.CannotStart, client.NotRunning, BadName) as error:
         raise _fail(str(error)) from None
     if not status.ready:
@@ -72,7 +72,7 @@ def up(folder: str, detach: bool, capture: str, timeout: float, name: str) -> No
     click.echo(f"{len(status.pods)} pods ready")
 
 
-def _attend(name: str, timeout_s: float) -> protocol.MeshStatus:
+def _attend(name: str, timeout_s: float) -> None:
     """Stay until Ctrl-C; the mesh ends with this process, however that ends."""
     with client.connect(name) as lease:
         lease.sendall(protocol.encode(protocol.Attend()))
@@ -85,7 +85,6 @@ def _attend(name: str, timeout_s: float) -> protocol.MeshStatus:
                 pass
         except KeyboardInterrupt:
             client.end(name)
-    return status
 
 
 @local.command()

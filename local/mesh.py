@@ -171,8 +171,8 @@ class Mesh:
             try:
                 for plan in workloads.pods_of(self.manifests[ref]):
                     desired.setdefault(plan.ref, plan)
-            except InvalidObject as error:
-                self.refused[ref] = str(error)
+            except (InvalidObject, TypeError, ValueError, KeyError, AttributeError) as error:
+                self.refused[ref] = str(error)  # the shape was checked; whatever else is wrong must not take the others down
         return desired
 
     def _start(self, plan: PodPlan, nursery: trio.Nursery) -> None:

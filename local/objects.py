@@ -10,9 +10,11 @@ from typing import Any
 
 import msgspec
 
+from core.k8s import fields
 from core.k8s.fields import InvalidObject, shown
 from core.k8s.objects import ObjectMeta, group_kind, namespaced, read_meta
 from core.refs import Ref
+from local import shapes
 from policy.admission import parse_object
 
 WORKLOADS = (
@@ -26,6 +28,22 @@ WORKLOADS = (
 _USED = (*WORKLOADS, ("", "Namespace"), ("", "ServiceAccount"), ("", "Service"), ("", "ConfigMap"), ("", "Secret"))
 POLICY_GROUPS = ("policy.pillion.dev", "gateway.networking.k8s.io")
 _CLUSTER_WIDE = (("", "Namespace"),)
+
+
+class _ClaimMeta(msgspec.Struct, frozen=True):
+    name: str
+
+
+class _Claim(msgspec.Struct, frozen=True):
+    metadata: _ClaimMeta
+
+
+class _Labels(msgspec.Struct, frozen=True, rename="camel"):
+    match_labels: dict[str, str] = {}
+
+
+class _Selecting(msgspec.Struct, frozen=True):
+    selector: _Labels = _Labels()
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -54,7 +72,7 @@ def read_manifest(raw: Mapping[str, Any]) -> Manifest | None:
     if group in POLICY_GROUPS:
         parse_object(raw)  # refused here already, where the author's file has a name
     if (group, kind) in WORKLOADS:
-        check_pod_spec(pod_template(kind, raw).get("spec"), template_path(kind) + ".spec")
+        check_pod(_with_claims(kind, raw), template_path(kind))
     return Manifest(meta, Ref(group, kind, meta.namespace, meta.name), raw)
 
 
@@ -69,58 +87,53 @@ def pod_template(kind: str, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         return raw
     spec = raw.get("spec")
     template = spec.get("template") if isinstance(spec, Mapping) else None
-    if not isinstance(template, Mapping):
+    if not isinstance(spec, Mapping) or not isinstance(template, Mapping):
         raise InvalidObject("spec.template", "a pod template", shown(template))
     if kind != "Job":
         _check_selector(spec, template)
     return template
 
 
-def _check_selector(spec: Any, template: Mapping[str, Any]) -> None:
-    labels = (template.get("metadata") or {}).get("labels") or {}
-    wanted = ((spec or {}).get("selector") or {}).get("matchLabels") or {}
+def _with_claims(kind: str, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The template with a StatefulSet's claimed volumes among its own; raises InvalidObject."""
+    template = pod_template(kind, raw)
+    claims = raw["spec"].get("volumeClaimTemplates") if kind == "StatefulSet" else None
+    spec = template.get("spec")
+    if not claims or not isinstance(spec, Mapping):
+        return template
+    names = [fields.read(claim, _Claim, f"spec.volumeClaimTemplates[{number}]").metadata.name for number, claim in enumerate(claims)]
+    return dict(template, spec=dict(spec, volumes=[*(spec.get("volumes") or []), *({"name": name} for name in names)]))
+
+
+def _check_selector(spec: Mapping[str, Any], template: Mapping[str, Any]) -> None:
+    labels = fields.read(template.get("metadata") or {}, shapes.Meta, "spec.template.metadata").labels
+    wanted = fields.read(spec, _Selecting, "spec").selector.match_labels
     for key, value in wanted.items():
         if labels.get(key) != value:
             raise InvalidObject("spec.selector.matchLabels", f"labels that the pod template has ({key}: {labels.get(key)})", shown(value))
 
 
-def check_pod_spec(spec: object, path: str) -> None:
-    """Refuse what would crash the runner later; raises InvalidObject naming the field."""
-    path = path.lstrip(".")
-    if not isinstance(spec, Mapping):
-        raise InvalidObject(path, "a pod spec", shown(spec))
+def check_pod(template: Mapping[str, Any], path: str) -> None:
+    """Refuse what would fail later; raises InvalidObject naming the field. path: of the template inside its object."""
+    fields.read(template.get("metadata") or {}, shapes.Meta, fields.join(path, "metadata"))
+    where = fields.join(path, "spec")
+    spec = template.get("spec")
+    typed = fields.read(spec, shapes.PodSpec, where)
     names: set[str] = set()
-    for field in ("initContainers", "containers"):
-        containers = spec.get(field) or ([] if field == "initContainers" else None)
-        if not isinstance(containers, list) or (field == "containers" and not containers):
-            raise InvalidObject(f"{path}.{field}", "a list of containers", shown(containers))
+    volumes = {volume.name for volume in typed.volumes or ()}
+    for field, containers in (("initContainers", typed.init_containers or ()), ("containers", typed.containers)):
         for number, container in enumerate(containers):
-            _check_container(container, f"{path}.{field}[{number}]", names)
-    if not isinstance(spec.get("volumes") or [], list):
-        raise InvalidObject(f"{path}.volumes", "a list of volumes", shown(spec.get("volumes")))
+            _check_container(container, f"{where}.{field}[{number}]", names, volumes)
 
 
-def _check_container(container: object, path: str, names: set[str]) -> None:
-    if not isinstance(container, Mapping):
-        raise InvalidObject(path, "a container", shown(container))
-    name = container.get("name")
-    if not isinstance(name, str) or not name or "/" in name or name in names or name in (".", ".."):
-        raise InvalidObject(f"{path}.name", "a name that no other container of the pod has", shown(name))
-    names.add(name)
-    for field in ("command", "args"):
-        words = container.get(field) or []
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise InvalidObject(f"{path}.{field}", "a list of strings", shown(words))
-    if not container.get("command"):
-        raise InvalidObject(
-            f"{path}.command", "the program to run: the local runner has no images, so an entrypoint cannot be known", "nothing"
-        )
-    for field in ("env", "ports", "volumeMounts"):
-        entries = container.get(field) or []
-        if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
-            raise InvalidObject(f"{path}.{field}", "a list of objects", shown(entries))
-    user = (container.get("securityContext") or {}).get("runAsUser")
-    if user is not None and (not isinstance(user, int) or user <= 0):
-        raise InvalidObject(
-            f"{path}.securityContext.runAsUser", "a uid above 0: uid 0 would be root on this machine's own files", shown(user)
-        )
+def _check_container(container: shapes.Container, path: str, names: set[str], volumes: set[str]) -> None:
+    if container.name in names:
+        raise InvalidObject(f"{path}.name", "a name that no other container of the pod has", shown(container.name))
+    names.add(container.name)
+    if not container.command:
+        expected = "the program to run: the local runner has no images and cannot know an entrypoint"
+        raise InvalidObject(f"{path}.command", expected, "nothing")
+    for number, mount in enumerate(container.volume_mounts or ()):
+        if mount.name not in volumes:
+            expected = f"one of the pod's volumes ({', '.join(sorted(volumes)) or 'it has none'})"
+            raise InvalidObject(f"{path}.volumeMounts[{number}].name", expected, shown(mount.name))

@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from core.k8s.fields import InvalidObject
 from core.refs import Ref
 from local.objects import read_manifest
+from local.workloads import pods_of
+
+KEYS = ["template", "selector", "matchLabels", "metadata", "labels", "spec", "containers", "name", "command", "env", "replicas", "volumes"]
 
 
 def deployment(**container: Any) -> dict[str, Any]:
@@ -46,14 +51,56 @@ def test_kinds_that_mean_nothing_here_are_left_out() -> None:
     [
         ({"command": None}, ".command"),
         ({"command": "sleep 1"}, ".command"),
-        ({"args": [1]}, ".args"),
+        ({"args": [1]}, ".args[0]"),
         ({"name": "../escape"}, ".name"),
         ({"securityContext": {"runAsUser": 0}}, ".securityContext.runAsUser"),
-        ({"env": ["A=1"]}, ".env"),
+        ({"env": ["A=1"]}, ".env[0]"),
+        ({"env": [{"name": "A", "value": 1}]}, ".env[0].value"),
+        ({"ports": [{"containerPort": 0}]}, ".ports[0].containerPort"),
+        ({"livenessProbe": {"periodSeconds": "1s"}}, ".livenessProbe.periodSeconds"),
+        ({"volumeMounts": [{"name": "gone", "mountPath": "/x"}]}, ".volumeMounts[0].name"),
+        ({"volumeMounts": [{"name": "gone", "mountPath": "x"}]}, ".volumeMounts[0].mountPath"),
     ],
 )
 def test_a_container_that_cannot_run_is_refused_at_its_path(container: dict[str, Any], path: str) -> None:
     assert refusal(deployment(**container)) == "spec.template.spec.containers[0]" + path
+
+
+@pytest.mark.parametrize(
+    ("spec", "path"),
+    [
+        ({"template": None}, "spec.template"),
+        ({"template": {"metadata": {"labels": ["a"]}, "spec": {}}}, "spec.template.metadata.labels"),
+        ({"template": {"metadata": {"labels": {"app": "web"}}, "spec": {"containers": []}}}, "spec.template.spec.containers"),
+        ({"template": {"metadata": {"labels": {"app": "web"}}, "spec": []}}, "spec.template.spec"),
+        ({"selector": {"matchLabels": "app"}}, "spec.selector.matchLabels"),
+    ],
+)
+def test_a_template_of_the_wrong_shape_is_refused_at_its_path(spec: dict[str, Any], path: str) -> None:
+    raw = deployment()
+    raw["spec"] |= spec
+    assert refusal(raw) == path
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.sampled_from(["Deployment", "StatefulSet", "Job", "Pod"]), JSON)
+def test_any_spec_is_taken_or_refused(kind: str, spec: object) -> None:
+    group = {"Job": "batch/v1", "Pod": "v1"}.get(kind, "apps/v1")
+    try:
+        found = read_manifest({"apiVersion": group, "kind": kind, "metadata": {"name": "x"}, "spec": spec})
+    except InvalidObject:
+        return
+    assert found is not None
+    try:
+        pods_of(found)
+    except InvalidObject as error:
+        assert error.path in ("spec.replicas", "spec.completions")
 
 
 def test_a_pod_is_its_own_template() -> None:

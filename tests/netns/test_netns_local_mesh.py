@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from local_lab import COMMAND, LocalMesh, wait_until
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.needs("curl", "setpriv")]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "hello"
 
@@ -89,6 +89,15 @@ def test_an_app_cannot_read_tokens_keys_or_other_pods_files(mesh: HelloMesh) -> 
     assert mesh.run("exec", "-n", "hello", "client", "--", "ls", "/var/run/secrets/pillion.dev/token").returncode != 0
     inside = mesh.run("exec", "-n", "hello", "client", "-c", "pillion-proxy", "--", "ls", "/var/run/secrets/pillion.dev/token")
     assert inside.stdout == "token\n", "the sidecar has its token"
+
+
+def test_a_token_is_replaced_before_it_expires(mesh: HelloMesh) -> None:
+    (file,) = mesh.state.glob("pods/hello/client-*/volumes/pillion-identity-token/token")
+    before = file.read_text()
+    os.utime(file, (0, 0))
+    wait_until(lambda: file.read_text() != before, "a fresh token is written")
+    inside = mesh.run("exec", "-n", "hello", "client", "-c", "pillion-proxy", "--", "cat", "/var/run/secrets/pillion.dev/token/token")
+    assert inside.stdout == file.read_text(), "the sidecar sees the fresh one"
 
 
 def test_processes_have_users_of_their_own(mesh: HelloMesh) -> None:
@@ -182,10 +191,9 @@ def test_a_pod_without_its_capture_does_not_start(tmp_path: Path, ruleset: str, 
     assert found.stdout.startswith(expected), found.stdout + found.stderr
 
 
+@pytest.mark.needs("newuidmap")
 def test_rootless(tmp_path: Path) -> None:
     """The same example without root: a user that exists only in a mount namespace of this test, with a range of subordinate ids."""
-    if not shutil.which("newuidmap"):
-        pytest.skip("needs the Debian package uidmap")
     for name in ("home", "run"):
         (tmp_path / name).mkdir(mode=0o700)
         os.chown(tmp_path / name, 4242, 4242)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import select
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_lab import LocalMesh, network_namespaces, wait_until
+from local_lab import COMMAND, LocalMesh, network_namespaces, wait_until
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.needs("curl", "setpriv")]
 
 MANIFESTS = """
 apiVersion: v1
@@ -165,10 +166,6 @@ def test_exec_passes_on_code_input_and_output(mesh: LocalMesh) -> None:
 
 
 def test_a_command_that_is_interrupted_ends_in_the_pod(mesh: LocalMesh) -> None:
-    import subprocess
-
-    from local_lab import COMMAND
-
     words = [*COMMAND, "exec", "--name", mesh.name, "-n", "shop", "client", "--", "sleep", "98765"]
     running = subprocess.Popen(words)
     wait_until(lambda: "98765" in mesh.sh("client", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '").stdout.replace("cat", ""), "sleep runs")
@@ -285,6 +282,23 @@ spec: {containers: [{name: main, command: [sleep, "9"]}]}
         assert "config.pillion.dev/log-level of the pod is 'loud'" in found.stderr
     finally:
         mesh.run("down")
+
+
+def test_in_the_foreground_the_mesh_ends_with_its_command(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: one}\nspec: {containers: [{name: a, command: [sleep, '9999']}]}\n"
+    (tmp_path / "app.yaml").write_text(pod)
+    mesh = LocalMesh(f"fore-{os.getpid()}", tmp_path)
+    request.addfinalizer(lambda: mesh.run("down"))
+    command = subprocess.Popen([*COMMAND, "up", "--name", mesh.name, "-f", str(tmp_path)], stderr=subprocess.PIPE)
+    assert command.stderr is not None
+    with command.stderr as said:
+        while b"1 of 1 pods ready" not in said.readline():
+            pass
+    runner = os.pidfd_open(mesh.runner_pid())
+    command.kill()  # not even a chance to clean up
+    command.wait()
+    assert select.select([runner], [], [], 10)[0], "the runner survived"
+    os.close(runner)
 
 
 @pytest.mark.parametrize("how", ["down", "kill"])
