@@ -46,6 +46,7 @@ LEVELS: dict[str, int] = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _METHODS = {**LEVELS, "exception": 40, "warn": 30, "critical": 50}
 _TEXT_CHARS_MAX = 2048
 _SECRET_FIELDS = frozenset({"token", "password", "authorization", "cookie", "key", "key_pem", "private_key", "secret"})
+_ACCESS = "access"  # in these records ``authorization`` is the policy that let a request in (docs/access-log.md), never a header
 
 
 class _Threshold:
@@ -128,7 +129,7 @@ def _drop_below_threshold(_: object, method: str, event: Event) -> Event:
 
 def _make_safe(_: object, __: str, event: Event) -> Event:
     for name, value in event.items():
-        if name in _SECRET_FIELDS:
+        if name in _SECRET_FIELDS and not (name == "authorization" and event["event"] == _ACCESS):
             event[name] = "(not logged)"
         elif isinstance(value, str):
             if name != "exception" and not (value.isprintable() and len(value) <= _TEXT_CHARS_MAX):

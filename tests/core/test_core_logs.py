@@ -59,6 +59,14 @@ def test_what_a_peer_sends_cannot_reach_the_terminal_or_fill_the_disk(lines: lis
     assert line.rstrip("\n").isprintable()
 
 
+def test_the_policy_that_let_a_request_in_is_no_secret_of_the_access_log(lines: list[str]) -> None:
+    logs.logger("access").info("access", authorization="authorizationpolicy shop/web", token="t")
+    logs.logger("proxy").info("request", authorization="Bearer t")
+    access, other = map(json.loads, lines)
+    assert (access["authorization"], access["token"]) == ("authorizationpolicy shop/web", "(not logged)")
+    assert other["authorization"] == "(not logged)"
+
+
 def test_fields_named_like_secrets_are_blanked(lines: list[str]) -> None:
     logs.logger("identity").info("certified", token="eyJ...", key_pem=b"-----BEGIN")
     assert "eyJ" not in lines[0] and "BEGIN" not in lines[0]
