@@ -97,9 +97,7 @@ class Sidecar:
         self.http1_pool = Http1Pool(self.relay, config.pool_idle_s)
         self.http2_pool = Http2Pool(self.relay, replace(http2, idle_timeout_s=max(config.pool_idle_s, 1.0)))
         services = Services(dialer, self.relay, nursery, self.http1_pool, self.http2_pool, clock)
-        self.inbound = Inbound(
-            config, self.discovery, security, dialer, self.relay, self.live, self.recorder, nursery, http1, http2
-        )
+        self.inbound = Inbound(config, self.discovery, security, dialer, self.relay, self.live, self.recorder, nursery, http1, http2)
         self.outbound = Outbound(config, self.discovery, services, self.live, self.recorder, http1, http2)
         self.metrics.add_source(self._samples)
 

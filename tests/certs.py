@@ -13,7 +13,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from core.credentials import Credentials
 from core.names import WorkloadId, parse_workload_id
 
-_NOW = dt.datetime.now(dt.timezone.utc)
+_NOW = dt.datetime.now(dt.UTC)
 
 
 def _pem(certificate: x509.Certificate) -> bytes:
@@ -67,15 +67,11 @@ class Authority:
             .serial_number(x509.random_serial_number())
             .not_valid_before(begin)
             .not_valid_after(end)
-            .add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
-            )
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
         )
         sans = [x509.UniformResourceIdentifier(who.uri)] if names is None else names
         if sans:
             builder = builder.add_extension(x509.SubjectAlternativeName(sans), critical=True)
         leaf = builder.sign(self.key, hashes.SHA256())
-        key_pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key_pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
         return Credentials(who, key_pem, _pem(leaf), bundle_pem or self.bundle_pem, begin.timestamp(), end.timestamp())

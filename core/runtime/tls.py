@@ -174,9 +174,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
         self._send_lock = trio.StrictFIFOLock()
 
     @classmethod
-    def client(
-        cls, transport: trio.abc.HalfCloseableStream, context: SSL.Context, server_name: str, expect: WorkloadId
-    ) -> TlsStream:
+    def client(cls, transport: trio.abc.HalfCloseableStream, context: SSL.Context, server_name: str, expect: WorkloadId) -> TlsStream:
         """The dialling end. expect: the identity discovery names for this endpoint; any other is refused."""
         connection = SSL.Connection(context, None)
         connection.set_connect_state()
@@ -228,7 +226,8 @@ class TlsStream(trio.abc.HalfCloseableStream):
             raise HandshakeFailed("protocol", "the client offers no application protocol that is spoken here")
         self.peer = peer_identity(self.connection, self._trust_domain)
         if self._expect is not None and self.peer != self._expect:
-            raise HandshakeFailed("identity-mismatch", f"expected {self._expect.uri}, the peer is {self.peer.uri if self.peer else 'nobody'}")
+            found = self.peer.uri if self.peer else "nobody"
+            raise HandshakeFailed("identity-mismatch", f"expected {self._expect.uri}, the peer is {found}")
 
     def _failure(self, error: SSL.Error) -> HandshakeFailed:
         seen = self.connection.get_app_data()
@@ -313,4 +312,3 @@ class TlsStream(trio.abc.HalfCloseableStream):
     def detach(self) -> SSL.Connection:
         """Give the connection to the relay loop, which reads and writes the BIOs itself from now on."""
         return self.connection
-

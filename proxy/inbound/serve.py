@@ -1,12 +1,12 @@
 """The path of an inbound connection, in order. Each step is one line of `Inbound.serve` and one module.
 
-    8 accept      transport/accept.py         Accepted(client, original destination)
-      discover    discover.py                 the policy of the dialled port, or no connection
-      sniff       transport/sniff.py          TLS addressed to us? something else's TLS? plaintext? silence?
-    9 secure      transport/secure.py         the peer's verified identity, or the reason there is none
-   10 protocol    ALPN, policy, or first bytes
-   11 authorize   inbound/authorize.py        Permit | Denied, for each request or for the connection
-   12 forward     inbound/forward.py          to the app, needs the Permit
+ 8 accept      transport/accept.py         Accepted(client, original destination)
+   discover    discover.py                 the policy of the dialled port, or no connection
+   sniff       transport/sniff.py          TLS addressed to us? something else's TLS? plaintext? silence?
+ 9 secure      transport/secure.py         the peer's verified identity, or the reason there is none
+10 protocol    ALPN, policy, or first bytes
+11 authorize   inbound/authorize.py        Permit | Denied, for each request or for the connection
+12 forward     inbound/forward.py          to the app, needs the Permit
 """
 
 from __future__ import annotations

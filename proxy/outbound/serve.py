@@ -1,11 +1,11 @@
 """The path of an outbound connection, in order. Each step is one line of `Outbound.serve` and one module.
 
-    1 accept      transport/accept.py       Accepted(client, original destination)
-    2 discover    discover.py               what stands behind the dialled address, or no connection
-    3 sniff       transport/sniff.py        the protocol, when discovery does not name it
-    4 head        protocol/http1, http2     a request, decided on by the gate
-    5-6 choose    outbound/gate.py          endpoint by balance.py, its identity from discovery
-    7 connect     outbound/pool.py, transport/connect.py, transport/secure.py; then transport/relay.py
+1 accept      transport/accept.py       Accepted(client, original destination)
+2 discover    discover.py               what stands behind the dialled address, or no connection
+3 sniff       transport/sniff.py        the protocol, when discovery does not name it
+4 head        protocol/http1, http2     a request, decided on by the gate
+5-6 choose    outbound/gate.py          endpoint by balance.py, its identity from discovery
+7 connect     outbound/pool.py, transport/connect.py, transport/secure.py; then transport/relay.py
 """
 
 from __future__ import annotations
@@ -167,9 +167,7 @@ class Outbound:
 
     def _join(self, accepted: Accepted, sniffed: Sniffed, chosen: Chosen, state: DestinationState, record: OutboundRecord) -> None:
         load, dialled = chosen
-        link, _ = join(
-            self.services.relay, accepted.stream, None, sniffed.data, dialled, record.ended, self.config.opaque_idle_timeout_s
-        )
+        link, _ = join(self.services.relay, accepted.stream, None, sniffed.data, dialled, record.ended, self.config.opaque_idle_timeout_s)
 
         def closed() -> None:
             load.active -= 1

@@ -34,7 +34,9 @@ def examples() -> list[Example]:
     found = []
     for part in re.split(r"^#{2,3} ", PAGE, flags=re.MULTILINE)[1:]:
         section = part.partition("\n")[0]
-        for block in re.finditer(r"```yaml\n(.*?)```\n\n\| who \| asks \| answer \|\n\|---\|---\|---\|\n((?:\|[^\n]*\n)+)", part, re.DOTALL):
+        for block in re.finditer(
+            r"```yaml\n(.*?)```\n\n\| who \| asks \| answer \|\n\|---\|---\|---\|\n((?:\|[^\n]*\n)+)", part, re.DOTALL
+        ):
             rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in block[2].splitlines()]
             found.append(Example(section, block[1], [(who, asks, answer) for who, asks, answer in rows]))
     return found

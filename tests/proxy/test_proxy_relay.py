@@ -124,7 +124,7 @@ async def test_a_reset_is_carried_as_a_reset(relay):
 async def test_a_reader_that_does_not_read_stops_its_writer(relay):
     app, inner = tcp_pair()
     outer, server = tcp_pair()
-    a, b = join(relay, (inner, None), (outer, None), lambda cause: None)
+    _, b = join(relay, (inner, None), (outer, None), lambda cause: None)
     app.setblocking(False)
     sent = 0
     for _ in range(2000):
