@@ -7,10 +7,10 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
 demo: venv ## three workloads on this machine: mTLS, authorization, live policy, rotation under load; cleans up
-	$(BIN)/python -m local.demo
+	$(BIN)/pillion demo
 
-demo-keep: venv ## the demo, left running to look around in (ends with: .venv/bin/pillion local down)
-	$(BIN)/python -m local.demo --keep
+demo-keep: venv ## the demo, left running to look around in (ends with: .venv/bin/pillion local down --name demo)
+	$(BIN)/pillion demo --keep
 
 test: venv ## every test this machine can run; says which it skips and why
 	$(PYTEST) -m "not cluster"
