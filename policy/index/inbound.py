@@ -1,6 +1,6 @@
 """Who may use a port of a pod: from the objects of a namespace to `wire.InboundPolicy`, rule by rule. Pure.
 
-The steps are Linkerd's, with the differences that ``docs/`` lists: which Server takes the port over, else the default policy; what
+The steps are Linkerd's, with the differences that docs/policy.md lists: which Server takes the port over, else the default policy; what
 the policies of the Server and the Namespace grant; what routes are attached and who may use each. An intent to narrow
 (``inherit: false``) counts even when the grant beside it cannot be resolved: a dangling reference never opens anything.
 """
