@@ -80,7 +80,7 @@ def median(values: Sequence[float]) -> float:
 def spread(values: Sequence[float]) -> float:
     """(largest - smallest) / median: 0.1 means that the rounds lie within ten per cent of each other. 0 for one round."""
     middle = median(values)
-    return (max(values) - min(values)) / middle if middle else 0.0
+    return (max(values) - min(values)) / abs(middle) if middle else 0.0
 
 
 def interleaved(contestants: Iterable[T], rounds: int) -> list[T]:
@@ -154,12 +154,12 @@ class Result:
 
 
 def results(series: Sequence[Series]) -> list[Result]:
-    """Summarise; ratios are contestant / peer of the same row, work and metric, None where the peer has no figure."""
+    """Summarise; ratios are contestant / peer of the same row, work and metric, None without a positive figure of the peer."""
     medians = {(s.row, s.work, s.contestant, m): median(v) for s in series for m, v in s.samples.items()}
 
     def ratio(s: Series, metric: str, peer: str) -> float | None:
         own, other = medians.get((s.row, s.work, s.contestant, metric)), medians.get((s.row, s.work, peer, metric))
-        return own / other if own is not None and other else None
+        return own / other if own is not None and other and other > 0 and metric != "given_back" else None
 
     rows = []
     for s in series:

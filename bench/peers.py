@@ -117,7 +117,9 @@ def _say(command: list[str]) -> str:
 
 def first_version(text: str) -> str:
     """The first thing that looks like a version: ``1.22.1`` out of ``nginx version: nginx/1.22.1``."""
-    match = re.search(r"\d+\.\d+(?:\.\d+)?(?:-[\w.+~]+)?", text)
+    # Envoy names itself by its path first, in which a version of Python stands.
+    line = text.strip().partition("\n")[0]
+    match = re.search(r"\d+\.\d+(?:\.\d+)?(?:-[\w.+~]+)?", line.partition(" version")[2] or line)
     return match.group() if match else "unknown"
 
 
@@ -145,10 +147,12 @@ def _cpu_model() -> str:
 
 
 def python_build() -> str:
-    """Whether this interpreter was built with profile-guided and link-time optimisation."""
-    arguments = (sysconfig.get_config_var("CONFIG_ARGS") or "") + (sysconfig.get_config_var("PY_CFLAGS") or "")
-    parts = [name for name, mark in (("PGO", "--enable-optimizations"), ("LTO", "lto")) if mark in arguments]
-    return "+".join(parts) or "no PGO, no LTO"
+    """Whether this interpreter is an optimised (profile-guided) build, as far as it can be told."""
+    if "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or ""):
+        return "optimised build"
+    if Path(sys.executable).resolve().parent == Path("/usr/bin") and Path("/etc/debian_version").exists():
+        return "Debian's optimised build"  # profile-guided by Debian's own rules, which CONFIG_ARGS does not show
+    return "not an optimised build: Pillion's figures are worse than they need be"
 
 
 def commit() -> str:

@@ -51,7 +51,7 @@ class Pillion:
 
     def start(self, context: Context, stage: Stage, setup: Setup) -> Running:
         """Control plane, redirect, both sidecars; ready means certified."""
-        compile_packages()
+        sidecar = program()
         tokens = _Tokens(stage.workdir)
         self._control_plane(context, stage, setup, tokens)
         stage.redirect(outbound=not setup.inbound_only)
@@ -61,7 +61,7 @@ class Pillion:
             pod = stage.client if role == "outbound" else stage.server
             env = sidecar_env(role, stage, tokens.issue, context.certs.ca)
             command = [sys.executable, "-m", "proxy"]
-            proc = pod.spawn(f"pillion-{role}", command, uid=PROXY_UID, cores=context.pinning.proxy(role), env=env, cwd=ROOT)
+            proc = pod.spawn(f"pillion-{role}", command, uid=PROXY_UID, cores=context.pinning.proxy(role), env=env, cwd=sidecar)
             ready[role] = wait_ready(stage, proc, role, "/ready", ADMIN_PORT)
             proxies[role] = proc
         dial = (stage.endpoints[0], APP_PORT) if setup.inbound_only else (SERVICE_IP, SERVICE_PORT)
@@ -148,7 +148,14 @@ def sidecar_env(role: str, stage: Stage, issue: Callable[[str, str, str], Path],
     }
 
 
-def compile_packages() -> None:
-    """Byte code beside the sources, as in an image: the sidecars' uid could not write it and each start would compile anew."""
-    packages = [str(ROOT / name) for name in ("core", "identity", "policy", "proxy")]
+def program() -> Path:
+    """Where the sidecars run: the copy with compiled hot modules, as in an image, or the work tree where there is no compiler.
+
+    Byte code is made beside the sources: the sidecars' uid could not write it and each start would compile anew.
+    """
+    compiled = ROOT / ".cache" / "compiled"
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "compile.py"), str(compiled)], check=False, stdout=subprocess.DEVNULL)
+    found = compiled if done.returncode == 0 else ROOT
+    packages = [str(found / name) for name in ("core", "identity", "policy", "proxy")]
     subprocess.run([sys.executable, "-m", "compileall", "-q", *packages], check=False, stdout=subprocess.DEVNULL)
+    return found

@@ -141,7 +141,13 @@ def test_missing_peers_are_named_with_what_to_install() -> None:
 
 @pytest.mark.parametrize(
     ("text", "version"),
-    [("nginx version: nginx/1.22.1\n", "1.22.1"), ("HAProxy version 2.6.12-1+deb12u4 2026", "2.6.12-1+deb12u4"), ("none", "unknown")],
+    [
+        ("nginx version: nginx/1.22.1\n", "1.22.1"),
+        ("HAProxy version 2.6.12-1+deb12u4 2026", "2.6.12-1+deb12u4"),
+        ("/lib/python3.11/envoy  version: 9e55/1.40.0/Clean", "1.40.0"),
+        ("wrk debian/4.1.0\n -v  Print version details", "4.1.0"),
+        ("none", "unknown"),
+    ],
 )
 def test_versions_are_read_from_what_programs_say(text: str, version: str) -> None:
     assert peers.first_version(text) == version
