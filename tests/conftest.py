@@ -11,6 +11,8 @@ _PACKAGES = {
     "ip": "iproute2",
     "nft": "nftables",
     "unshare": "util-linux",
+    "setpriv": "util-linux",
+    "newuidmap": "uidmap",
     "nghttp": "nghttp2-client",
     "h2load": "nghttp2-client",
     "nghttpd": "nghttp2-server",
