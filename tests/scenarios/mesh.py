@@ -65,6 +65,26 @@ class Controller:
         self.forgotten.append(addr)
 
 
+class Peer:
+    """A pod of the server's workload: a port whose connections are redirected to the server's sidecar. accepted: how many there were."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.setblocking(False)
+        self.addr = Addr(*self.listener.getsockname())
+        self.accepted = 0
+        self.scope = trio.CancelScope()
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(str(self.addr), WEB.uri)
+
+    def leave(self) -> None:
+        """Refuse connections from now on; the open ones live."""
+        self.scope.cancel()
+        self.listener.close()
+
+
 class Mesh:
     """A client pod with a sidecar, a server pod with a sidecar, an app behind the latter.
 
@@ -77,10 +97,18 @@ class Mesh:
         self.app = app
         self._nursery = nursery
         self._logged = logged
-        self._peer_listener = socket.create_server(("127.0.0.1", 0))
-        self._peer_listener.setblocking(False)
-        self.peer = Addr(*self._peer_listener.getsockname())
-        nursery.start_soon(self._redirect, self._peer_listener, self.give_to_server)
+        self.peer = self.add_peer().addr
+
+    def add_peer(self) -> Peer:
+        """One more pod; it is no endpoint until `destination` says so."""
+        peer = Peer()
+
+        def give(sock: socket.socket) -> Awaitable[None]:
+            peer.accepted += 1
+            return self.give_to_server(sock)
+
+        self._nursery.start_soon(self._redirect, peer.listener, give, peer.scope)
+        return peer
 
     def give_to_server(self, sock: socket.socket) -> Awaitable[None]:
         dst = OriginalDst(self.app)
@@ -135,8 +163,10 @@ class Mesh:
             yield Addr(*listener.getsockname())
             nursery.cancel_scope.cancel()
 
-    async def _redirect(self, listener: socket.socket, give: Callable[[socket.socket], Awaitable[None]]) -> None:
-        with listener:
+    async def _redirect(
+        self, listener: socket.socket, give: Callable[[socket.socket], Awaitable[None]], scope: trio.CancelScope | None = None
+    ) -> None:
+        with listener, scope or trio.CancelScope():
             while True:
                 await trio.lowlevel.wait_readable(listener)
                 sock, _ = listener.accept()

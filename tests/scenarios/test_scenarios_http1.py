@@ -7,6 +7,7 @@ import trio
 
 from policy.wire import Endpoint
 from tests.scenarios.mesh import ANYONE, CART, WEB, inbound_policy, mesh, only
+from tests.scenarios.peers import Http1, next_event
 
 
 async def http_app(stream: trio.SocketStream) -> None:
@@ -14,7 +15,7 @@ async def http_app(stream: trio.SocketStream) -> None:
     connection = h11.Connection(h11.SERVER)
     try:
         while True:
-            event = await _next(connection, stream)
+            event = await next_event(connection, stream)
             if isinstance(event, h11.ConnectionClosed):
                 return
             if isinstance(event, h11.Request):
@@ -34,37 +35,6 @@ async def http_app(stream: trio.SocketStream) -> None:
         pass
     finally:
         await stream.aclose()
-
-
-async def _next(connection: h11.Connection, stream: trio.SocketStream):
-    while (event := connection.next_event()) is h11.NEED_DATA:
-        connection.receive_data(await stream.receive_some(65536))
-    return event
-
-
-class Http1:
-    """A client of one connection."""
-
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self.stream = stream
-        self.connection = h11.Connection(h11.CLIENT)
-
-    async def ask(self, target: str = "/", method: str = "GET", body: bytes = b"", **headers: str) -> tuple[int, bytes, dict[bytes, bytes]]:
-        fields = [("host", "web.shop"), *((name.replace("_", "-"), value) for name, value in headers.items())]
-        if body:
-            fields.append(("content-length", str(len(body))))
-        sent = self.connection.send(h11.Request(method=method, target=target, headers=fields))
-        sent += self.connection.send(h11.Data(body)) + self.connection.send(h11.EndOfMessage())
-        await self.stream.send_all(sent)
-        answer = b""
-        while not isinstance(event := await _next(self.connection, self.stream), h11.EndOfMessage):
-            if isinstance(event, h11.Response):
-                response = event
-            elif isinstance(event, h11.Data):
-                answer += bytes(event.data)
-        if self.connection.their_state is h11.DONE:
-            self.connection.start_next_cycle()
-        return response.status_code, answer, dict(response.headers)
 
 
 async def test_a_permitted_client_reaches_the_app_under_its_own_name():

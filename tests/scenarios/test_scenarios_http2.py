@@ -16,7 +16,6 @@ import trio
 import trio.lowlevel
 
 from core.addrs import Addr
-from policy.wire import Endpoint
 from tests.scenarios.h2_peers import H2, H2App
 from tests.scenarios.mesh import CART, WEB, Mesh, inbound_policy, mesh, only
 from tests.scenarios.peers import MIB, curl, program, run
@@ -69,7 +68,7 @@ async def test_ten_mebibytes_arrive_unchanged_both_ways(tmp_path: Path):
 async def test_thousands_of_requests_on_many_streams_all_succeed(tmp_path: Path, endpoints: int):
     (tmp_path / "small").write_bytes(b"x" * 3000)
     async with nghttpd(tmp_path) as app, mesh(app) as made, made.entry() as entry:
-        made.destination(*(Endpoint(str(made.peer).replace("127.0.0.1", f"127.0.0.{host}"), WEB.uri) for host in range(1, 1 + endpoints)))
+        made.destination(*(made.add_peer().endpoint for _ in range(endpoints)))
         ran = await run("h2load", "-n", "3000", "-c", "4", "-m", "60", f"http://{entry}/small")
         assert b"3000 succeeded, 0 failed, 0 errored" in ran.out, ran.out
         assert made.metric(made.server, "pillion_request_total") == 3000
