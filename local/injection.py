@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from injector.decide import Inject, Refuse
+from injector.decide import INJECTED, SIDECAR_NAME, STATUS, Inject, Refuse, declared_ports
+from injector.options import InvalidOption, read_options
 from injector.patch import apply_patch, review
 from injector.sidecar import Mesh
 
@@ -28,12 +29,19 @@ class Injected:
 def inject(pod: Mapping[str, Any], namespace_annotations: Mapping[str, str], mesh: Mesh) -> Injected | str:
     """The pod as it will run, or a sentence about why it must not.
 
-    A pod that comes with somebody else's idea of our sidecar (``already-injected``) is no pod of the local runner: its container is run
-    as written, without capture.
+    A pod that was injected before (`pillion inject --manual`) is meshed as it is: only capture is added.
     """
     decision, patch = review(pod, namespace_annotations, mesh)
     if isinstance(decision, Refuse):
         return decision.sentence
     if isinstance(decision, Inject):
         return Injected(apply_patch(pod, patch), (decision.options.skip_inbound_ports, decision.options.skip_outbound_ports))
+    annotations = pod["metadata"].get("annotations") or {}
+    sidecars = [container for container in pod["spec"].get("initContainers") or [] if container.get("name") == SIDECAR_NAME]
+    if sidecars and annotations.get(STATUS) == INJECTED:
+        try:
+            options = read_options(annotations, namespace_annotations, declared_ports(pod))
+        except InvalidOption as error:
+            return str(error)
+        return Injected(pod, (options.skip_inbound_ports, options.skip_outbound_ports))
     return Injected(pod, None, decision.sentence)

@@ -14,6 +14,7 @@ from core.k8s import fields
 from core.k8s.fields import InvalidObject, shown
 from core.k8s.objects import ObjectMeta, group_kind, namespaced, read_meta
 from core.refs import Ref
+from injector.decide import SIDECAR_NAME
 from local import shapes
 from policy.admission import parse_object
 
@@ -130,7 +131,7 @@ def _check_container(container: shapes.Container, path: str, names: set[str], vo
     if container.name in names:
         raise InvalidObject(f"{path}.name", "a name that no other container of the pod has", shown(container.name))
     names.add(container.name)
-    if not container.command:
+    if not container.command and container.name != SIDECAR_NAME:
         expected = "the program to run: the local runner has no images and cannot know an entrypoint"
         raise InvalidObject(f"{path}.command", expected, "nothing")
     for number, mount in enumerate(container.volume_mounts or ()):

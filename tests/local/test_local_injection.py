@@ -1,0 +1,51 @@
+"""Pods of the local runner go through the injector; capture follows what it decided."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from injector.sidecar import DEFAULT_MESH
+from local.injection import Injected, inject
+
+ENABLED = {"pillion.dev/inject": "enabled"}
+SKIP = "config.pillion.dev/skip-outbound-ports"
+
+
+def pod(**annotations: str) -> dict[str, Any]:
+    meta = {"name": "web", "namespace": "shop", "annotations": {name.replace("__", "/"): value for name, value in annotations.items()}}
+    return {"metadata": meta, "spec": {"containers": [{"name": "app", "command": ["true"]}]}}
+
+
+def injected(raw: dict[str, Any], namespace: dict[str, str]) -> Injected:
+    found = inject(raw, namespace, DEFAULT_MESH)
+    assert isinstance(found, Injected), found
+    return found
+
+
+def test_a_meshed_pod_has_a_sidecar_and_is_captured_but_for_its_skipped_ports() -> None:
+    found = injected(pod(), {**ENABLED, SKIP: "25"})
+    assert found.pod["spec"]["initContainers"][0]["name"] == "pillion-proxy"
+    assert found.skips == ((), ((25, 25),))
+
+
+def test_an_unmeshed_pod_is_left_alone_with_the_reason() -> None:
+    raw = pod()
+    found = injected(raw, {})
+    assert found.pod == raw and found.skips is None and "pillion.dev/inject" in found.why_not
+
+
+def test_a_pod_injected_by_hand_is_captured_too() -> None:
+    by_hand = injected(pod(), {**ENABLED, SKIP: "25"}).pod
+    again = injected(dict(by_hand), {})
+    assert again.pod == by_hand and again.skips == ((), ((25, 25),))
+
+
+def test_only_the_injectors_word_makes_a_pod_meshed() -> None:
+    assert injected(pod(pillion__x="y", **{"pillion.dev__status": "injected"}), {}).skips is None
+    lookalike = pod()
+    lookalike["spec"]["containers"].append({"name": "pillion-proxy", "command": ["true"]})
+    assert injected(lookalike, ENABLED).skips is None
+
+
+def test_a_refusal_is_a_sentence() -> None:
+    assert "expected enabled or disabled" in str(inject(pod(), {"pillion.dev/inject": "on"}, DEFAULT_MESH))
