@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Each prepares .venv by itself (tools/prepare.py).
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: demo demo-keep test test-unit test-netns test-cluster check lint bench bench-quick architecture lock venv clean help
+.PHONY: demo demo-keep test test-compiled test-unit test-netns test-cluster check lint bench bench-quick architecture lock venv clean help
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
@@ -21,6 +21,9 @@ test-unit: venv ## tests without root, namespaces or a cluster
 test-netns: venv ## tests in network namespaces (root)
 	$(PYTEST) -m netns
 
+test-compiled: venv ## the data path's tests once more, with its hottest modules compiled by mypyc (needs gcc and python3-dev)
+	tools/test-compiled.sh
+
 test-cluster: venv ## tests on a Kubernetes cluster
 	$(PYTEST) -m cluster
 
@@ -31,7 +34,7 @@ lint: venv ## ruff, mypy --strict, import contracts, architecture page against t
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/check_architecture.py
 
-check: lint test ## lint, then test
+check: lint test-compiled test ## lint, then test both ways
 
 bench: venv ## the full measurements (minutes; needs a quiet machine)
 	$(BIN)/python -m bench
@@ -53,4 +56,4 @@ clean: ## remove what make made; nothing outside this folder
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

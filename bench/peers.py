@@ -25,6 +25,7 @@ DEBIAN = {
     "nghttpd": "nghttp2-server",
     "nft": "nftables",
     "ip": "iproute2",
+    "gcc": "gcc",
 }
 """Program -> Debian package; tools/debian-packages.txt lists the same."""
 
@@ -101,6 +102,8 @@ def _install_envoy() -> None:
 
 def _install_debian() -> None:
     packages = [package for program, package in DEBIAN.items() if _which(program) is None]
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        packages.append("python3-dev")  # with gcc, for the compiled copy of the sidecar: tools/compile.py
     if not packages or os.geteuid() != 0 or shutil.which("apt-get") is None:
         return
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}

@@ -160,7 +160,7 @@ def request_untrusted(data: bytes, limits: Http1Limits) -> RequestHead | None:
         raise HeadError(Cause.HEAD_TOO_LARGE, f"the head has {size} bytes or more than {limits.header_count} fields")
     lower = wire.lower()
     fields = _request_fields(lower)
-    head = RequestHead(size, method, target, authority, wire, lower)
+    head = RequestHead(size, method, target, authority or b"", wire, lower)
     if authority is None or minor == b"0" or (len(fields) != 1 and not _usual(head, fields)):
         _request_rules(head, fields, minor == b"0")
     if method == b"HEAD":
