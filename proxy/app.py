@@ -18,7 +18,7 @@ import trio
 
 from core.credentials import Credentials
 from core.runtime import logs
-from core.runtime.admin import AdminServer, standard_routes
+from core.runtime.admin import AdminServer, Routes, standard_routes
 from core.runtime.drain import Drain, drain_on_signals
 from core.runtime.listen import listen, trio_listener
 from core.runtime.process import read_process
@@ -148,33 +148,33 @@ async def run(config: Config) -> None:
     async with trio.open_nursery() as nursery:
         sidecar = Sidecar(config, nursery)
         await nursery.start(drain_on_signals, sidecar.drain)
-        await _start_admin(sidecar, nursery)
+        await nursery.start(AdminServer(admin_routes(sidecar)).serve, [trio_listener(listen(config.admin_listen))])
         nursery.start_soon(sidecar.relay.run)
         nursery.start_soon(keep_certified, _identity_settings(config), sidecar.credentials, _Certificates(sidecar.metrics))
         nursery.start_soon(sidecar.policy.run)
         nursery.start_soon(sidecar.discovery.run)
         for port in config.inbound_ports:
             sidecar.discovery.port(port)
-        accepting = await nursery.start(_accept, sidecar, nursery)
+        accepting = await nursery.start(accept_both, sidecar, nursery)
         gc.collect()
         gc.freeze()  # what exists now lives for ever: later collections need not look at it
         await sidecar.drain.wait_started()
-        accepting.cancel()
-        await _finish(sidecar)
+        await finish(sidecar, accepting)
         nursery.cancel_scope.cancel()
 
 
-async def _start_admin(sidecar: Sidecar, nursery: trio.Nursery) -> None:
+def admin_routes(sidecar: Sidecar) -> Routes:
+    """What the admin port answers: standard routes, dumps without secrets, and the app's own probes."""
     config = sidecar.config
     routes = standard_routes(
         not_ready=sidecar.not_ready, metrics=sidecar.metrics.render, shutdown=sidecar.drain.start if config.shutdown_endpoint else None
     )
     routes |= dump_routes(config, sidecar.credentials, sidecar.discovery)
     routes["GET", PREFIX] = ProbeRunner(read_probes(config.probes), config.pod_ips[0] if config.pod_ips else "127.0.0.1").handle
-    await nursery.start(AdminServer(routes).serve, [trio_listener(listen(config.admin_listen))])
+    return routes
 
 
-async def _accept(
+async def accept_both(
     sidecar: Sidecar, nursery: trio.Nursery, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED
 ) -> None:
     """Accept on both ports until cancelled."""
@@ -190,8 +190,9 @@ async def _accept(
             _log.info("listening", inbound=str(config.inbound_listen), outbound=str(config.outbound_listen))
 
 
-async def _finish(sidecar: Sidecar) -> None:
-    """End what is open, in order, within the grace time or until a second signal."""
+async def finish(sidecar: Sidecar, accepting: trio.CancelScope) -> None:
+    """Accept no more and end what is open, in order, within the grace time or until a second signal."""
+    accepting.cancel()
     sidecar.live.drain()
     sidecar.http1_pool.close_idle()
     sidecar.http2_pool.drain()
