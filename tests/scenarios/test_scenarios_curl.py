@@ -175,6 +175,8 @@ async def test_a_websocket_is_upgraded_and_carries_messages_both_ways():
         async with mesh(app) as made, made.entry() as entry:
             said = await trio.to_thread.run_sync(talk, entry)
             assert said == ["welcome spiffe://cluster.local/ns/shop/sa/cart", "text", b"\x00binary", "x" * 300_000]
+            with trio.fail_after(5):
+                await made.server.live.wait_none()  # a tunnel is counted when it ends
             assert made.metric(made.server, "pillion_response_total", status_code="101") == 1
 
 
