@@ -268,6 +268,11 @@ class Link:
         """The loop's turn to tell the receiver that a send failed."""
         self._lose(reset=True)
 
+    @property
+    def dead(self) -> bool:
+        """Its socket is closed."""
+        return self._dead
+
     def timed_out(self) -> None:
         """The wheel reached our deadline."""
         self.deadline = _NEVER
@@ -282,6 +287,7 @@ class Link:
         self._held.clear()
         self._queued.clear()
         self.deadline = _NEVER
+        self._relay.unschedule(self)
         if self._mask != _UNWATCHED:
             self._relay.epoll.unregister(self._fd)
         self._relay.release(self._fd)
@@ -451,7 +457,7 @@ class Relay:
     def __init__(self, report: Callable[[BaseException], None], clock: Callable[[], float] = time.monotonic) -> None:
         self.epoll = select.epoll()
         self._links: dict[int, Link] = {}
-        self._wheel: dict[int, list[Link]] = {}
+        self._wheel: dict[int, dict[Link, None]] = {}
         self._reached = int(clock())
         self._clock = clock
         self._report = report
@@ -574,8 +580,17 @@ class Relay:
 
     def schedule(self, link: Link, deadline: float) -> None:
         """Look at the link again when its deadline has passed."""
+        self.unschedule(link)
+        if link.dead:
+            return  # an engine that learns of the end only later
         link.bucket = slot = max(int(deadline) + 1, self._reached + 1)
-        self._wheel.setdefault(slot, []).append(link)
+        self._wheel.setdefault(slot, {})[link] = None
+
+    def unschedule(self, link: Link) -> None:
+        """Forget the link: a closed connection must not stay in memory, engine and all, until its idle time would have been over."""
+        slot = self._wheel.get(link.bucket)
+        if slot is not None:
+            slot.pop(link, None)
 
     async def _turn_wheel(self) -> None:
         while True:
@@ -589,7 +604,7 @@ class Relay:
             self._reached += 1
             for link in self._wheel.pop(self._reached, ()):
                 if link.bucket != self._reached:
-                    continue  # the deadline was moved earlier and fired from another slot
+                    continue  # one that expired before it in this slot has given it another deadline
                 link.bucket = 0
                 if link.deadline <= self._reached:
                     self._guarded(link.timed_out, link)

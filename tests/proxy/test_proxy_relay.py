@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
+import weakref
 
 import pytest
 import trio
@@ -239,6 +241,24 @@ def test_a_deadline_fires_once_after_its_time_and_can_be_moved():
     relay.expire(1000)
     assert ticker.expirations == 3
     link.abort()
+    right.close()
+
+
+@pytest.mark.parametrize("late_s", [None, 1.0], ids=["", "and its engine asks for another deadline"])
+def test_a_closed_connection_leaves_memory_long_before_its_deadline(late_s: float | None):
+    relay = Relay(crash, clock=lambda: 100.0)
+    left, right = tcp_pair()
+    ticker = Ticker()
+    link = relay.adopt(left, ticker)
+    link.expire_after(300)
+    link.expire_after(200)
+    link.abort()
+    if late_s is not None:
+        link.expire_after(late_s)
+    gone = weakref.ref(ticker)
+    del link, ticker
+    gc.collect()
+    assert gone() is None
     right.close()
 
 
