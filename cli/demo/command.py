@@ -21,7 +21,7 @@ from cli.demo.show import Show
 from cli.output import CommandFailed
 from cli.reach import LocalMesh
 from local import client, protocol
-from local.state import state_folder
+from local.state import BadName, state_folder
 
 _READY_WITHIN_S = 60.0
 _GONE_WITHIN_S = 10.0
@@ -31,15 +31,15 @@ NEXT = """
 It keeps running. To look around:
 
   pillion local status --name {name}
-  pillion local exec -n shop web --name {name} -- python3 /tools/call.py http GET http://cart/basket
-  pillion local exec -n shop stranger --name {name} -- python3 /tools/call.py http GET http://cart/basket
+  pillion local exec --name {name} -n shop web -- python3 /tools/call.py http GET http://cart/basket --note hello
+  pillion local exec --name {name} -n shop stranger -- python3 /tools/call.py http GET http://cart/basket
   pillion authz -n shop stock --name {name}
   pillion identity -n shop stock --name {name}
   pillion diagnostics proxy-metrics -n shop cart --name {name}
   pillion local logs -n shop cart -c pillion-proxy -f --name {name}
   pillion local apply -f {live} --name {name}
   pillion identity rotate --name {name}
-  nsenter -t {runner} -n tcpdump -ni any -A tcp port 8080 or tcp port 50051
+  nsenter -t {runner} {how} tcpdump -ni any -A tcp port 8080 or tcp port 50051
 
 To end it:
 
@@ -50,10 +50,17 @@ To end it:
 
 @click.command()
 @click.option("--keep", is_flag=True, help="Leave the shop running, and say what to try next.")
+@click.option(
+    "-f",
+    "--file",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Manifests instead of examples/shop: change a copy, and see lines fail.",
+)
 @click.option("--name", default=None, help="Name of the mesh. Default: demo with --keep, else one of its own.")
-def demo(keep: bool, name: str | None) -> None:
+def demo(keep: bool, folder: Path | None, name: str | None) -> None:
     """Run the example shop on this machine and check everything that Pillion promises about it."""
-    example = examples()
+    example = folder or examples()
     _check_machine()
     show = Show()
     name = name or ("demo" if keep else f"demo-{os.getpid()}")
@@ -96,6 +103,7 @@ def _run(show: Show, example: Path, name: str, keep: bool) -> None:
         if not status.ready:
             raise CommandFailed("; ".join(status.reasons), f"pillion local status --name {name}")
         shop = Shop(LocalMesh(name))
+        idle = acts.memory(shop)
         note = f"note-{secrets.token_hex(8)}"
         acts.ready(show, shop, status, runner, note)
         acts.who_may(show, shop, note)
@@ -103,19 +111,23 @@ def _run(show: Show, example: Path, name: str, keep: bool) -> None:
         live = example / "live" / "web-may-use-stock.yaml"
         acts.live_policy(show, shop, live, note)
         acts.rotate(show, shop)
-        acts.costs(show, shop, runner)
+        acts.costs(show, shop, runner, idle)
         if keep:
-            show.plain(NEXT.format(name=name, live=live, runner=runner))
+            show.plain(NEXT.format(name=name, live=live, runner=runner, how="-n" if os.geteuid() == 0 else "-U --preserve-credentials -n"))
 
 
 @contextmanager
 def _mesh(show: Show, example: Path, name: str, keep: bool) -> Iterator[int]:
     """The running mesh; yields the runner's pid. Ends it in every case but the one: --keep and nothing was raised."""
-    try:
-        client.start(name, str(example))
-    except client.CannotStart as error:
-        raise CommandFailed(str(error)) from None
     kept = False
+    try:
+        with uninterrupted():  # a runner that is half started answers nobody who would end it
+            client.start(name, str(example))
+    except (client.CannotStart, BadName) as error:
+        raise CommandFailed(str(error)) from None
+    except KeyboardInterrupt:
+        _end_quietly(name)
+        raise
     try:
         with client.connect(name) as lease:
             if not keep:
@@ -126,7 +138,23 @@ def _mesh(show: Show, example: Path, name: str, keep: bool) -> Iterator[int]:
                 _end(show, name)
     finally:
         if not kept:
-            _end_quietly(name)
+            with uninterrupted():
+                _end_quietly(name)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect at the end of this, as KeyboardInterrupt. (Blocking them would be inherited by what is started.)"""
+    told: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: told.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    if told:
+        raise KeyboardInterrupt
 
 
 def _end(show: Show, name: str) -> None:

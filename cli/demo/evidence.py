@@ -123,10 +123,12 @@ def _add(path: Journey, connection: Connection, note: bytes) -> None:
     (sent, all_sent), (received, all_received) = connection.sent.data(), connection.received.data()
     path.count += 1
     path.size += len(sent) + len(received)
-    if note in sent or note in received:
-        path.marked += 1
-        start = max(0, sent.find(note) - 60)
-        path.excerpt = path.excerpt or sent[start : sent.find(note) + len(note)].decode("ascii", "replace")
+    for data in (sent, received):
+        if note in data:
+            path.marked += 1
+            at = data.find(note)
+            path.excerpt = path.excerpt or data[max(0, at - 80) : at + len(note)].decode("ascii", "replace")
+            break
     problem = "" if connection.whole else "its beginning was not captured"
     if not (all_sent and all_received):
         problem = "a part of it was not captured"

@@ -15,6 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 _LOG_WIDTH = 160  # a pipe has no width; lines of a log may be long
+_TABLE_WIDTH_MIN = 120
 
 
 class Show:
@@ -50,15 +51,23 @@ class Show:
         return good
 
     def table(self, columns: Sequence[str], rows: Sequence[tuple[bool, Sequence[str], str]]) -> None:
-        """Rows of (as it should be, cells, why not); the last column takes what room there is."""
-        table = Table("", *columns[:-1], box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        table.add_column(columns[-1], overflow="fold", ratio=1)
+        """Rows of (as it should be, cells, why not); the last column is prose. On a narrow terminal each row becomes a paragraph."""
         for good, cells, why in rows:
             self.checks += 1
-            last = cells[-1] + ("" if good else f" -- NOT AS IT SHOULD BE: {why}")
             if not good:
                 self.failures.append(f"{' '.join(cells[:-1])}: {why}")
-            table.add_row(mark(good), *(escape(cell) for cell in (*cells[:-1], last)))
+        shown = [(good, [*cells[:-1], cells[-1] if good else f"{cells[-1]} -- NOT AS IT SHOULD BE: {why}"]) for good, cells, why in rows]
+        if self._console.width < _TABLE_WIDTH_MIN:
+            for good, cells in shown:
+                self._console.print(Padding(f"{mark(good)}  {escape('  '.join(cells[:-1]))}", (0, 0, 0, 2), expand=False))
+                self._console.print(Padding(escape(cells[-1]), (0, 0, 0, 8), expand=False))
+            return
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for column in ("", *columns[:-1]):
+            table.add_column(column, no_wrap=True)
+        table.add_column(columns[-1], overflow="fold")
+        for good, cells in shown:
+            table.add_row(mark(good), *map(escape, cells))
         self._console.print(Padding(table, (0, 0, 0, 2), expand=False))
 
     def plain(self, text: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 _TCP = 6
@@ -197,8 +197,3 @@ def selected_version_untrusted(server_hello: bytes) -> int:
     except IndexError:
         return 0
     return legacy
-
-
-def names_of(addresses: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """IP address -> pod's name, from pod's name -> addresses."""
-    return {ip: name for name, ips in addresses.items() for ip in ips}
