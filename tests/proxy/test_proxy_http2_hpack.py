@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import h2.events
 import hpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.protocol.http2 import hpack_codec
+from proxy.protocol.http2 import Http2Upstream, hpack_codec
 from proxy.protocol.http2.blocks import BlockReader
-from proxy.protocol.http2.frames import ConnectionFault
+from proxy.protocol.http2.frames import COMPRESSION_ERROR, PREFACE, ConnectionFault
 from proxy.protocol.http2.hpack_codec import CompiledDecoder, HeaderListTooLarge, HpackFault, PythonDecoder, encode
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Malformed
 from proxy.protocol.requests import HeadEdit
-from tests.proxy.http2_fakes import GRPC, Chain
+from tests.proxy.http2_fakes import GRPC, HEADERS, SETTINGS, Chain, FakeSink, frame
 
 NAMES = st.one_of(st.sampled_from([b":path", b"cookie", b"x-a", b"authorization"]), st.binary(min_size=1, max_size=20))
 FIELDS = st.lists(st.tuples(NAMES, st.one_of(st.binary(max_size=40), st.just(b"v" * 300)), st.booleans()), max_size=8)
@@ -71,7 +72,7 @@ def test_any_bytes_are_fields_or_the_declared_error(block: bytes) -> None:
 def test_a_block_reader_raises_only_what_it_declares(block: bytes, acknowledged: bool) -> None:
     reader = BlockReader(Http2Limits(header_list_bytes=2048))
     if acknowledged:
-        reader.without_table()
+        give_up_table(reader)
     for read in (
         lambda: reader.request_untrusted(block, True),
         lambda: reader.response_untrusted(block),
@@ -96,6 +97,12 @@ def test_secret_fields_stay_secret_and_no_block_uses_a_table() -> None:
     assert b"\x1f\x08\x06s3cret" in block  # never indexed, name from the static table
 
 
+def give_up_table(reader: BlockReader) -> None:
+    """What a peer does on our SETTINGS: acknowledge, and begin the next block with a table size of 0."""
+    reader.without_table()
+    reader.discard_untrusted(hpack_codec.NO_TABLE)
+
+
 def head(reader: BlockReader, fields: list[tuple[bytes, bytes]]) -> object:
     return reader.request_untrusted(encode([(n, v, False) for n, v in fields]), True)
 
@@ -106,15 +113,104 @@ GET = [(b":method", b"GET"), (b":scheme", b"http"), (b":path", b"/memo"), (b":au
 def test_a_repeated_block_is_remembered_only_once_the_peer_gave_up_its_table() -> None:
     early, late = BlockReader(Http2Limits()), BlockReader(Http2Limits())
     assert head(early, GET) is not head(early, GET)
-    late.without_table()
+    give_up_table(late)
     second = [head(late, GET) for _ in range(2)][1]
     assert head(late, GET) is second
     assert head(early, GET) is not second
 
 
+def indexing(path: str = "/memo") -> list[tuple[str, str]]:
+    return [(":method", "GET"), (":scheme", "http"), (":path", path), (":authority", "memo.test"), ("x-tenant", "t1")]
+
+
+def early_client(fields: list[tuple[str, str]], count: int) -> list[bytes]:
+    """Blocks that use the default table, as a client sends them that has not read our SETTINGS yet."""
+    encoder = hpack.Encoder()
+    return [encoder.encode(fields) for _ in range(count)]
+
+
+def test_until_our_settings_are_acknowledged_the_default_table_may_be_used() -> None:
+    chain = Chain(start=False)
+    blocks = early_client(indexing(), 4)
+    assert len(blocks[-1]) < len(blocks[0]), "the table is used"
+    frames_out = [frame(HEADERS, 5, 2 * n + 1, block) for n, block in enumerate(blocks)]
+    chain.near.received(PREFACE + frame(SETTINGS, 0, 0) + b"".join(frames_out))
+    assert [dict(zip(seen.shape.names, seen.fields, strict=True))[b"x-tenant"] for seen in chain.gate.seen] == [b"t1"] * 4
+    assert not chain.client_sink.fate
+
+
+@pytest.mark.parametrize("late", [0, 1, 3])
+def test_a_client_that_reduces_its_table_late_is_served_until_it_does(late: int) -> None:
+    chain = Chain(start=False)
+    encoder = hpack.Encoder()
+    chain.near.received(PREFACE + frame(SETTINGS, 0, 0) + frame(HEADERS, 5, 1, encoder.encode(indexing())))
+    chain.near.received(frame(SETTINGS, 1, 0))
+    for n in range(late):
+        chain.near.received(frame(HEADERS, 5, 2 * n + 3, encoder.encode(indexing())))
+    encoder.header_table_size = 0
+    chain.near.received(frame(HEADERS, 5, 2 * late + 3, encoder.encode(indexing())))
+    chain.near.received(frame(HEADERS, 5, 2 * late + 5, encoder.encode(indexing("/other"))))
+    assert [seen.target for seen in chain.gate.seen] == [b"/memo"] * (late + 2) + [b"/other"]
+    assert not chain.client_sink.fate
+
+
+def test_an_upstream_may_use_the_default_table_as_well() -> None:
+    chain = Chain()
+    encoder = hpack.Encoder()
+    upstream = Http2Upstream(sink := FakeSink(), Http2Limits())
+    chain.gate.upstreams = [upstream]
+    upstream.received(frame(SETTINGS, 0, 0))
+    fields = [(":status", "200"), ("server", "early"), ("x-a", "b")]
+    for n in range(3):
+        stream = chain.ask()
+        upstream.received(frame(HEADERS, 5, 2 * n + 1, encoder.encode(fields)))
+        chain.run()
+        assert chain.client.headers(stream, h2.events.ResponseReceived) == dict(fields)
+    assert not sink.fate
+
+
+def test_a_block_that_needs_the_table_is_never_answered_from_memory() -> None:
+    known, early = BlockReader(Http2Limits()), BlockReader(Http2Limits())
+    give_up_table(known)
+    inserting, using = early_client(indexing(), 2)
+    for _ in range(3):
+        known.request_untrusted(inserting, True)  # with a table of size 0, this is a block like any other
+    assert early.request_untrusted(inserting, True).fields[-1] == b"t1"
+    assert early.request_untrusted(using, True).fields[-1] == b"t1"
+    early.without_table()  # acknowledged, not announced: the table is still followed
+    early.request_untrusted(inserting, True)
+    assert early.request_untrusted(using, True).fields[-1] == b"t1"
+
+
+def test_the_table_stays_given_up() -> None:
+    for size in (b"\x21", b"\x3f\xe1\x1f", b"\x20\x3f\xe1\x1f"):
+        reader = BlockReader(Http2Limits())
+        assert reader.request_untrusted(size + encode([(n, v, False) for n, v in GET]), True).target == b"/memo"
+        for announce in (lambda: None, lambda: give_up_table(reader)):
+            reader.without_table()
+            announce()
+            with pytest.raises(ConnectionFault) as caught:
+                reader.request_untrusted(size + encode([(n, v, False) for n, v in GET]), True)
+            assert caught.value.code == COMPRESSION_ERROR
+
+
+def test_a_peer_that_announced_no_table_before_the_acknowledgement_need_not_repeat_it() -> None:
+    reader = BlockReader(Http2Limits())
+    reader.discard_untrusted(hpack_codec.NO_TABLE)
+    reader.without_table()
+    assert [head(reader, GET) for _ in range(3)][-1] is head(reader, GET)
+
+
+@given(st.binary(max_size=12), st.integers(0, 1 << 40))
+def test_announced_sizes_are_read_as_the_decoder_reads_them(noise: bytes, size: int) -> None:
+    hpack_codec.announced_sizes_untrusted(noise)
+    if size < 1 << 35:
+        assert hpack_codec.announced_sizes_untrusted(hpack_codec._integer(size, 5, 0x20) + b"\x82" + noise) == [size]
+
+
 def test_a_remembered_head_is_encoded_for_each_edit() -> None:
     reader = BlockReader(Http2Limits())
-    reader.without_table()
+    give_up_table(reader)
     fields = [*GET, (b"secret-id", b"forged")]
     edits = [HeadEdit(), HeadEdit((b"secret-id",)), HeadEdit((b"secret-id",), ((b"secret-id", b"true"),)), HeadEdit((b"other",))]
     expected = [[b"forged"], [], [b"true"], [b"forged"]]
@@ -129,7 +225,7 @@ def test_what_is_remembered_is_bounded() -> None:
     from proxy.protocol.http2 import blocks, messages
 
     reader = BlockReader(Http2Limits())
-    reader.without_table()
+    give_up_table(reader)
     for i in range(1500):
         fields = [*GET, (b"x-%d" % i, b"1")]
         head(reader, fields)
@@ -140,7 +236,7 @@ def test_what_is_remembered_is_bounded() -> None:
 
 def test_a_secret_field_stays_secret_among_messages_of_the_same_names() -> None:
     reader = BlockReader(Http2Limits())
-    reader.without_table()
+    give_up_table(reader)
     for secret in (False, True, False, True):
         fields = [*((n, v, False) for n, v in GET), (b"x-token", b"t", secret)]
         for _ in range(3):

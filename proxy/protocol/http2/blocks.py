@@ -1,9 +1,11 @@
 """Header blocks: decoded, checked, and kept ready to be sent on to a connection with tables of its own.
 
-Theory of operation. We tell every peer SETTINGS_HEADER_TABLE_SIZE 0. Once it acknowledged that, what a block means no longer depends on
-the blocks before it: decoding, checking and encoding it again are one function of its bytes, and may be remembered across connections. A
-block is kept when it comes a second time, so that blocks that never repeat cost a lookup and a small integer, no memory. Until the
-acknowledgement a connection decodes with a table of 4096 bytes (RFC 9113 section 6.5.2) and remembers nothing.
+Theory of operation. We tell every peer SETTINGS_HEADER_TABLE_SIZE 0. Once it acknowledged that and announced the size 0 itself (RFC 7541
+section 4.2), what a block means no longer depends on the blocks before it: decoding, checking and encoding it again are one function of
+its bytes, and may be remembered across connections. A block is kept when it comes a second time, so that blocks that never repeat cost a
+lookup and a small integer, no memory. Until both have come a connection decodes with a table of 4096 bytes (RFC 9113 section 6.5.2) and
+remembers nothing. RFC 9113 section 4.3.1 lets us end a connection that goes on without the announcement; stacks that reduce late, or do
+not because they hold nothing in the table, are served instead: they cost the 4 kB that every connection may cost before the handshake.
 
 Pure. `BlockReader` belongs to one connection; the memo is shared by the process and bounded.
 """
@@ -14,7 +16,7 @@ from typing import Final, Generic, TypeVar
 
 from proxy.protocol.http2 import frames
 from proxy.protocol.http2.frames import ConnectionFault
-from proxy.protocol.http2.hpack_codec import Field, HeaderListTooLarge, HpackFault, encode, new_decoder
+from proxy.protocol.http2.hpack_codec import Field, HeaderListTooLarge, HpackFault, announced_sizes_untrusted, encode, new_decoder
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Request, read_request_untrusted, read_response_untrusted, read_trailers_untrusted
 from proxy.protocol.requests import HeadEdit
@@ -119,12 +121,28 @@ class BlockReader:
     def __init__(self, limits: Http2Limits) -> None:
         self._limit = limits.header_list_bytes
         self._stateless = False
+        self._acknowledged = False  # our table size of 0: from here on, no other may be announced
+        self._empty = False  # the size announced last is 0
         self._decode = new_decoder(4096, limits.header_list_bytes).decode_untrusted
 
     def without_table(self) -> None:
         """The peer acknowledged the table size of 0."""
+        self._acknowledged = True
+        if self._empty:
+            self._forget_table()
+
+    def _forget_table(self) -> None:
         self._stateless = True
         self._decode = new_decoder(0, self._limit).decode_untrusted
+
+    def _follow_table(self, block: bytes) -> None:
+        """A block that may begin with the size of the table behind it. Raises ConnectionFault."""
+        for size in announced_sizes_untrusted(block):
+            self._empty = size == 0
+            if size and self._acknowledged:
+                raise ConnectionFault(frames.COMPRESSION_ERROR, f"header table of {size} bytes after the acknowledgement of 0")
+        if self._empty and self._acknowledged:
+            self._forget_table()
 
     def request_untrusted(self, block: bytes, bodiless: bool) -> RequestHead:
         """A request's head; bodiless: the frame carried END_STREAM."""
@@ -171,6 +189,8 @@ class BlockReader:
             self._fields(block)
 
     def _fields(self, block: bytes) -> list[Field]:
+        if not self._stateless:
+            self._follow_table(block)
         try:
             return self._decode(block)
         except HpackFault as fault:

@@ -105,6 +105,27 @@ def _integer(value: int, prefix_bits: int, pattern: int) -> bytes:
     return bytes(out)
 
 
+def announced_sizes_untrusted(block: bytes) -> list[int]:
+    """The dynamic table size updates a block begins with, in order (RFC 7541 sections 4.2, 6.3). Two are all that an encoder needs; what
+    does not end is left for the decoder to refuse."""
+    sizes: list[int] = []
+    at = 0
+    while len(sizes) < 8 and at < len(block) and block[at] & 0xE0 == 0x20:
+        size = block[at] & 0x1F
+        at += 1
+        if size == 0x1F:
+            for shift in range(0, 35, 7):
+                if at >= len(block):
+                    return sizes
+                octet = block[at]
+                at += 1
+                size += (octet & 0x7F) << shift
+                if octet < 128:
+                    break
+        sizes.append(size)
+    return sizes
+
+
 _LENGTHS: Final = tuple(_integer(length, 7, 0) for length in range(1024))
 # RFC 7541 appendix A, the names in order; where one occurs again the first index is used.
 _STATIC: Final = (
