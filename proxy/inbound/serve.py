@@ -33,7 +33,7 @@ from proxy.rescue import Cause, Failure
 from proxy.telemetry.record import InboundRecord, Recorder
 from proxy.transport.accept import Accepted
 from proxy.transport.connect import Dialer, Dialled
-from proxy.transport.join import NOBODY, join, who_speaks_first
+from proxy.transport.join import NOBODY, begin, join, who_speaks_first
 from proxy.transport.relay import Relay
 from proxy.transport.secure import Security
 from proxy.transport.sniff import Sniffed, sniff
@@ -82,7 +82,12 @@ class Inbound:
         self._refuse_loops(accepted)
         port = await self.discovery.wait_port(accepted.dst.port)
         heard = await self._listen(accepted, port)
-        peer = await self._authenticate(accepted, heard.sniffed, port)
+        try:
+            peer = await self._authenticate(accepted, heard.sniffed, port)
+        except BaseException:
+            if heard.to_app is not None:
+                heard.to_app.close()
+            raise
         client = Client(accepted.client.ip, peer.identity.uri if peer.identity else None, peer.reason)
         authorization = Authorization(port, client)
         record = self.recorder.inbound(accepted.client, accepted.dst, client)
@@ -164,11 +169,7 @@ class Inbound:
             record.closed(link.read_bytes, link.written_bytes)
 
         self.live.add(link, gate.engine, closed)
-        link.receiver = gate.engine
-        with self.relay.batch():
-            if peer.data:
-                gate.engine.received(peer.data)
-            link.start()
+        begin(self.relay, link, gate.engine, peer.data)
 
     async def _serve_opaque(
         self,
@@ -181,13 +182,11 @@ class Inbound:
         to_app: Dialled | None,
     ) -> None:
         """Join the connection with the app; cut it when a later policy takes the permit back."""
-        decision = authorization.connection()
-        record.connection(decision)
-        if not isinstance(decision, Permit):
-            if to_app is not None:
-                to_app.close()
-            raise Failure(Cause.DENIED, decision.reason)
-        app = to_app or await forwarder.open(decision)
+        try:
+            app = await self._open_opaque(authorization, forwarder, record, to_app)
+        except BaseException:
+            record.closed(0, 0)
+            raise
 
         def finished(cause: str) -> None:
             port.changed.discard(recheck)
@@ -204,6 +203,18 @@ class Inbound:
 
         port.changed.add(recheck)
         recheck()  # the policy may have changed while the app was dialled
+
+    async def _open_opaque(
+        self, authorization: Authorization, forwarder: Forwarder, record: InboundRecord, to_app: Dialled | None
+    ) -> Dialled:
+        """The connection to the app, for a client that may use it as opaque bytes; raises Failure."""
+        decision = authorization.connection()
+        record.connection(decision)
+        if not isinstance(decision, Permit):
+            if to_app is not None:
+                to_app.close()
+            raise Failure(Cause.DENIED, decision.reason)
+        return to_app or await forwarder.open(decision)
 
 
 def _declared(port: PortState) -> Detected | None:

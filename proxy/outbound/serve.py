@@ -30,7 +30,7 @@ from proxy.rescue import Cause, Failure
 from proxy.telemetry.record import OutboundRecord, Recorder
 from proxy.transport.accept import Accepted
 from proxy.transport.connect import Dialled
-from proxy.transport.join import NOBODY, join, who_speaks_first
+from proxy.transport.join import NOBODY, begin, join, who_speaks_first
 from proxy.transport.sniff import Sniffed, sniff
 
 _DECLARED = {"http1": Detected.HTTP1, "http2": Detected.HTTP2, "grpc": Detected.HTTP2, "opaque": Detected.OPAQUE, "tls": Detected.OPAQUE}
@@ -70,17 +70,29 @@ class Outbound:
     async def _serve_known(self, accepted: Accepted, state: DestinationState) -> None:
         destination = _usable(state, accepted)
         record = self.recorder.outbound(accepted.client, accepted.dst, destination.ref)
+        try:
+            chosen, sniffed = await self._decide(accepted, state, destination, record)
+        except BaseException:
+            record.closed(0, 0)
+            raise
+        if chosen is None:
+            self._serve_http(accepted, sniffed, state, record)
+        else:
+            self._join(accepted, sniffed, chosen, state, record)
+
+    async def _decide(
+        self, accepted: Accepted, state: DestinationState, destination: Destination, record: OutboundRecord
+    ) -> tuple[Chosen | None, Sniffed]:
+        """What the client speaks, and for opaque bytes the connection they go to; requests are balanced one by one instead."""
         chosen: Chosen | None = None
         sniffed = await self._listen(accepted, destination)
         if sniffed.protocol is None:
             chosen, sniffed = await self._break_silence(accepted, state, destination, record)
-        if sniffed.protocol in _HTTP:
-            if chosen is not None:
-                _discard(chosen)  # it speaks HTTP after all: requests are balanced one by one
-            self._serve_http(accepted, sniffed, state, record)
-        else:
-            chosen = chosen or await self._connect_opaque(state, destination, accepted, record)
-            self._join(accepted, sniffed, chosen, state, record)
+        if sniffed.protocol not in _HTTP:
+            return chosen or await self._connect_opaque(state, destination, accepted, record), sniffed
+        if chosen is not None:
+            _discard(chosen)  # it speaks HTTP after all
+        return None, sniffed
 
     def _refuse_loops(self, accepted: Accepted) -> None:
         """Our own ports are never a destination: a connection made to them directly would be forwarded to ourselves for ever."""
@@ -159,11 +171,7 @@ class Outbound:
             record.closed(link.read_bytes, link.written_bytes)
 
         self.live.add(link, gate.engine, closed)
-        link.receiver = gate.engine
-        with self.services.relay.batch():
-            if sniffed.data:
-                gate.engine.received(sniffed.data)
-            link.start()
+        begin(self.services.relay, link, gate.engine, sniffed.data)
 
     def _join(self, accepted: Accepted, sniffed: Sniffed, chosen: Chosen, state: DestinationState, record: OutboundRecord) -> None:
         load, dialled = chosen

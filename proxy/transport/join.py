@@ -37,6 +37,19 @@ async def who_speaks_first(client: RawStream, upstream: Dialled) -> Literal["cli
     return "server" if "server" in spoken else spoken[0]
 
 
+def begin(relay: Relay, link: Link, receiver: Receiver, received: bytes) -> None:
+    """Hand a connection to its receiver, with what was already received first. A receiver that raises loses this connection only."""
+    link.receiver = receiver
+
+    def deliver() -> None:
+        if received:
+            receiver.received(received)
+        link.start()
+
+    with relay.batch():
+        relay.later(deliver, link)
+
+
 def join(
     relay: Relay,
     client: RawStream,

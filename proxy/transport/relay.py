@@ -323,7 +323,7 @@ class TlsLink(Link):
 
     def start(self) -> None:
         self._watch()
-        self._relay.later(self._deliver_leftover)
+        self._relay.later(self._deliver_leftover, self)
 
     def readable(self) -> None:
         size = self._read_size
@@ -462,7 +462,7 @@ class Relay:
         self._clock = clock
         self._report = report
         self._doomed: list[Link] = []
-        self._later: list[Callable[[], None]] = []
+        self._later: list[tuple[Callable[[], None], Link | None]] = []
         self.dirty: list[Link] = []
         self.in_pass = False
         self.now = clock()
@@ -543,8 +543,8 @@ class Relay:
                 self._guarded(link.flush, link)
             for link in doomed:
                 self._guarded(link.doomed, link)
-            for call in later:
-                self._guarded(call, None)
+            for call, concerned in later:
+                self._guarded(call, concerned)
         self.in_pass = False
 
     def _guarded(self, call: Callable[[], None], link: Link | None) -> None:
@@ -561,9 +561,9 @@ class Relay:
             with contextlib.suppress(Exception):  # the engine is in an unknown state already and was reported
                 receiver.lost(True)
 
-    def later(self, call: Callable[[], None]) -> None:
-        """Run ``call`` at the end of the current pass or batch, or at once when there is none."""
-        self._later.append(call)
+    def later(self, call: Callable[[], None], link: Link | None = None) -> None:
+        """Run ``call`` at the end of the current pass or batch, or at once when there is none. link: lost when the call raises."""
+        self._later.append((call, link))
         if not self.in_pass:
             self.in_pass = True
             self._settle()

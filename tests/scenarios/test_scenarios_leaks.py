@@ -1,0 +1,170 @@
+"""After everything that can happen to a connection, nothing of it is left: no socket, no link, no count of open connections."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import pytest
+import trio
+from OpenSSL import SSL
+
+from core import alpn
+from core.addrs import Addr, OriginalDst
+from core.runtime.sockets import RawStream
+from core.runtime.tls import HandshakeFailed, TlsStream, client_context
+from policy.wire import Endpoint
+from tests.certs import Authority
+from tests.scenarios.mesh import ANYONE, FOR_CART, WEB, Mesh, inbound_policy, mesh, only
+from tests.scenarios.peers import Exchange, H11App, Http1
+
+_OURS = Authority()
+_RESET = struct.pack("ii", 1, 0)
+
+
+async def _reply(exchange: Exchange) -> None:
+    await exchange.answer(await exchange.body())
+
+
+async def _say(stream: trio.SocketStream, *words: bytes, pause_s: float = 0.0) -> None:
+    """Say this, hear whatever comes for a moment, leave."""
+    async with stream:
+        with suppress(trio.BrokenResourceError), trio.move_on_after(0.5):
+            for word in words:
+                await trio.sleep(pause_s)
+                await stream.send_all(word)
+            while await stream.receive_some(65536):
+                pass
+
+
+async def _served(made: Mesh) -> None:
+    client = Http1(await made.dial())
+    assert (await client.ask())[0] == 200
+    await client.stream.aclose()
+
+
+async def _denied_request(made: Mesh) -> None:
+    made.policy(inbound_policy(only(WEB)))
+    client = Http1(await made.dial())
+    assert (await client.ask())[0] == 403
+    await client.stream.aclose()
+
+
+async def _denied_bytes(made: Mesh) -> None:
+    made.policy(inbound_policy(only(WEB)))
+    await _say(await made.dial(), b"\x00")
+
+
+async def _denied_plaintext(made: Mesh) -> None:
+    await _say(await made.dial_unmeshed(), b"\x00")
+
+
+async def _nowhere_to_go(made: Mesh) -> None:
+    made.nowhere()
+    await _say(await made.dial(), b"\x00")
+
+
+async def _refused_app(made: Mesh) -> None:
+    made.destination(Endpoint("127.0.0.1:1", WEB.uri))
+    await _say(await made.dial(), b"\x00")
+    await _say(await made.dial(), b"GET / HTTP/1.1\r\nhost: web\r\n\r\n")
+
+
+async def _unknown_destination(made: Mesh) -> None:
+    await _say(await made.dial(OriginalDst(Addr("10.96.0.99", 1))), b"\x00")
+    await trio.sleep(3)
+
+
+async def _silence_then_http(made: Mesh) -> None:
+    await _say(await made.dial(), b"GET / HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n", pause_s=0.3)
+
+
+async def _silence_then_nothing(made: Mesh) -> None:
+    await _say(await made.dial())
+
+
+async def _unmeshed_silence_then_a_bad_handshake(made: Mesh) -> None:
+    made.policy(inbound_policy(ANYONE))
+    near = made.dial_server()
+    await trio.sleep(0.3)  # the app was connected meanwhile, in case it speaks first
+    context = client_context(None, _OURS.bundle_pem, [alpn.HTTP1])
+    tls = TlsStream.client(RawStream(near), context, WEB.server_name, WEB)
+    with suppress(HandshakeFailed, trio.BrokenResourceError, SSL.Error):
+        await tls.do_handshake()
+        await tls.receive_some()
+    await tls.transport.aclose()
+
+
+async def _gone_at_once(made: Mesh) -> None:
+    for dial in (made.dial, made.dial_unmeshed):
+        stream = await dial()
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        stream.socket.close()
+
+
+async def _gone_in_the_middle(made: Mesh) -> None:
+    for words in (b"\x00", b"POST / HTTP/1.1\r\nhost: web\r\ncontent-length: 9\r\n\r\nhalf"):
+        stream = await made.dial()
+        await stream.send_all(words)
+        await trio.sleep(0.01)
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        stream.socket.close()
+
+
+async def _no_certificate(made: Mesh) -> None:
+    made.server.credentials.set(None)
+    await _say(await made.dial(), b"\x00")
+
+
+_FATES = [value for name, value in list(globals().items()) if name.startswith("_") and getattr(value, "__annotations__", {}).get("made")]
+
+
+@pytest.mark.parametrize("fate", _FATES, ids=lambda fate: fate.__name__.strip("_").replace("_", " "))
+async def test_nothing_is_left_of_a_connection(fate: Callable[[Mesh], Awaitable[None]], autojump_clock: trio.testing.MockClock):
+    async with mesh(H11App(_reply), authority=_OURS) as made:
+        await _served(made)  # whatever is opened once is open now
+        await trio.sleep(100)
+        before = _open_files()
+        made.policy(FOR_CART)
+        await fate(made)
+        await trio.sleep(100)  # beyond lingering and idle pools
+        assert (made.client.relay.open_links, made.server.relay.open_links) == (0, 0)
+        assert (len(made.client.live), len(made.server.live)) == (0, 0)
+        for side in (made.client, made.server):
+            assert made.metric(side, "pillion_tcp_open_connections") == 0
+            assert made.metric(side, "pillion_tcp_close_total") == made.metric(side, "pillion_tcp_open_total")
+            assert all(state.users == 0 for state in side.discovery.destinations.values())
+            assert all(load.active == 0 for state in side.discovery.destinations.values() for load in state.balancer._loads)
+        assert _open_files() - before <= 0
+
+
+def _open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("at", ["proxy.outbound.serve", "proxy.inbound.serve"])
+async def test_an_engine_that_raises_on_the_first_bytes_loses_its_connection_only(at: str, monkeypatch: pytest.MonkeyPatch):
+    engine = importlib.import_module(at).Http1Client
+
+    class Broken(engine):
+        def received(self, data: bytes) -> None:
+            if b"/bug" in data:
+                raise RuntimeError("an assumption that does not hold")
+            super().received(data)
+
+    monkeypatch.setattr(f"{at}.Http1Client", Broken)
+    async with mesh(H11App(_reply), authority=_OURS) as made:
+        good = Http1(await made.dial())
+        assert (await good.ask())[0] == 200
+        await _say(await made.dial(), b"GET /bug HTTP/1.1\r\nhost: web\r\n\r\n")
+        assert len(made.log("a bug of ours")) == 1
+        made.forgive()
+        assert (await good.ask())[0] == 200
+        await good.stream.aclose()
+        with trio.fail_after(5):
+            await made.client.live.wait_none()
+        assert made.metric(made.client, "pillion_tcp_open_connections") == 0
