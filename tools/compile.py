@@ -44,6 +44,7 @@ MODULES = (
     "proxy/telemetry/record.py",
     "proxy/transport/relay.py",
     "proxy/transport/tls_bio.py",
+    "proxy/transport/turn.py",
 )
 
 _BUILD = """

@@ -3,8 +3,8 @@
 Theory of operation. A trio task that waits for each read costs an epoll_ctl, a wake-up through the scheduler and a read that fails;
 measured, that doubles the CPU of a small request. So established connections leave trio: a `Link` owns a non-blocking socket, and
 when the socket is ready the loop reads once and hands the bytes to the link's `Receiver` (an HTTP engine, an opaque splice), which
-answers by calling sinks. Nothing here awaits. What needs to wait (dialling, a handshake, a policy) is a trio task that ends in a
-call into an engine, inside `Relay.batch`.
+answers by calling sinks. Nothing here awaits; the loop runs where trio would sleep (turn.py). What needs to wait (dialling, a
+handshake, a policy) is a trio task that ends in a call into an engine, inside `Relay.batch`.
 
 * One pass handles at most `_EVENTS_PER_PASS` connections and one read of each, then trio runs: control work never starves.
 * Writes go out at once (`write`) or together at the end of the pass (`queue`). What the socket does not take is held by the link,
@@ -28,6 +28,7 @@ import trio
 
 from proxy.protocol.sides import Receiver
 from proxy.transport.tls_bio import READ_MAX, RECEIVE_BUFFER, RECORD_OVERHEAD, Records, TlsBroken
+from proxy.transport.turn import Turn, turns
 
 R = TypeVar("R", bound=Receiver)
 
@@ -452,9 +453,15 @@ _DISCARD: Final[Receiver] = _Discard()
 
 
 class Relay:
-    """All links of a process. `run` is a task; everything else is synchronous and belongs to the same thread."""
+    """All links of a process. `run` is a task; everything else is synchronous and belongs to the same thread.
 
-    def __init__(self, report: Callable[[BaseException], None], clock: Callable[[], float] = time.monotonic) -> None:
+    report: told of exceptions that cost a connection. take_turns: run where trio would sleep (turn.py), else as a task of trio's.
+    """
+
+    def __init__(
+        self, report: Callable[[BaseException], None], clock: Callable[[], float] = time.monotonic, *, take_turns: bool = True
+    ) -> None:
+        self._take_turns = take_turns
         self.epoll = select.epoll()
         self._links: dict[int, Link] = {}
         self._wheel: dict[int, dict[Link, None]] = {}
@@ -488,16 +495,33 @@ class Relay:
 
     async def run(self) -> None:
         """Carry bytes until cancelled; then every connection is reset."""
+        crashed: list[BaseException] = []
         async with trio.open_nursery() as nursery:
+
+            def failed(error: BaseException) -> None:
+                crashed.append(error)
+                nursery.cancel_scope.cancel()
+
             nursery.start_soon(self._turn_wheel)
+            turn: Turn | None = turns(self.epoll, self.carry, _EVENTS_PER_PASS, failed) if self._take_turns else None
             try:
-                while True:
-                    await trio.lowlevel.wait_readable(self.epoll.fileno())
-                    self.carry(self.epoll.poll(0, _EVENTS_PER_PASS))
+                if turn is None:
+                    await self._be_watched()
+                else:
+                    await trio.sleep_forever()
             finally:
+                if turn is not None:
+                    turn.close()
                 for link in list(self._links.values()):
                     link.abort()
                 self.epoll.close()
+        if crashed:
+            raise crashed[0]
+
+    async def _be_watched(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self.epoll.fileno())
+            self.carry(self.epoll.poll(0, _EVENTS_PER_PASS))
 
     def carry(self, events: list[tuple[int, int]]) -> None:
         """One pass over ready connections."""

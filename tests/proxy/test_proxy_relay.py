@@ -64,9 +64,9 @@ def crash(error: BaseException) -> None:
     raise error
 
 
-@pytest.fixture
-async def relay(nursery):
-    loop = Relay(crash)
+@pytest.fixture(params=[True, False], ids=["where trio would sleep", "as a task"])
+async def relay(request, nursery):
+    loop = Relay(crash, take_turns=request.param)
     nursery.start_soon(loop.run)
     return loop
 
@@ -129,15 +129,14 @@ async def test_a_reader_that_does_not_read_stops_its_writer(relay):
     _, b = join(relay, (inner, None), (outer, None), lambda cause: None)
     app.setblocking(False)
     sent = 0
-    for _ in range(2000):
-        try:
-            sent += app.send(bytes(65536))
-        except BlockingIOError:
-            await trio.testing.wait_all_tasks_blocked(0.01)
+    with trio.fail_after(10):
+        while True:
             try:
                 sent += app.send(bytes(65536))
             except BlockingIOError:
-                break
+                if b.blocked:
+                    break
+                await trio.lowlevel.checkpoint()  # the relay gets its turn
     assert b.blocked
     held = sum(len(part) for part in b._held)
     assert held <= 256 * 1024  # one read
@@ -300,3 +299,67 @@ async def test_bytes_that_are_no_tls_records_deliver_nothing(relay, make, length
     server.settimeout(5)
     with pytest.raises(ConnectionResetError):
         await trio.to_thread.run_sync(server.recv, 100)
+
+
+async def test_tasks_and_deadlines_are_not_held_up_by_the_relay_nor_by_its_idleness(relay):
+    app, inner = tcp_pair()
+    outer, server = tcp_pair()
+    join(relay, (inner, None), (outer, None), lambda cause: None)
+    server_end = await stream(server)
+    woken = trio.Event()
+    relay.later(woken.set)
+    await woken.wait()
+    with trio.move_on_after(0.05) as deadline:
+        await trio.sleep_forever()
+    assert deadline.cancelled_caught
+    busy = await stream(app)
+
+    async def flood() -> None:
+        while True:
+            await busy.send_all(bytes(65536))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(flood)
+        received = 0
+        for _ in range(50):  # a task that has something to do at every turn, while the relay always has
+            received += len(await server_end.receive_some(65536))
+            await trio.sleep(0.001)
+        nursery.cancel_scope.cancel()
+    assert received
+
+
+async def test_a_task_made_runnable_by_an_engine_runs_at_once(nursery):
+    relay = Relay(crash)
+    nursery.start_soon(relay.run)
+    heard = trio.Event()
+
+    class Wakes(Placeholder):
+        def received(self, data: bytes) -> None:
+            heard.set()
+
+    app, inner = tcp_pair()
+    inner.setblocking(False)
+    relay.adopt(inner, Wakes()).start()
+    app.send(b"x")
+    with trio.fail_after(5):
+        await heard.wait()
+
+
+async def test_a_relay_that_breaks_ends_loudly():
+    relay = Relay(crash)  # a report that raises is a bug in the loop itself, not in one connection
+
+    class Broken(Placeholder):
+        def received(self, data: bytes) -> None:
+            raise LookupError("bug")
+
+    async def carry_one() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(relay.run)
+            app, inner = tcp_pair()
+            inner.setblocking(False)
+            relay.adopt(inner, Broken()).start()
+            app.send(b"x")
+
+    with pytest.raises(ExceptionGroup) as raised, trio.fail_after(5):
+        await carry_one()
+    assert raised.group_contains(LookupError)
