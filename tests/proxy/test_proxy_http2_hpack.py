@@ -259,3 +259,18 @@ def test_names_of_the_static_table_are_where_the_rfc_has_them() -> None:
     for name in set(table):
         block = hpack_codec.name_prefix(name, False) + hpack_codec.value_literal(b"v")
         assert PythonDecoder(0, 1 << 20).decode_untrusted(block) == [(name, b"v", False)]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("acknowledged", [True, False])
+def test_a_table_size_behind_the_first_field_is_an_error(compiled: bool, acknowledged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(hpack_codec, "_compiled", None)
+    reader = BlockReader(Http2Limits())
+    if acknowledged:
+        reader.without_table()
+    block = encode([(name, value, False) for name, value in GET])
+    reader.request_untrusted(block, True)
+    with pytest.raises(ConnectionFault) as caught:
+        reader.request_untrusted(block + b"\x21", True)  # RFC 7541 section 4.2
+    assert caught.value.code == COMPRESSION_ERROR

@@ -16,7 +16,7 @@ from typing import Final, Generic, TypeVar
 
 from proxy.protocol.http2 import frames
 from proxy.protocol.http2.frames import ConnectionFault
-from proxy.protocol.http2.hpack_codec import Field, HeaderListTooLarge, HpackFault, announced_sizes_untrusted, encode, new_decoder
+from proxy.protocol.http2.hpack_codec import Decoder, Field, HeaderListTooLarge, HpackFault, announced_sizes_untrusted, encode, new_decoder
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Request, read_request_untrusted, read_response_untrusted, read_trailers_untrusted
 from proxy.protocol.requests import HeadEdit
@@ -123,7 +123,12 @@ class BlockReader:
         self._stateless = False
         self._acknowledged = False  # our table size of 0: from here on, no other may be announced
         self._empty = False  # the size announced last is 0
-        self._decode = new_decoder(4096, limits.header_list_bytes).decode_untrusted
+        self._table_bytes = 4096  # announced last
+        self._use(new_decoder(4096, limits.header_list_bytes))
+
+    def _use(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._decode = decoder.decode_untrusted
 
     def without_table(self) -> None:
         """The peer acknowledged the table size of 0."""
@@ -133,11 +138,12 @@ class BlockReader:
 
     def _forget_table(self) -> None:
         self._stateless = True
-        self._decode = new_decoder(0, self._limit).decode_untrusted
+        self._use(new_decoder(0, self._limit))
 
     def _follow_table(self, block: bytes) -> None:
         """A block that may begin with the size of the table behind it. Raises ConnectionFault."""
         for size in announced_sizes_untrusted(block):
+            self._table_bytes = size
             self._empty = size == 0
             if size and self._acknowledged:
                 raise ConnectionFault(frames.COMPRESSION_ERROR, f"header table of {size} bytes after the acknowledgement of 0")
@@ -189,13 +195,17 @@ class BlockReader:
             self._fields(block)
 
     def _fields(self, block: bytes) -> list[Field]:
-        if not self._stateless:
+        followed = not self._stateless
+        if followed:
             self._follow_table(block)
         try:
-            return self._decode(block)
+            fields = self._decode(block)
         except HpackFault as fault:
             raise ConnectionFault(frames.COMPRESSION_ERROR, f"header block: {fault}") from None
         except HeaderListTooLarge:
             if self._stateless:
                 raise
             raise ConnectionFault(frames.ENHANCE_YOUR_CALM, "header list larger than allowed") from None
+        if followed and self._decoder.table_size != self._table_bytes:  # the compiled decoder takes it anywhere
+            raise ConnectionFault(frames.COMPRESSION_ERROR, "a table size behind the beginning of a header block")
+        return fields

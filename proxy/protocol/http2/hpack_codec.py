@@ -60,6 +60,11 @@ class CompiledDecoder:
             raise HpackFault("truncated header block") from None
         return fields
 
+    @property
+    def table_size(self) -> int:
+        """Bytes that the peer said its table may take."""
+        return int(self._decoder.header_table_size)
+
 
 class PythonDecoder:
     """The `hpack` package: 25-45 us a block. Imported only where it is used, because its Huffman tables take memory."""
@@ -81,6 +86,11 @@ class PythonDecoder:
         except Exception as error:
             raise HpackFault(str(error)) from error
         return [(bytes(f[0]), bytes(f[1]), not getattr(f, "indexable", True)) for f in fields]
+
+    @property
+    def table_size(self) -> int:
+        """Bytes that the peer said its table may take."""
+        return int(self._decoder.header_table_size)
 
 
 Decoder = CompiledDecoder | PythonDecoder
