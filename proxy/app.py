@@ -126,6 +126,17 @@ class Sidecar:
         """Whether one more connection may be accepted."""
         return self.relay.open_links < 2 * self.config.max_connections
 
+    async def serve_inbound(self, accepted: Accepted) -> None:
+        """Serve what was meant for this pod; raises Failure.
+
+        Redirection catches whatever is delivered to the pod's link, and the original destination is what the sender wrote. A neighbour on
+        the same network could write 127.0.0.1, or any other host, and have it dialled from inside the pod.
+        """
+        ours = accepted.dst.ip in self.config.pod_ips
+        if not ours and accepted.dst.port not in (self.config.inbound_listen.port, self.config.outbound_listen.port):
+            raise Failure(Cause.FOREIGN, f"{accepted.dst} is not an address of this pod ({', '.join(self.config.pod_ips)})")
+        await self.inbound.serve(accepted)
+
     async def take(self, direction: Direction, serve: Callable[[Accepted], Awaitable[None]], accepted: Accepted) -> None:
         """Serve one connection; whatever goes wrong ends this connection only."""
         try:
@@ -182,7 +193,7 @@ async def accept_both(
     inbound, outbound = listen(config.inbound_listen), listen(config.outbound_listen)
     with trio.CancelScope() as scope:
         async with trio.open_nursery() as accepting:
-            take_in = partial(sidecar.take, "inbound", sidecar.inbound.serve)
+            take_in = partial(sidecar.take, "inbound", sidecar.serve_inbound)
             take_out = partial(sidecar.take, "outbound", sidecar.outbound.serve)
             accepting.start_soon(accept_forever, inbound, take_in, nursery, sidecar.admit)
             accepting.start_soon(accept_forever, outbound, take_out, nursery, sidecar.admit)

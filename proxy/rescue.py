@@ -46,6 +46,7 @@ class Cause(enum.Enum):
     UPSTREAM_TIMEOUT = "upstream-timeout"
     CLIENT_GONE = "client-gone"  # the client left before its answer was complete; nobody sees the status
     LOOP = "loop-detected"
+    FOREIGN = "foreign-destination"  # led to us, but meant for an address that is not this pod's
     DRAINING = "draining"
     OVERLOADED = "overloaded"
     INTERNAL = "internal"
@@ -74,6 +75,7 @@ _TABLE: dict[Cause, Effect] = {
     Cause.UPSTREAM_TIMEOUT: Effect(504, 4, "info", True),
     Cause.CLIENT_GONE: Effect(499, 1, "debug", False),
     Cause.LOOP: Effect(508, 10, "warning", False),
+    Cause.FOREIGN: Effect(403, 7, "warning", False),
     Cause.DRAINING: Effect(503, 14, "info", False),
     Cause.OVERLOADED: Effect(503, 14, "warning", True),
     Cause.INTERNAL: Effect(500, 13, "error", False),
