@@ -194,3 +194,37 @@ async def test_a_head_that_never_ends_is_answered_408(autojump_clock: trio.testi
         stream = await made.dial()
         await stream.send_all(b"GET / HTTP/1.1\r\nhost: web\r\nx: ")
         assert (await read_all(stream)).startswith(b"HTTP/1.1 408")
+
+
+async def test_a_client_that_ends_its_half_after_the_request_gets_its_answer():
+    async with mesh(H11App(_shop)) as made:
+        stream = await made.dial()
+        await stream.send_all(b"POST /echo HTTP/1.1\r\nhost: web\r\ncontent-length: 4\r\n\r\nbody")
+        await stream.send_eof()
+        assert (await read_all(stream)).endswith(b"\r\n\r\nbody")
+
+
+@pytest.mark.parametrize(
+    "first", [b"GET /echo HTTP/1.1\r\nhost: web\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"], ids=["HTTP/1.1", "HTTP/2"]
+)
+async def test_the_protocol_is_found_however_the_first_bytes_are_split(first: bytes):
+    async with mesh(H11App(_shop)) as made:
+        stream = await made.dial()
+        for at in range(len(first)):
+            await stream.send_all(first[at : at + 1])
+            await trio.testing.wait_all_tasks_blocked()
+        answer = await stream.receive_some(65536)
+        assert answer.startswith(b"HTTP/1.1 200" if first.startswith(b"GET") else b"\0\0")
+
+
+async def test_an_absolute_target_names_the_host_and_is_passed_on():
+    seen: list[tuple[bytes, bytes | None]] = []
+
+    async def reply(exchange: Exchange) -> None:
+        seen.append((exchange.path, exchange.headers.get(b"host")))
+        await exchange.answer()
+
+    async with mesh(H11App(reply)) as made, made.entry() as entry:
+        ran = await run("curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", "-x", f"http://{entry}", "http://web.shop/path?q")
+        assert ran.out == b"200"
+        assert seen in ([(b"http://web.shop/path?q", b"web.shop")], [(b"/path?q", b"web.shop")])

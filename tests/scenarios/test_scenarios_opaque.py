@@ -329,3 +329,39 @@ async def test_the_tls_of_an_app_passes_through_untouched(tmp_path: Path, option
         assert (b"Verify return code: 0 (ok)" in ran.out, b"reward" in ran.out) == (True, True), ran
         assert (b"ALPN protocol: h2" in ran.out) is ("-alpn" in options)
         assert made.metric(made.server, "pillion_tcp_open_total", client_id=CART.uri) == 1  # and inside our own TLS
+
+
+async def test_a_client_that_ends_its_half_without_a_word_still_hears_the_server(autojump_clock: trio.testing.MockClock):
+    app = Recorded(_mail)
+    async with mesh(app, policy=inbound_policy(ANYONE)) as made:
+        for dial in (made.dial, made.dial_unmeshed):
+            stream = await dial()
+            await stream.send_eof()
+            assert await read_all(stream) == _BANNER
+
+
+async def test_an_unmeshed_endpoint_is_reached_in_plaintext():
+    app = Recorded(_echo)
+    async with mesh(app) as made:
+        made.destination(Endpoint(str(made.app)))
+        stream = await made.dial()
+        await stream.send_all(b"\x00 plain")
+        assert await read_until(stream, b"plain") == b"\x00 plain"
+        assert made.metric(made.server, "pillion_tcp_open_total") == 0
+
+
+async def test_a_policy_that_gains_routes_cuts_what_is_opaque():
+    async with mesh(Recorded(_echo)) as made:
+        stream = await made.dial()
+        await stream.send_all(b"\x00")
+        assert await stream.receive_some(1) == b"\x00"
+        made.policy(_with_route())
+        assert await _was_reset(stream)
+
+
+async def test_a_service_port_that_is_not_defined_is_refused():
+    async with mesh(Recorded(_echo)) as made:
+        made.destination(kind="refused")
+        stream = await made.dial()
+        assert await _was_reset(stream)
+        assert made.metric(made.client, "pillion_errors_total", error="service-port-undefined") == 1
