@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import h2.events
 import hpack
 import pytest
@@ -182,16 +184,16 @@ def test_a_block_that_needs_the_table_is_never_answered_from_memory() -> None:
     assert early.request_untrusted(using, True).fields[-1] == b"t1"
 
 
-def test_the_table_stays_given_up() -> None:
-    for size in (b"\x21", b"\x3f\xe1\x1f", b"\x20\x3f\xe1\x1f"):
-        reader = BlockReader(Http2Limits())
-        assert reader.request_untrusted(size + encode([(n, v, False) for n, v in GET]), True).target == b"/memo"
-        for announce in (lambda: None, lambda: give_up_table(reader)):
-            reader.without_table()
-            announce()
-            with pytest.raises(ConnectionFault) as caught:
-                reader.request_untrusted(size + encode([(n, v, False) for n, v in GET]), True)
-            assert caught.value.code == COMPRESSION_ERROR
+@pytest.mark.parametrize("size", [b"\x21", b"\x3f\xe1\x1f", b"\x20\x3f\xe1\x1f"])
+@pytest.mark.parametrize("give_up", [BlockReader.without_table, give_up_table])
+def test_the_table_stays_given_up(size: bytes, give_up: Callable[[BlockReader], None]) -> None:
+    reader = BlockReader(Http2Limits())
+    block = size + encode([(n, v, False) for n, v in GET])
+    assert reader.request_untrusted(block, True).target == b"/memo"
+    give_up(reader)
+    with pytest.raises(ConnectionFault) as caught:
+        reader.request_untrusted(block, True)
+    assert caught.value.code == COMPRESSION_ERROR
 
 
 def test_a_peer_that_announced_no_table_before_the_acknowledgement_need_not_repeat_it() -> None:
@@ -274,3 +276,33 @@ def test_a_table_size_behind_the_first_field_is_an_error(compiled: bool, acknowl
     with pytest.raises(ConnectionFault) as caught:
         reader.request_untrusted(block + b"\x21", True)  # RFC 7541 section 4.2
     assert caught.value.code == COMPRESSION_ERROR
+
+
+STATIC = [(name, value) for name, value in hpack.hpack.HeaderTable.STATIC_TABLE if value]
+
+
+@pytest.mark.parametrize("at", range(len(STATIC)))
+def test_a_field_of_the_static_table_is_one_byte(at: int) -> None:
+    name, value = STATIC[at]
+    block = encode([(name, value, False)])
+    assert len(block) == 1
+    assert PythonDecoder(0, 1 << 20).decode_untrusted(block) == [(name, value, False)]
+    assert len(encode([(name, value, True)])) > 1, "what must never be indexed stays a literal"
+    assert len(encode([(name, value + b"x", False)])) > 1
+
+
+def test_what_is_sent_on_indexes_the_static_table() -> None:
+    reader = BlockReader(Http2Limits())
+    literal = b"\x00\x07:status\x03200" + encode([(b"server", b"s", False)])
+    assert reader.response_untrusted(literal).block == b"\x88" + encode([(b"server", b"s", False)])
+    fields = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/"), (b":authority", b"a"), (b"accept-encoding", b"gzip, deflate")]
+    for extra in ([], [(b"x-long", b"v" * 2000)]):
+        everything = [(n, v, False) for n, v in [*fields, *extra]]
+        block = reader.request_untrusted(
+            b"".join(b"\x00" + bytes([len(n)]) + n + hpack_codec.value_literal(v) for n, v, _ in everything), True
+        )
+        for edit in (HeadEdit(), HeadEdit((b"x-long",))):
+            sent = block.encoded(edit)
+            assert sent.startswith(b"\x83\x86\x84\x01\x01a\x90")
+            got = PythonDecoder(0, 1 << 20).decode_untrusted(sent)
+            assert got == [field for field in everything if field[0] not in edit.strip]

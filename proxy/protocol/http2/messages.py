@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from proxy.protocol.http2.hpack_codec import Field, encode, encode_values, name_prefix
+from proxy.protocol.http2.hpack_codec import Field, encode, encode_values, indexed_values, name_prefix
 
 _is_name = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+").fullmatch
 _is_method = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch
@@ -44,12 +44,13 @@ class Shape:
 
     first: index of the first field of each name. size: bytes of the names plus 32 each (RFC 9113 section 6.5.2). The others are indexes
     into the values, -1 when there is no such field. What was computed last is kept, because it is nearly always asked for again:
-    secrets, prefixes: the encoded names; stripped_for, kept: which fields stay under a HeadEdit.strip, None for all.
+    secrets, prefixes, indexed: the encoded names, and which of them may be whole fields of the static table; stripped_for, kept: which
+    fields stay under a HeadEdit.strip, None for all.
     """
 
     __slots__ = (
-        "authority", "content_length", "content_type", "first", "host", "kept", "method", "names", "path", "prefixes", "protocol", "scheme",
-        "secrets", "separators", "size", "status", "stripped_for", "te",
+        "authority", "content_length", "content_type", "first", "host", "indexed", "kept", "method", "names", "path", "prefixes", "protocol",
+        "scheme", "secrets", "separators", "size", "status", "stripped_for", "te",
     )  # fmt: skip
 
     def __init__(self, names: tuple[bytes, ...], first: dict[bytes, int]) -> None:
@@ -58,6 +59,7 @@ class Shape:
         self.first = first
         self.secrets: tuple[bool, ...] = ()
         self.prefixes: tuple[bytes, ...] = ()
+        self.indexed: tuple[tuple[int, dict[bytes, bytes]], ...] = ()
         self.size = sum(map(len, names)) + 32 * len(names)
         self.separators = b"\n" * (len(names) - 1)
         self.method = get(b":method", -1)
@@ -83,8 +85,10 @@ class Shape:
             return encode([(self.names[at], values[at], secrets[at]) for at in self.kept])
         if secrets != self.secrets:
             self.prefixes = tuple(map(name_prefix, self.names, secrets))
+            known = enumerate(map(indexed_values, self.names, secrets))
+            self.indexed = tuple([(at, values_known) for at, values_known in known if values_known])
             self.secrets = secrets
-        return encode_values(self.prefixes, values)
+        return encode_values(self.prefixes, values, self.indexed)
 
 
 class Request:
