@@ -70,12 +70,17 @@ class PolicyClient:
         self._wake = trio.Event()
 
     def watch_port(self, port: int) -> Cell[wire.InboundPolicy | None]:
-        """The policy of a port of ours, for ever; None until it is known."""
+        """The policy of a port of ours, until `forget_port`; None until it is known."""
         cell = self._ports.get(port)
         if cell is None:
             cell = self._ports[port] = Cell[wire.InboundPolicy | None](None)
             self._say(port, wire.WatchPort(port))
         return cell
+
+    def forget_port(self, port: int) -> None:
+        """Nobody uses the port any more: its cell keeps its value and changes no more."""
+        if self._ports.pop(port, None) is not None:
+            self._say(port, wire.ForgetPort(port))
 
     def watch_destination(self, addr: str) -> Cell[wire.Destination | None]:
         """What stands behind ``ip:port``, until `forget_destination`; None until it is known. Raises core.addrs.InvalidAddr."""

@@ -50,7 +50,7 @@ class Limits:
     pod_wait_s: float = 5
     send_s: float = 60
     line_bytes: int = 64 * 1024
-    subscriptions: int = 4096
+    subscriptions: int = 8192  # a sidecar's own bounds are 4096 destinations and 1024 undeclared ports
     handshakes: int = 512
     connections: int = 20_000
     per_pod: int = 4
@@ -287,6 +287,10 @@ class PolicyServer:
             if not 0 < message.port < 65536:
                 raise _Refusal("invalid-message", f"port {message.port} does not exist")
             self._subscribe(subscriber, message.port)
+            return
+        if isinstance(message, wire.ForgetPort):
+            subscriber.sent.pop(message.port, None)
+            subscriber.due.pop(message.port, None)
             return
         try:
             ip = parse_addr(message.addr[:64]).ip

@@ -160,6 +160,12 @@ class WatchPort(msgspec.Struct, frozen=True, tag="watch-port"):
     port: int
 
 
+class ForgetPort(msgspec.Struct, frozen=True, tag="forget-port"):
+    """No connection uses this port of mine any more."""
+
+    port: int
+
+
 class WatchDestination(msgspec.Struct, frozen=True, tag="watch-destination"):
     """From now on keep me informed of what stands behind this ``ip:port``."""
 
@@ -172,7 +178,7 @@ class ForgetDestination(msgspec.Struct, frozen=True, tag="forget-destination"):
     addr: str
 
 
-ToController = Hello | WatchPort | WatchDestination | ForgetDestination
+ToController = Hello | WatchPort | ForgetPort | WatchDestination | ForgetDestination
 
 # --- controller -> sidecar -------------------------------------------------------------------------------------------
 

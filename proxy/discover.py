@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import trio
@@ -22,6 +24,8 @@ from proxy.balance import Balancer
 from proxy.rescue import Cause, Failure
 
 _UNUSED_S = 90.0  # a destination nobody dialled for this long is forgotten (Linkerd keeps 5 s outbound, 90 s inbound)
+_RECENT_PORTS = 64  # undeclared ports of ours that stay known although no connection uses them
+_PORTS_MAX = 1024  # undeclared ports with connections: who scans us must not use up what the controller accepts from one sidecar
 _DESTINATIONS_MAX = 4096  # what the controller accepts from one sidecar; beyond it, dialling a new address is refused
 
 
@@ -30,6 +34,10 @@ class PolicySource(Protocol):
 
     def watch_port(self, port: int) -> Cell[InboundPolicy | None]:
         """The policy of a port of ours, None until it is known."""
+        ...
+
+    def forget_port(self, port: int) -> None:
+        """Nobody uses the port any more."""
         ...
 
     def watch_destination(self, addr: str) -> Cell[Destination | None]:
@@ -42,9 +50,12 @@ class PolicySource(Protocol):
 
 
 class PortState:
-    """The policy of one of our ports. authorizer is None until the first one arrived; listeners hear of every replacement."""
+    """The policy of one of our ports. authorizer is None until the first one arrived; listeners hear of every replacement.
 
-    __slots__ = ("_cell", "_trust_domain", "authorizer", "changed", "port")
+    Whoever holds the object keeps the port subscribed.
+    """
+
+    __slots__ = ("__weakref__", "_cell", "_trust_domain", "authorizer", "changed", "port")
 
     def __init__(self, port: int, cell: Cell[InboundPolicy | None], trust_domain: str) -> None:
         self.port = port
@@ -52,7 +63,13 @@ class PortState:
         self._trust_domain = trust_domain
         self.authorizer: PortAuthorizer | None = None
         self.changed: set[Callable[[], None]] = set()
-        cell.subscribe(self._replace)
+        replace = weakref.WeakMethod(self._replace)
+
+        def tell(policy: InboundPolicy | None) -> None:
+            if (listening := replace()) is not None:
+                listening(policy)
+
+        cell.subscribe(tell)
         if cell.value is not None:
             self._replace(cell.value)
 
@@ -116,19 +133,43 @@ class Discovery:
         self._client = client
         self._trust_domain = trust_domain
         self._wait_s = wait_s
-        self.ports: dict[int, PortState] = {}
+        self._declared: dict[int, PortState] = {}
+        self._recent: OrderedDict[int, PortState] = OrderedDict()
+        self._undeclared: weakref.WeakValueDictionary[int, PortState] = weakref.WeakValueDictionary()
         self.destinations: dict[Addr, DestinationState] = {}
 
+    @property
+    def ports(self) -> Mapping[int, PortState]:
+        """Every port of ours that is known at present."""
+        return {**self._undeclared, **self._declared}
+
     def port(self, port: int) -> PortState:
-        """The state of one of our ports; subscribes at the first call. At most 65,535 exist."""
-        state = self.ports.get(port)
+        """The state of a port that the pod declares, known for ever; subscribes at the first call."""
+        state = self._declared.get(port)
         if state is None:
-            state = self.ports[port] = PortState(port, self._client.watch_port(port), self._trust_domain)
+            state = self._declared[port] = PortState(port, self._client.watch_port(port), self._trust_domain)
+        return state
+
+    def _dialled_port(self, port: int) -> PortState:
+        """The state of a port that somebody dialled; an undeclared one is forgotten some time after its last connection."""
+        state = self._declared.get(port)
+        if state is not None:
+            return state
+        state = self._undeclared.get(port)
+        if state is None:
+            if len(self._undeclared) >= _PORTS_MAX:
+                raise Failure(Cause.OVERLOADED, f"more than {_PORTS_MAX} undeclared ports are in use")
+            state = self._undeclared[port] = PortState(port, self._client.watch_port(port), self._trust_domain)
+            weakref.finalize(state, self._client.forget_port, port).atexit = False
+        self._recent[port] = state
+        self._recent.move_to_end(port)
+        if len(self._recent) > _RECENT_PORTS:
+            self._recent.popitem(last=False)
         return state
 
     async def wait_port(self, port: int) -> PortState:
-        """The same, with its policy known; raises Failure(NO_POLICY) when it does not arrive in time."""
-        state = self.port(port)
+        """The state of a dialled port with its policy known; raises Failure(NO_POLICY) when it does not arrive in time, OVERLOADED."""
+        state = self._dialled_port(port)
         if state.authorizer is None:
             with trio.move_on_after(self._wait_s) as scope:
                 await state.wait_known()

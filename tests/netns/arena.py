@@ -250,6 +250,11 @@ class Arena(LocalMesh):
         """The pid of a pod's sidecar."""
         return self.pid(workload, "proxy")
 
+    def pss_kib(self, workload: str) -> int:
+        """What a pod's sidecar costs in memory, shared pages divided by their users."""
+        lines = Path(f"/proc/{self.sidecar(workload)}/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
     def part(self, name: str) -> int:
         """The pid of ``identity`` or ``policy``."""
         return next(pid for pid in self.members() if _words(pid)[-2:] == ["-m", name])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 
 import pytest
 from arena import PLAIN, Arena
+from local_lab import wait_until
 from neighbour import Neighbour
 
 pytestmark = [pytest.mark.netns, pytest.mark.slow]
@@ -51,3 +53,24 @@ def test_a_sidecar_is_no_way_to_other_hosts(arena: Arena, neighbour: Neighbour) 
     assert neighbour.ask(arena.ip("db-1"), PLAIN, request) == b""
     assert neighbour.ask("10.142.0.1", 9990, request) == b"", "nor to the node"
     assert 'error="foreign-destination"' in arena.ask("stranger", arena.ip("db-0"), ADMIN, "/metrics").body.decode()
+
+
+def test_a_port_scan_costs_the_scanned_pod_nothing_it_needs(arena: Arena) -> None:
+    """Every dialled port is a question to the policy controller: 6,000 of them must not use up what the sidecar may ask."""
+
+    def scan(first: int) -> None:
+        for port in range(first, first + 6000):
+            with socket.socket() as sock:
+                sock.settimeout(1)
+                sock.connect_ex((ip, port))
+
+    ip = arena.ip("db-1")
+    arena.inside(arena.pid("stranger"), lambda: scan(20000))
+    wait_until(lambda: arena.ask("stranger", ip, PLAIN).status == 200, "scanned ports do not stand in the way")
+    for family in (0, 1):
+        assert arena.ask("db-1", arena.vip("web", family), PLAIN).status == 200, "it still learns of addresses that it did not know"
+    before = arena.pss_kib("db-1")
+    arena.inside(arena.pid("stranger"), lambda: scan(30000))
+    wait_until(lambda: arena.ask("stranger", ip, PLAIN).status == 200, "the second scan is over as well")
+    grown = arena.pss_kib("db-1") - before
+    assert grown < 8_000, f"6,000 ports more made the sidecar grow by {grown} KiB"

@@ -111,6 +111,21 @@ async def test_later_wishes_are_said_and_a_forgotten_cell_changes_no_more() -> N
         assert (await new.wait_for(bool), old.value) == (wire.Destination("external", None, "detect"), None)
 
 
+async def test_a_forgotten_port_can_be_watched_again() -> None:
+    controllers = Controllers()
+    async with running(controllers) as client:
+        far = await controllers.accept()
+        assert await far.hear() == HELLO
+        old = client.watch_port(80)
+        assert await far.hear() == wire.WatchPort(80)
+        client.forget_port(80)
+        assert await far.hear() == wire.ForgetPort(80)
+        new = client.watch_port(80)
+        assert await far.hear() == wire.WatchPort(80)
+        await far.say(wire.PortPolicy(80, policy("a")))
+        assert (await new.wait_for(bool), old.value) == (policy("a"), None)
+
+
 async def test_wishes_that_cannot_be_sent_yet_are_bounded_by_their_subjects() -> None:
     controllers = Controllers()
     async with running(controllers) as client:

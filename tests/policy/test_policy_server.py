@@ -213,6 +213,19 @@ async def test_subscriptions_beyond_the_bound_are_ignored_and_the_others_go_on()
     assert server.counters.subscriptions_ignored == 1
 
 
+async def test_a_forgotten_port_makes_room_and_is_not_told_of_any_more() -> None:
+    index, server = served(subscriptions=1)
+    async with serving(server) as connect:
+        peer = connect()
+        await peer.say(HELLO, wire.WatchPort(1))
+        assert (await peer.hear()).port == 1  # type: ignore[union-attr]
+        await peer.say(wire.ForgetPort(1), wire.WatchPort(2))
+        assert (await peer.hear()).port == 2  # type: ignore[union-attr]
+        server.changed(index.apply(parsed(lab.server(port=1))))
+        assert await peer.is_quiet()
+    assert server.counters.subscriptions_ignored == 0
+
+
 async def test_a_slow_reader_costs_one_entry_per_subscription_and_then_sees_the_newest_state() -> None:
     index, server = served()
     async with trio.open_nursery() as nursery:

@@ -58,6 +58,9 @@ class Controller:
     def watch_port(self, port: int) -> Cell[InboundPolicy | None]:
         return self.ports.setdefault(port, Cell(None))
 
+    def forget_port(self, port: int) -> None:
+        self.ports.pop(port, None)
+
     def watch_destination(self, addr: str) -> Cell[Destination | None]:
         return self.destinations.setdefault(addr, Cell(None))
 
