@@ -19,7 +19,8 @@ def dump_routes(config: Config, credentials: Cell[Credentials | None], discovery
     """``/config /certs /policy /endpoints`` for the admin port."""
 
     async def settings(_: Request) -> Response:
-        return json_response({field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)})
+        shown = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        return json_response(shown | {"probes": {path: _without_headers(probe) for path, probe in config.probes.items()}})
 
     async def certs(_: Request) -> Response:
         return json_response(certificates(credentials.value))
@@ -60,6 +61,15 @@ def _certificate(certificate: x509.Certificate) -> dict[str, object]:
         "not_after": certificate.not_valid_after_utc.timestamp(),
         "sha256": certificate.fingerprint(hashes.SHA256()).hex(),
     }
+
+
+def _without_headers(probe: object) -> object:
+    """An app's probe as written, but for the values of header fields: manifests hold credentials there, and every pod may ask us."""
+    http = probe.get("httpGet") if isinstance(probe, dict) else None
+    if not isinstance(probe, dict) or not isinstance(http, dict) or not http.get("httpHeaders"):
+        return probe
+    names = [field.get("name") if isinstance(field, dict) else None for field in http["httpHeaders"]]
+    return {**probe, "httpGet": {**http, "httpHeaders": [{"name": name, "value": "(not shown)"} for name in names]}}
 
 
 def _plain(value: object) -> object:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import urllib.parse
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -135,7 +136,8 @@ class AdminServer:
 
     def __init__(self, routes: Routes) -> None:
         self._routes = routes
-        self._connections = 0
+        self._opened = 0
+        self._open: dict[int, tuple[str, trio.CancelScope]] = {}
 
     async def serve(self, listeners: list[trio.SocketListener], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; closes the listeners. On cancellation connections are cut, as nothing here is worth waiting for."""
@@ -145,29 +147,44 @@ class AdminServer:
 
     async def handle(self, stream: trio.abc.Stream) -> None:
         """Serve one connection until it ends, breaks a rule or idles; never raises for what a client does."""
-        if self._connections >= _CONNECTIONS_MAX:
-            await trio.aclose_forcefully(stream)
-            return
-        self._connections += 1
+        client = _client_of(stream)
         try:
-            await _Connection(self._routes, stream).run()
-        except* (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the client went away: nobody is left to tell
+            with trio.CancelScope() as scope:
+                opened = self._make_room(client.ip if client else "", scope)
+                try:
+                    await _Connection(self._routes, stream, client).run()
+                except* (trio.BrokenResourceError, trio.ClosedResourceError):
+                    pass  # the client went away: nobody is left to tell
+                finally:
+                    self._open.pop(opened, None)
         finally:
-            self._connections -= 1
-            with trio.move_on_after(1) as scope:
-                scope.shield = True
+            with trio.move_on_after(1) as closing:
+                closing.shield = True
                 await stream.aclose()
+
+    def _make_room(self, ip: str, scope: trio.CancelScope) -> int:
+        """Register a connection; when there are too many, the oldest of the client that holds most is cut.
+
+        Refusing the newcomer instead would let any pod that holds the limit keep the kubelet's probes out, and the pod down.
+        """
+        if len(self._open) >= _CONNECTIONS_MAX:
+            held = Counter(holder for holder, _ in self._open.values())
+            greedy = max(held, key=held.__getitem__)
+            oldest = next(number for number, (holder, _) in self._open.items() if holder == greedy)
+            self._open.pop(oldest)[1].cancel()
+        self._opened += 1
+        self._open[self._opened] = ip, scope
+        return self._opened
 
 
 class _Connection:
     """One client: requests in, answers out, in turn."""
 
-    def __init__(self, routes: Routes, stream: trio.abc.Stream) -> None:
+    def __init__(self, routes: Routes, stream: trio.abc.Stream, client: ClientAddr | None) -> None:
         self._routes = routes
         self._stream = stream
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=_HEAD_BYTES_MAX)
-        self._client = _client_of(stream)
+        self._client = client
 
     async def run(self) -> None:
         while True:

@@ -32,7 +32,7 @@ class Neighbour:
         self._port = 40000
         self._node = ["nsenter", "-t", str(arena.runner_pid()), "-n", "ip", "route"]
         # or the node would tell the pod by ICMP that nobody has this address, which ends a connection that begins
-        subprocess.run([*self._node, "add", "blackhole", self.IP], check=True)
+        subprocess.run([*self._node, "replace", "blackhole", self.IP], check=True)
 
     def close(self) -> None:
         """Gone from the segment."""

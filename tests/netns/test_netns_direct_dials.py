@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from arena import PLAIN, Arena
+from arena import HTTP, PLAIN, Arena
 from local_lab import wait_until
 from neighbour import Neighbour
 
@@ -74,3 +74,46 @@ def test_a_port_scan_costs_the_scanned_pod_nothing_it_needs(arena: Arena) -> Non
     wait_until(lambda: arena.ask("stranger", ip, PLAIN).status == 200, "the second scan is over as well")
     grown = arena.pss_kib("db-1") - before
     assert grown < 8_000, f"6,000 ports more made the sidecar grow by {grown} KiB"
+
+
+@FAMILIES
+def test_the_admin_port_lets_other_pods_look_but_not_touch(arena: Arena, family: int) -> None:
+    ip = arena.ip("web", family)
+    for method, path, body in (("POST", "/shutdown", b"x"), ("PUT", "/log-level", b"debug"), ("DELETE", "/metrics", b"")):
+        assert arena.ask("stranger", ip, ADMIN, path, method=method, body=body).status in (403, 405), path
+    assert arena.ask("web", ip, ADMIN, "/shutdown", method="POST", body=b"x").status == 403, "on loopback only, not on the pod's address"
+    assert arena.ask("stranger", ip, ADMIN, "/log-level").body == b"info\n"
+    for path in ("/live", "/ready", "/metrics", "/config", "/certs", "/policy", "/endpoints"):
+        assert arena.ask("stranger", ip, ADMIN, path).status == 200, path
+
+
+def test_nothing_secret_is_on_the_admin_port(arena: Arena) -> None:
+    ip = arena.ip("web")
+    shown = b"".join(arena.ask("stranger", ip, ADMIN, path).body for path in ("/config", "/certs", "/policy", "/endpoints", "/metrics"))
+    assert b"livenessProbe" in shown and b"authorization" in shown
+    for secret in (b"s3cret-of-the-probe", b"PRIVATE KEY", b"eyJ"):
+        assert secret not in shown, secret
+
+
+def test_probes_are_answered_while_their_paths_stay_closed(arena: Arena) -> None:
+    """The liveness probe asks /admin/health, which nobody but the admin may."""
+    ip = arena.ip("web")
+    assert arena.ask("stranger", ip, ADMIN, "/pillion-probe/app/livenessProbe").body == b"ok\n"
+    assert arena.ask("stranger", ip, HTTP, "/admin/health", "user-agent: kube-probe/1.36").status == 403
+    assert arena.ask("client", ip, HTTP, "/admin/health").status == 403
+    assert arena.ask("stranger", ip, ADMIN, "/pillion-probe/../config").status == 404
+    assert arena.ask("stranger", ip, ADMIN, "/pillion-probe/app/nothing").status == 404
+
+
+def test_who_holds_all_admin_connections_keeps_no_probe_out(arena: Arena) -> None:
+    ip = arena.ip("web")
+    held = [arena.dial("stranger", ip, ADMIN) for _ in range(200)]
+    try:
+        for _ in range(3):
+            node = arena.inside(arena.runner_pid(), lambda: socket.create_connection((ip, ADMIN), 2))
+            with node:
+                node.sendall(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+                assert node.recv(100).startswith(b"HTTP/1.1 200"), "the kubelet's probe"
+    finally:
+        for sock in held:
+            sock.close()
