@@ -40,6 +40,7 @@ class Turn(trio.abc.Instrument):
     def close(self) -> None:
         """No more turns."""
         trio.lowlevel.remove_instrument(self)
+        _taken.set(False)
 
     def before_io_wait(self, timeout: float) -> None:
         """See trio.abc.Instrument."""
@@ -89,9 +90,20 @@ def _internals() -> tuple[int, deque[Any], Any]:
     return fd, runnable, waiting
 
 
+_taken: trio.lowlevel.RunVar[bool] = trio.lowlevel.RunVar("a relay takes turns", False)
+
+
 def turns(epoll: select.epoll, carry: Callable[[Events], None], most: int, failed: Callable[[BaseException], None]) -> Turn | None:
-    """Take turns from now on, or None where this trio does not allow it."""
+    """Take turns from now on, or None where this trio does not allow it.
+
+    One relay of a trio run takes turns: while it waits for its own connections and for trio, it does not see those of another relay (two
+    sidecars in one process, in tests), which is therefore watched by trio.
+    """
+    if _taken.get():
+        return None
     try:
-        return Turn(epoll, carry, most, failed)
+        turn = Turn(epoll, carry, most, failed)
     except LookupError:
         return None
+    _taken.set(True)
+    return turn
