@@ -222,7 +222,9 @@ class Http2Client(Connection):
         stream.edit = verdict.edit
         stream.attempts += 1
         upstream: Http2Upstream = verdict.upstream
-        upstream.open(stream.other, stream.head)
+        other = stream.other
+        assert isinstance(other, UpstreamStream)
+        upstream.open(other, stream.head)
         return None
 
     def _on_trailers(self, end: StreamEnd, block: bytes, fin: bool) -> None:
@@ -256,6 +258,7 @@ class Http2Client(Connection):
         Sent again through the gate when that cannot be noticed; else the client sees an answer if there was none yet, or RST_STREAM.
         """
         other = end.other
+        assert isinstance(other, UpstreamStream)
         sent = other.sent
         self.forget_held(end)  # while it is still known whose data that was
         other.detach()
@@ -312,7 +315,7 @@ class Http2Client(Connection):
 
     def _end_upstream(self, end: ClientStream, code: int) -> None:
         other = end.other
-        if other.waiting_at is not None:
+        if isinstance(other, UpstreamStream) and other.waiting_at is not None:
             other.waiting_at.withdraw(other)
         elif other.conn is not None and not other.over:
             other.conn.cancel(other, code)
@@ -336,7 +339,7 @@ class Http2Client(Connection):
             self.leave()
 
 
-def drop(end: UpstreamStream) -> None:
+def drop(end: StreamEnd) -> None:
     """Nothing more is sent upstream for this exchange."""
     if end.conn is not None:
         end.conn.holding.pop(end, None)

@@ -49,8 +49,8 @@ class Shape:
     """
 
     __slots__ = (
-        "authority", "content_length", "content_type", "first", "host", "indexed", "kept", "method", "names", "path", "prefixes", "protocol",
-        "scheme", "secrets", "separators", "size", "status", "stripped_for", "te",
+        "authority", "content_length", "content_type", "first", "host", "indexed", "kept", "method", "names", "path", "prefixes",
+        "protocol", "scheme", "secrets", "separators", "size", "status", "stripped_for", "te",
     )  # fmt: skip
 
     def __init__(self, names: tuple[bytes, ...], first: dict[bytes, int]) -> None:
@@ -76,9 +76,12 @@ class Shape:
         self.kept: tuple[int, ...] | None = None
 
     def encode(self, values: tuple[bytes, ...], secrets: tuple[bool, ...], strip: tuple[bytes, ...]) -> bytes:
-        """A message of this shape as a block without a dynamic table, without the fields named in `strip` (lower case)."""
+        """A message of this shape as a block without a dynamic table, without the fields named in `strip` (lower case).
+
+        A name to strip matches with ``_`` for ``-`` too: gateways that turn names into variables (CGI, WSGI) cannot tell them apart.
+        """
         if strip is not self.stripped_for:  # constant for a connection, so that identity is enough and costs nothing
-            gone = {name for name in strip if name in self.first and name[:1] != b":"}
+            gone = {name for name in self.first if name.replace(b"_", b"-") in strip}
             self.kept = tuple(at for at, name in enumerate(self.names) if name not in gone) if gone else None
             self.stripped_for = strip
         if self.kept is not None:

@@ -17,13 +17,12 @@ _NO_EDIT = HeadEdit()
 
 
 class UpstreamStream(StreamEnd):
-    """The end at an upstream; moves to another one when a request is retried.
+    """The end at an upstream; moves to another one when a request is retried. Its other end is a ClientStream while that is not over.
 
     informational: 1xx responses so far. waiting_at: whose queue the request is in.
     """
 
     __slots__ = ("head", "informational", "waiting_at")
-    other: ClientStream
 
     def __init__(self) -> None:
         StreamEnd.__init__(self, None, 0, 0, 0)
@@ -42,14 +41,14 @@ class UpstreamStream(StreamEnd):
 
 
 class ClientStream(StreamEnd):
-    """The end at the client. exchange: the gate's note. status: of the response head the client was sent, 0 before.
+    """The end at the client; its other end is an UpstreamStream. exchange: the gate's note.
 
-    deciding: the gate owes a verdict. attempts: upstreams tried. cause: why the proxy answered. reset_after: the upstream wants the rest
-    of the request not to be sent, after its whole response (RFC 9113 section 8.1).
+    status: of the response head the client was sent, 0 before. deciding: the gate owes a verdict. attempts: upstreams tried. cause: why
+    the proxy answered. reset_after: the upstream wants the rest of the request not to be sent, after its whole response (RFC 9113
+    section 8.1).
     """
 
     __slots__ = ("attempts", "cause", "client", "deciding", "edit", "exchange", "head", "reset_after", "status")
-    other: UpstreamStream
 
     def __init__(self, client: Http2Client, stream_id: int, window: int, credit: int, head: RequestHead) -> None:
         StreamEnd.__init__(self, client, stream_id, window, credit)
@@ -62,12 +61,13 @@ class ClientStream(StreamEnd):
         self.attempts = 0
         self.cause: Cause | None = None
         self.deciding = self.reset_after = False
-        self.other = other = UpstreamStream()
+        other = UpstreamStream()
         other.other = self
+        self.other = other
 
 
-def part(end: UpstreamStream) -> None:
+def part(end: StreamEnd) -> None:
     """Both ends are over: let go of each other."""
     if end.held_bytes:
         drop_held(end)
-    end.other = NOBODY  # type: ignore[assignment]  # over, so that nobody asks it for more than StreamEnd has
+    end.other = NOBODY  # over, so that nobody asks it for more than StreamEnd has

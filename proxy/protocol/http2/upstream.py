@@ -20,7 +20,7 @@ from proxy.protocol.http2.frames import ConnectionFault, StreamFault
 from proxy.protocol.http2.hpack_codec import HeaderListTooLarge
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Malformed
-from proxy.protocol.http2.streams import UpstreamStream, part
+from proxy.protocol.http2.streams import ClientStream, UpstreamStream, part
 from proxy.protocol.sides import Sink
 from proxy.rescue import Cause
 
@@ -91,9 +91,8 @@ class Http2Upstream(Connection):
 
     def open(self, stream: UpstreamStream, head: RequestHead) -> None:
         """Send a request, or keep it until that is possible."""
-        client = stream.other.client
         if not self.usable:
-            return client.upstream_failed(stream.other, Cause.UPSTREAM_RESET, None, unprocessed=True)
+            return _fail(stream, Cause.UPSTREAM_RESET, None, unprocessed=True)
         if self._waiting or self.sink.blocked or len(self.streams_by_id) >= self._allowed or (head.extended and not self._settled):
             self._waiting[stream] = head
             stream.waiting_at = self
@@ -111,9 +110,10 @@ class Http2Upstream(Connection):
         stream.waiting_at = None
 
     def _start(self, stream: UpstreamStream, head: RequestHead) -> None:
-        client_end = stream.other
         if head.extended and not self._extended_connect:
-            return client_end.client.upstream_failed(client_end, Cause.UPSTREAM_PROTOCOL, None, unprocessed=False)
+            return _fail(stream, Cause.UPSTREAM_PROTOCOL, None, unprocessed=False)
+        client_end = stream.other
+        assert isinstance(client_end, ClientStream)
         stream.conn = self
         stream.id = self.last_id = self._next_id
         self._next_id += 2
@@ -152,7 +152,7 @@ class Http2Upstream(Connection):
             stream.stalled_s += passed
             if stream.stalled_s >= self.limits.stall_timeout_s and stream in self._waiting:
                 self.withdraw(stream)
-                stream.other.client.upstream_failed(stream.other, Cause.UPSTREAM_TIMEOUT, None, unprocessed=True)
+                _fail(stream, Cause.UPSTREAM_TIMEOUT, None, unprocessed=True)
 
     def busy(self) -> bool:
         return bool(self.streams_by_id or self._waiting)
@@ -194,6 +194,7 @@ class Http2Upstream(Connection):
     def _on_response(self, stream: UpstreamStream, block: bytes, fin: bool) -> None:
         head = self.blocks.response_untrusted(block)
         client_end = stream.other
+        assert isinstance(client_end, ClientStream)
         if head.status < 200:
             stream.informational += 1
             if fin or stream.informational > self.limits.max_informational:
@@ -218,6 +219,7 @@ class Http2Upstream(Connection):
         self._forget(end)
         if client_end.over:
             return
+        assert isinstance(client_end, ClientStream)
         if whole and code == frames.NO_ERROR:
             client_end.client.no_more(client_end)
         else:
@@ -245,6 +247,7 @@ class Http2Upstream(Connection):
         client_end = end.other
         self._forget(end)
         if not client_end.over:
+            assert isinstance(client_end, ClientStream)
             client_end.client.upstream_failed(client_end, cause, None, unprocessed=False)
 
     def stream_over(self, end: StreamEnd) -> None:
@@ -272,13 +275,13 @@ class Http2Upstream(Connection):
                 if end.other.over:
                     part(end)
                 else:
-                    end.other.client.upstream_failed(end.other, Cause.UPSTREAM_RESET, None, unprocessed=unprocessed)
+                    _fail(end, Cause.UPSTREAM_RESET, None, unprocessed=unprocessed)
 
     def _fail_waiting(self) -> None:
         while self._waiting:
             stream, _ = self._waiting.popitem()
             stream.waiting_at = None
-            stream.other.client.upstream_failed(stream.other, Cause.UPSTREAM_RESET, None, unprocessed=True)
+            _fail(stream, Cause.UPSTREAM_RESET, None, unprocessed=True)
 
     def _forget(self, end: UpstreamStream) -> None:
         """The stream is closed here."""
@@ -294,3 +297,10 @@ class Http2Upstream(Connection):
                 self._on_idle(self)
             elif not self.dead:
                 self.leave()
+
+
+def _fail(stream: UpstreamStream, cause: Cause, code: int | None, *, unprocessed: bool) -> None:
+    """Tell the client's end, which is not over, what became of its request here."""
+    client_end = stream.other
+    assert isinstance(client_end, ClientStream)
+    client_end.client.upstream_failed(client_end, cause, code, unprocessed=unprocessed)
