@@ -89,7 +89,7 @@ class Sidecar:
         hello = Hello(config.namespace, config.pod, VERSION)
         policy_addr = (config.policy_addr.host, config.policy_addr.port)
         self.policy = PolicyClient(policy_addr, config.control_identity("pillion-policy"), self.credentials, hello)
-        self.discovery = Discovery(source or self.policy, config.trust_domain, config.policy_wait_s)
+        self.discovery = Discovery(source or self.policy, config.trust_domain, config.policy_wait_s, clock)
         self.recorder = Recorder(self.metrics, time.monotonic, _write_log, Mode(config.access_log), _write_access)
         security = Security(config.identity, self.credentials, config.handshake_timeout_s)
         dialer = Dialer(security, config.connect_timeout_s, config.pod_ips)

@@ -90,15 +90,16 @@ class PortState:
 class DestinationState:
     """What stands behind one dialled address. users: connections that hold it now."""
 
-    __slots__ = ("_cell", "addr", "balancer", "destination", "unused_since", "users")
+    __slots__ = ("_cell", "_now", "addr", "balancer", "destination", "unused_since", "users")
 
-    def __init__(self, addr: Addr, cell: Cell[Destination | None], now: float) -> None:
+    def __init__(self, addr: Addr, cell: Cell[Destination | None], now: Callable[[], float]) -> None:
         self.addr = addr
         self._cell = cell
         self.destination: Destination | None = None
         self.balancer = Balancer(random.random)
         self.users = 0
-        self.unused_since = now
+        self._now = now
+        self.unused_since = now()
         cell.subscribe(self._replace)
         if cell.value is not None:
             self._replace(cell.value)
@@ -107,7 +108,7 @@ class DestinationState:
         if destination is None:
             return
         self.destination = destination
-        self.balancer.replace(destination.endpoints, time.monotonic())
+        self.balancer.replace(destination.endpoints, self._now())
 
     async def wait_known(self) -> Destination:
         """The destination, as soon as it is known. The caller bounds the time."""
@@ -129,10 +130,11 @@ class DestinationState:
 class Discovery:
     """Ports and destinations of this sidecar, subscribed on first use."""
 
-    def __init__(self, client: PolicySource, trust_domain: str, wait_s: float) -> None:
+    def __init__(self, client: PolicySource, trust_domain: str, wait_s: float, now: Callable[[], float] = time.monotonic) -> None:
         self._client = client
         self._trust_domain = trust_domain
         self._wait_s = wait_s
+        self._now = now
         self._declared: dict[int, PortState] = {}
         self._recent: OrderedDict[int, PortState] = OrderedDict()
         self._undeclared: weakref.WeakValueDictionary[int, PortState] = weakref.WeakValueDictionary()
@@ -184,13 +186,13 @@ class Discovery:
             if len(self.destinations) >= _DESTINATIONS_MAX:
                 raise Failure(Cause.OVERLOADED, f"more than {_DESTINATIONS_MAX} destinations are in use")
             cell = self._client.watch_destination(str(addr))
-            state = self.destinations[addr] = DestinationState(addr, cell, time.monotonic())
+            state = self.destinations[addr] = DestinationState(addr, cell, self._now)
         state.hold()
         if state.destination is None:
             with trio.move_on_after(self._wait_s) as scope:
                 await state.wait_known()
             if scope.cancelled_caught:
-                state.release(time.monotonic())
+                state.release(self._now())
                 raise Failure(Cause.NO_POLICY, f"nothing is known about {addr} after {self._wait_s:g} s")
         return state
 
@@ -205,4 +207,4 @@ class Discovery:
         """Forget unused destinations from time to time, until cancelled."""
         while True:
             await trio.sleep(_UNUSED_S / 3)
-            self.forget_unused(time.monotonic())
+            self.forget_unused(self._now())

@@ -148,16 +148,17 @@ class Outbound:
         tried: frozenset[str] = frozenset()
         last = Failure(Cause.NO_ENDPOINTS, f"{destination.ref} has no ready endpoint")
         while (load := state.balancer.choose(now(), avoid=tried)) is not None and len(tried) < 3:
+            load.active += 1  # while it is dialled already, or clients that come together all choose the same
             try:
-                dialled = await dialer.endpoint(load.endpoint, parse_addr(load.endpoint.addr), alpn.OPAQUE)
-            except Failure as failure:
-                record.note(failure)
+                return Chosen(load, await dialer.endpoint(load.endpoint, parse_addr(load.endpoint.addr), alpn.OPAQUE))
+            except BaseException as error:
+                load.active -= 1
+                if not isinstance(error, Failure):
+                    raise
+                record.note(error)
                 load.failed(now())
                 tried |= {load.endpoint.addr}
-                last = failure
-                continue
-            load.active += 1
-            return Chosen(load, dialled)
+                last = error
         raise last
 
     def _serve_http(self, accepted: Accepted, sniffed: Sniffed, state: DestinationState, record: OutboundRecord) -> None:
