@@ -299,20 +299,20 @@ class Arena(LocalMesh):
         lines = [f"{method} {target} HTTP/1.1", "host: web", "connection: close", *fields]
         if body:
             lines.append(f"content-length: {len(body)}")
-        return self.raw(workload, ip, port, "\r\n".join([*lines, "", ""]).encode("latin-1") + body)[0]
+        return self.raw(workload, ip, port, "\r\n".join([*lines, "", ""]).encode("latin-1") + body, 3, 1)[0]
 
-    def raw(self, workload: str, ip: str, port: int, data: bytes, wait_s: float = 3) -> list[Reply]:
-        """Bytes as they are; every answer until the connection ends or nothing comes. At least one element."""
+    def raw(self, workload: str, ip: str, port: int, data: bytes, wait_s: float = 3, most: int = 9) -> list[Reply]:
+        """Bytes as they are; up to ``most`` answers, until the connection ends or nothing comes. At least one element."""
         try:
             with self.dial(workload, ip, port, wait_s) as sock:
                 sock.sendall(data)
-                return read_replies(sock) or [Reply(0)]
+                return read_replies(sock, most) or [Reply(0)]
         except OSError:
             return [Reply(0)]
 
     def seen(self, workload: str = "web") -> list[str]:
         """What the app saw, asked over its own loopback, where no sidecar is."""
-        found: list[str] = self.raw(workload, "127.0.0.1", HTTP, b"GET /seen HTTP/1.1\r\n\r\n", 0.3)[0].told  # type: ignore[assignment]
+        found: list[str] = self.raw(workload, "127.0.0.1", HTTP, b"GET /seen HTTP/1.1\r\n\r\n", 3, 1)[0].told  # type: ignore[assignment]
         return found
 
     # --- policy ---------------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ class Arena(LocalMesh):
             path.write_text(before)
 
 
-def read_replies(sock: socket.socket) -> list[Reply]:
+def read_replies(sock: socket.socket, most: int) -> list[Reply]:
     """Answers until the connection ends, is reset, or nothing comes for the socket's timeout."""
     data, ended = b"", False
     replies: list[Reply] = []
@@ -340,7 +340,7 @@ def read_replies(sock: socket.socket) -> list[Reply]:
         while (one := _take_reply(data, ended=ended)) is not None:
             reply, data = one
             replies.append(reply)
-            if reply.headers.get("connection") == "close":
+            if reply.headers.get("connection") == "close" or len(replies) == most:
                 return replies
         if ended:
             return replies

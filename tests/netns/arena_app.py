@@ -52,7 +52,7 @@ class Recorder(socketserver.StreamRequestHandler):
         return b""
 
     def _body(self, fields: dict[str, str]) -> None:
-        if "chunked" in fields.get("transfer-encoding", ""):
+        if "chunked" in fields.get("transfer-encoding", "").lower():
             while (size := int(self.rfile.readline().split(b";")[0], 16)) > 0:
                 self.rfile.read(size + 2)
             while self.rfile.readline() not in (b"\r\n", b""):
