@@ -26,6 +26,7 @@ from typing import Final, TypeVar
 
 import trio
 
+from core.runtime.memory import give_back
 from proxy.protocol.sides import Receiver
 from proxy.transport.tls_bio import READ_MAX, RECEIVE_BUFFER, RECORD_OVERHEAD, Records, TlsBroken
 from proxy.transport.turn import Turn, turns
@@ -34,6 +35,7 @@ R = TypeVar("R", bound=Receiver)
 
 _EVENTS_PER_PASS: Final = 128
 _READ_START: Final = 16 * 1024  # one TLS record or a typical request; grows while reads come back full
+_MANY_CLOSED: Final = 200  # connections: some 8 MB; fewer are not worth the milliseconds
 _LINGER_S: Final = 2.0  # how long a closed connection may still drain, so that our last bytes are not lost to an RST
 _READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
 _DEAD = select.EPOLLERR | select.EPOLLHUP
@@ -304,6 +306,9 @@ class Link:
             return
         if self._mask != _UNWATCHED:
             self._relay.epoll.modify(self._fd, mask)
+        elif self._relay.epoll.closed:
+            self.abort()  # a task came with it while the process was ending
+            return
         elif mask:
             self._relay.epoll.register(self._fd, mask)
         else:
@@ -470,6 +475,7 @@ class Relay:
         self._report = report
         self._doomed: list[Link] = []
         self._later: list[tuple[Callable[[], None], Link | None]] = []
+        self._closed = self._closed_before = 0
         self.dirty: list[Link] = []
         self.in_pass = False
         self.now = clock()
@@ -601,6 +607,7 @@ class Relay:
     def release(self, fd: int) -> None:
         """A link closed its socket."""
         del self._links[fd]
+        self._closed += 1
 
     def schedule(self, link: Link, deadline: float) -> None:
         """Look at the link again when its deadline has passed."""
@@ -621,6 +628,14 @@ class Relay:
             await trio.sleep(1)
             with self.batch():
                 self.expire(int(self.now))
+            self._give_memory_back()
+
+    def _give_memory_back(self) -> None:
+        """After many connections closed, and once no more do, return what they held."""
+        if self._closed > _MANY_CLOSED and self._closed == self._closed_before:
+            give_back()
+            self._closed = 0
+        self._closed_before = self._closed
 
     def expire(self, slot: int) -> None:
         """Let everything expire whose deadline lies before second ``slot``."""

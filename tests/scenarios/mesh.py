@@ -276,7 +276,8 @@ async def mesh(
         made.destination()
         yield made
         nursery.cancel_scope.cancel()
-    assert [line for line in made.log() if line["level"] == "error"] == []  # a crash of an engine ends its connection only, but loudly
+    crashes = [line for line in made.log() if line["level"] == "error"]  # an engine that crashes ends its connection only, but loudly
+    assert not crashes, "\n".join(str(line.get("exception", line["event"])) for line in crashes)
 
 
 __all__ = ["ANYONE", "CART", "VIP", "WEB", "Direction", "ListenAddr", "Mesh", "inbound_policy", "mesh", "only", "replace"]

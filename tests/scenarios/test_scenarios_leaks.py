@@ -18,8 +18,10 @@ from core.addrs import Addr, OriginalDst
 from core.runtime.sockets import RawStream
 from core.runtime.tls import HandshakeFailed, TlsStream, client_context
 from policy.wire import Endpoint
+from proxy.transport.join import NOBODY, begin
+from proxy.transport.relay import Relay
 from tests.certs import Authority
-from tests.scenarios.mesh import ANYONE, FOR_CART, WEB, Mesh, inbound_policy, mesh, only
+from tests.scenarios.mesh import ANYONE, FOR_CART, WEB, Mesh, inbound_policy, mesh, only, tcp_pair
 from tests.scenarios.peers import Exchange, H11App, Http1
 
 _OURS = Authority()
@@ -168,3 +170,20 @@ async def test_an_engine_that_raises_on_the_first_bytes_loses_its_connection_onl
         with trio.fail_after(5):
             await made.client.live.wait_none()
         assert made.metric(made.client, "pillion_tcp_open_connections") == 0
+
+
+async def test_a_connection_that_comes_when_the_relay_has_ended_is_reset():
+    async with mesh(H11App(_reply), authority=_OURS) as made:
+        relay = Relay(lambda error: None)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(relay.run)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        near, far = tcp_pair()
+        near.setblocking(False)
+        far.setblocking(False)
+        begin(relay, relay.adopt(far, NOBODY), NOBODY, b"words")
+        assert relay.open_links == 0
+        with pytest.raises(ConnectionResetError):
+            near.recv(1)
+        assert made.log("a bug of ours") == []  # and the mesh around it goes on
