@@ -19,6 +19,8 @@ from local import protocol
 from local.state import control_socket, state_folder
 
 _START_TIMEOUT_S = 30.0
+_LONGEST_SOCKET = "policy/diagnostics.sock"  # local.control_plane
+_SOCKET_PATH_MAX = 107  # sun_path of unix(7), without its final zero
 
 
 class NotRunning(RuntimeError):
@@ -117,7 +119,9 @@ def compile_all() -> None:
 
 
 def prepare_state(state: Path) -> None:
-    """A folder of our own; the runner empties it."""
+    """A folder of our own; the runner empties it. Raises CannotStart."""
+    if len(os.fsencode(state / _LONGEST_SOCKET)) > _SOCKET_PATH_MAX:
+        raise CannotStart(f"{state} is too long for the Unix sockets in it: choose a shorter --name, or a shorter XDG_RUNTIME_DIR")
     state.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     if state.parent.stat().st_uid != os.geteuid():
         raise CannotStart(f"{state.parent} belongs to somebody else: remove it, or set XDG_RUNTIME_DIR to a folder of your own")

@@ -105,9 +105,8 @@ class Container:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(self.log, "ab") as log:  # noqa: ASYNC230 -- a local file: microseconds
-                self._process = await self._pod.start(
-                    self.plan, self.plan.argv, Stdio(subprocess.DEVNULL, log.fileno(), log.fileno()), None
-                )
+                stdio = Stdio(subprocess.DEVNULL, log.fileno(), log.fileno())
+                self._process = process = await self._pod.start(self.plan, self.plan.argv, stdio, None)
         except OSError as error:
             state.phase, state.reason, state.exit_code = "exited", f"did not start: {error}", 128
             self._pod.changed()
@@ -117,8 +116,11 @@ class Container:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._probe_all)
-                code = await self._process.wait()
+                code = await process.wait()
                 nursery.cancel_scope.cancel()
+        except BaseException:
+            await process.end()
+            raise
         finally:
             self._process = None
             state.phase, state.exit_code, state.ready, state.started = "exited", code, False, False
@@ -198,9 +200,7 @@ class Container:
             with trio.fail_after(timeout_s):
                 code = await process.wait()
         except BaseException:
-            process.kill()
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(process.reap)
+            await process.end()
             raise
         return None if code == 0 else f"the command exited with {code}"
 

@@ -125,7 +125,11 @@ class _Control:
                 process.kill()
 
             nursery.start_soon(until_hung_up)
-            code = await process.wait()
+            try:
+                code = await process.wait()
+            except BaseException:
+                await process.end()
+                raise
             nursery.cancel_scope.cancel()
         return protocol.Exited(code)
 

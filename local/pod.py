@@ -124,8 +124,8 @@ class Pod:
                 await self._live()
         finally:
             if self._sandbox:
-                self._sandbox.kill()
-                self._sandbox = None
+                sandbox, self._sandbox = self._sandbox, None  # nothing starts in it any more
+                await sandbox.end()
             self.ended.set()
             self.changed()
 

@@ -65,12 +65,16 @@ class Process:
             self._end_session()
             self.signal(signal.SIGKILL)
 
-    def reap(self) -> None:
-        """Wait for a process that was killed, blocking; for a process whose `wait` was cancelled."""
-        self._popen.wait()
+    async def end(self) -> None:
+        """Kill and reap, for a process whose `wait` was cancelled; not cancellable.
+
+        Whoever gives up waiting calls this: as long as a member of a pod's PID namespace is not reaped, the kernel does not let the
+        namespace end, and ending the pod would wait for us.
+        """
+        self.kill()
         if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+            with trio.CancelScope(shield=True):
+                await self.wait()
 
     def _end_session(self) -> None:
         try:

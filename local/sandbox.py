@@ -47,10 +47,19 @@ class Sandbox:
         self._holder = holder
         self.pid = holder.pid
 
-    def kill(self) -> None:
-        """End everything in the pod: the kernel kills a PID namespace with its first process, and the rest has no other holder."""
-        self._holder.kill()
-        self._holder.wait()
+    async def end(self) -> None:
+        """End everything in the pod: the kernel kills a PID namespace with its first process, and the rest has no other holder.
+
+        Not cancellable. Must not block the runner: the first process is gone only when all others are reaped, which other tasks do.
+        """
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            self._holder.kill()
+            with trio.CancelScope(shield=True):
+                await trio.lowlevel.wait_readable(pidfd)
+            self._holder.wait()
+        finally:
+            os.close(pidfd)
 
 
 async def make_sandbox(plan: SandboxPlan) -> Sandbox:
@@ -61,7 +70,7 @@ async def make_sandbox(plan: SandboxPlan) -> Sandbox:
         await run_program(["ip", "-batch", "-"], network.link_at_node(sandbox.pid, plan.link, plan.addresses))
         await namespaces.in_own_thread(lambda: _set_up_network(sandbox.pid, plan))
     except BaseException:
-        sandbox.kill()
+        await sandbox.end()
         raise
     return sandbox
 

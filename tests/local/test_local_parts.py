@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from functools import partial
+from pathlib import Path
 
 import h2.config
 import h2.connection
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from local import protocol
+from local import client, protocol
 from local.commands import local
 from local.exposure import closed_folders
 from local.grpc_health import health_request, read_health_untrusted
@@ -156,3 +157,9 @@ def test_commands_without_a_mesh_say_what_to_do() -> None:
 def test_capture_by_ebpf_is_refused_in_words(tmp_path: object) -> None:
     result = CliRunner().invoke(local, ["up", "-f", str(tmp_path), "--capture", "ebpf"])
     assert result.exit_code == 1 and "--capture nft" in result.output
+
+
+def test_a_state_folder_too_long_for_sockets_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(client.CannotStart, match="shorter --name"):
+        client.prepare_state(tmp_path / ("x" * 100))
+    client.prepare_state(tmp_path / "short")

@@ -1,0 +1,49 @@
+"""A mesh ends whatever still runs in it."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from local_lab import COMMAND, LocalMesh
+
+pytestmark = pytest.mark.netns
+
+POD = "apiVersion: v1\nkind: Pod\nmetadata: {name: one, namespace: shop}\nspec: {containers: [{name: a, command: [sleep, '9999']}]}\n"
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[LocalMesh]:
+    (tmp_path / "app.yaml").write_text(POD)
+    found = LocalMesh(f"end-{os.getpid()}", tmp_path)
+    started = found.up()
+    try:
+        assert started.returncode == 0, started.stderr
+        yield found
+    finally:
+        found.run("down")
+
+
+@pytest.mark.parametrize("how", ["down", "sigterm"])
+def test_a_command_that_still_runs_in_a_pod_does_not_keep_the_mesh(mesh: LocalMesh, how: str) -> None:
+    """The pod's PID namespace ends only when the runner has reaped the command, which lies beside the pod's containers."""
+    words = [*COMMAND, "exec", "--name", mesh.name, "-n", "shop", "one", "--", "sh", "-c", "echo runs; exec sleep 98766"]
+    command = subprocess.Popen(words, stdout=subprocess.PIPE)
+    assert command.stdout is not None and command.stdout.readline() == b"runs\n"
+    runner = os.pidfd_open(mesh.runner_pid())
+    try:
+        if how == "down":
+            assert mesh.run("down", timeout=20).returncode == 0
+        else:
+            os.kill(mesh.runner_pid(), signal.SIGTERM)
+        assert select.select([runner], [], [], 10)[0], "the runner waits for ever"
+    finally:
+        os.close(runner)
+        command.kill()
+        command.wait()
+        command.stdout.close()
