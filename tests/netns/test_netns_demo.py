@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ COMMAND = (sys.executable, "-m", "cli.main")
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> Iterator[str]:
     """A mesh of this test's own, ended if the test did not."""
-    found = f"t-demo-{os.getpid()}-{abs(hash(request.node.name)) % 1000}"
+    found = f"td{os.getpid()}-{abs(hash(request.node.name)) % 1000}"
     yield found
     subprocess.run([*COMMAND, "local", "down", "--name", found], cwd=ROOT, capture_output=True, check=False)
 
@@ -107,3 +108,25 @@ def test_a_mesh_of_that_name_is_not_taken_over(name: str, tmp_path: Path) -> Non
     finally:
         running.send_signal(signal.SIGINT)
         running.wait(30)
+
+
+@pytest.mark.needs("newuidmap")
+def test_the_demo_needs_no_root(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Every line also holds for a user who exists only in a mount namespace of this test, with a range of subordinate ids."""
+    home = Path(tempfile.mkdtemp(prefix="td-", dir="/tmp"))  # short: Unix sockets lie in it
+    request.addfinalizer(lambda: shutil.rmtree(home))
+    os.chown(home, 4242, 4242)
+    (tmp_path / "passwd").write_text(Path("/etc/passwd").read_text() + "rootless:x:4242:4242::/:/bin/sh\n")
+    (tmp_path / "subid").write_text("rootless:300000:65536\n")
+    script = f"""
+set -e
+touch /etc/subuid /etc/subgid
+mount --bind {tmp_path}/passwd /etc/passwd
+mount --bind {tmp_path}/subid /etc/subuid
+mount --bind {tmp_path}/subid /etc/subgid
+export HOME={home} XDG_RUNTIME_DIR={home} PYTHONDONTWRITEBYTECODE=1
+exec setpriv --reuid 4242 --regid 4242 --clear-groups -- {" ".join(COMMAND)} demo --name {name}
+"""
+    done = subprocess.run(["unshare", "-m", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"(\d+) of \1 lines as they should be", done.stdout)
