@@ -14,7 +14,7 @@ from core.k8s import fields
 from core.k8s.fields import InvalidObject, shown
 from core.k8s.objects import ObjectMeta, group_kind, namespaced, read_meta
 from core.refs import Ref
-from injector.decide import SIDECAR_NAME
+from injector.decide import SIDECAR_NAME, SIDECAR_UID
 from local import shapes
 from policy.admission import parse_object
 
@@ -29,6 +29,8 @@ WORKLOADS = (
 _USED = (*WORKLOADS, ("", "Namespace"), ("", "ServiceAccount"), ("", "Service"), ("", "ConfigMap"), ("", "Secret"))
 POLICY_GROUPS = ("policy.pillion.dev", "gateway.networking.k8s.io")
 _CLUSTER_WIDE = (("", "Namespace"),)
+RESERVED_UIDS = frozenset({SIDECAR_UID, 2103, 2104})
+"""The sidecar's, and those of identity service and policy controller (see local.control_plane)."""
 
 
 class _ClaimMeta(msgspec.Struct, frozen=True):
@@ -120,6 +122,7 @@ def check_pod(template: Mapping[str, Any], path: str) -> None:
     where = fields.join(path, "spec")
     spec = template.get("spec")
     typed = fields.read(spec, shapes.PodSpec, where)
+    _check_user(typed.security_context, where)
     names: set[str] = set()
     volumes = {volume.name for volume in typed.volumes or ()}
     for field, containers in (("initContainers", typed.init_containers or ()), ("containers", typed.containers)):
@@ -127,7 +130,16 @@ def check_pod(template: Mapping[str, Any], path: str) -> None:
             _check_container(container, f"{where}.{field}[{number}]", names, volumes)
 
 
+def _check_user(security: shapes.Security | None, path: str) -> None:
+    """An app with a uid of ours would pass capture (the sidecar's), or read the authority's keys on the file system it shares with them."""
+    if security is not None and security.run_as_user in RESERVED_UIDS:
+        uids = ", ".join(map(str, sorted(RESERVED_UIDS)))
+        raise InvalidObject(f"{path}.securityContext.runAsUser", f"a uid other than those of the mesh ({uids})", str(security.run_as_user))
+
+
 def _check_container(container: shapes.Container, path: str, names: set[str], volumes: set[str]) -> None:
+    if container.name != SIDECAR_NAME or getattr(container.security_context, "run_as_user", None) != SIDECAR_UID:
+        _check_user(container.security_context, path)
     if container.name in names:
         raise InvalidObject(f"{path}.name", "a name that no other container of the pod has", shown(container.name))
     names.add(container.name)

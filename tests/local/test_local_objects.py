@@ -114,6 +114,18 @@ def test_a_selector_must_select_the_template() -> None:
     assert refusal(raw) == "spec.selector.matchLabels"
 
 
+@pytest.mark.parametrize("uid", [2102, 2103, 2104])
+def test_no_app_gets_a_uid_of_the_mesh(uid: int) -> None:
+    container = {"name": "a", "command": ["sleep"]}
+    for spec, path in (
+        ({"containers": [container], "securityContext": {"runAsUser": uid}}, "spec.securityContext.runAsUser"),
+        ({"containers": [container | {"securityContext": {"runAsUser": uid}}]}, "spec.containers[0].securityContext.runAsUser"),
+    ):
+        with pytest.raises(InvalidObject) as refused:
+            read_manifest({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": spec})
+        assert refused.value.path == path
+
+
 def test_two_containers_need_two_names() -> None:
     raw = deployment()
     raw["spec"]["template"]["spec"]["initContainers"] = [{"name": "app", "command": ["true"]}]
