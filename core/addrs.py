@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from functools import lru_cache
 from typing import NamedTuple, NewType
 
 
@@ -26,6 +27,7 @@ class InvalidAddr(ValueError):
     """Text that is not ``ip:port``; the message repeats it."""
 
 
+@lru_cache(maxsize=4096)  # a dual-stack listener asks three times for each connection
 def canonical_ip(text: str) -> str:
     """``::ffff:10.0.0.1`` and ``10.0.0.1`` are the same host to every rule we have; raises InvalidAddr for anything but an IP."""
     try:

@@ -29,12 +29,14 @@ class RawStream(trio.abc.HalfCloseableStream):
         self._released = False
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send everything; on cancellation an unknown part was sent."""
-        await trio.lowlevel.checkpoint()
+        """Send everything; on cancellation an unknown part was sent. A checkpoint only when the socket is full."""
         view = memoryview(data)
         while view:
             try:
-                view = view[self.sock.send(view) :]
+                n = self.sock.send(view)
+                if n == len(view):
+                    return
+                view = view[n:]
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self.sock)
             except OSError as error:

@@ -16,10 +16,10 @@ from typing import Literal
 
 import trio
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL
 from OpenSSL._util import lib
-from OpenSSL.crypto import X509
+from OpenSSL.crypto import FILETYPE_ASN1, X509, dump_certificate
 
 from core.credentials import Credentials
 from core.names import InvalidName, WorkloadId, parse_workload_id
@@ -29,9 +29,11 @@ _GROUPS_POST_QUANTUM = b"X25519MLKEM768:X25519:P-256:P-384"
 _GROUPS_CLASSIC = b"X25519:P-256:P-384"
 _MODE_ENABLE_PARTIAL_WRITE = 0x1  # pyOpenSSL switches it on: then one call writes one record of 16 KiB only
 _MODE_RELEASE_BUFFERS = 0x10  # an idle connection gives its 34 KiB of record buffers back
+_MODE_NO_AUTO_CHAIN = 0x8  # else OpenSSL verifies our own chain in every handshake, to complete what is complete
 _OP_NO_TICKET = 0x4000
 _OP_NO_RENEGOTIATION = 0x40000000
 _READ_BYTES = 65536
+_WRITE_BYTES = 32768  # at most, from the BIO at once: more than a handshake's flight
 _HANDSHAKE_BYTES_MAX = 256 * 1024  # far beyond any chain of ours; bounds what an unauthenticated peer makes us parse
 
 _VERIFY_REASONS = {
@@ -74,6 +76,7 @@ def server_context(credentials: Credentials, *, client: Literal["required", "opt
         return next((name for name in accepted if name in offered), SSL.NO_OVERLAPPING_PROTOCOLS)
 
     context.set_alpn_select_callback(select)  # type: ignore[arg-type]
+    context.set_tlsext_servername_callback(_send_no_tickets)
     context.set_app_data(accepted)
     return context
 
@@ -83,6 +86,7 @@ def client_context(credentials: Credentials | None, bundle_pem: bytes, alpn: Seq
     context = _context(bundle_pem)
     if credentials is not None:
         _present(context, credentials)
+    context.set_options(_OP_NO_TICKET)
     context.set_verify(SSL.VERIFY_PEER, _remember_verify_error)
     if alpn:
         context.set_alpn_protos(list(alpn))
@@ -97,7 +101,8 @@ def _context(bundle_pem: bytes) -> SSL.Context:
         lib.ERR_clear_error()
         lib.SSL_CTX_set1_curves_list(context._context, _GROUPS_CLASSIC)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-    context.set_options(_OP_NO_TICKET | _OP_NO_RENEGOTIATION)
+    context.set_options(_OP_NO_RENEGOTIATION)
+    context.set_mode(_MODE_NO_AUTO_CHAIN)
     context.clear_mode(_MODE_ENABLE_PARTIAL_WRITE)
     context.set_mode(_MODE_RELEASE_BUFFERS)
     store = context.get_cert_store()
@@ -116,6 +121,15 @@ def _present(context: SSL.Context, credentials: Credentials) -> None:
     context.use_privatekey(load_pem_private_key(credentials.key_pem, None))  # type: ignore[arg-type]
 
 
+def _send_no_tickets(connection: SSL.Connection) -> None:
+    """Called once the ClientHello is read, with or without a server name in it.
+
+    A server of TLS 1.3 that has the option from the start sends two tickets nevertheless, of another kind; one that gets it here
+    sends none (final_server_name in OpenSSL's extensions.c). They would cost a packet and a wake-up at the peer for each connection.
+    """
+    connection.set_options(_OP_NO_TICKET)
+
+
 def _remember_verify_error(connection: SSL.Connection, _: object, error: int, depth: int, ok: int) -> bool:
     if not ok:
         connection.set_app_data((error, depth))
@@ -124,13 +138,13 @@ def _remember_verify_error(connection: SSL.Connection, _: object, error: int, de
 
 def peer_identity(connection: SSL.Connection, trust_domain: str) -> WorkloadId | None:
     """Who the verified peer is, None when it showed no certificate; raises HandshakeFailed when its name is not one of ours."""
-    certificate = connection.get_peer_certificate(as_cryptography=True)
+    certificate = connection.get_peer_certificate()
     if certificate is None:
         return None
-    der = certificate.public_bytes(Encoding.DER)
+    der = dump_certificate(FILETYPE_ASN1, certificate)
     identity = _known_leaves.get(der)
     if identity is None:
-        identity = _leaf_identity(certificate)
+        identity = _leaf_identity(x509.load_der_x509_certificate(der))
         if len(_known_leaves) >= _KNOWN_LEAVES_MAX:
             _known_leaves.clear()
         _known_leaves[der] = identity
@@ -250,10 +264,12 @@ class TlsStream(trio.abc.HalfCloseableStream):
         async with self._send_lock:
             while (data := self._encrypted()) is not None:
                 await self.transport.send_all(data)
+                if len(data) < _WRITE_BYTES:
+                    break
 
     def _encrypted(self) -> bytes | None:
         try:
-            return self.connection.bio_read(_READ_BYTES)
+            return self.connection.bio_read(_WRITE_BYTES)
         except SSL.WantReadError:
             return None
 

@@ -119,12 +119,34 @@ async def test_no_session_can_be_resumed():
         assert await shake(client, server) == ("ok", "ok")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.send_all, b"x")
-            assert await client.receive_some() == b"x"  # a session ticket would have arrived before this byte
+            assert await client.receive_some() == b"x"
         return client, server
 
     client, _ = await connect(None)
     again, _ = await connect(client.connection.get_session())
     assert not lib.SSL_session_reused(again.connection._ssl)
+
+
+async def test_a_server_sends_one_flight_and_no_session_tickets():
+    client, server = pair(AUTHORITY.credentials(WEB), AUTHORITY.credentials(CART))
+    flights: list[int] = []
+    send_all = server.transport.send_all
+
+    async def counting(data: bytes | bytearray | memoryview) -> None:
+        flights.append(len(data))
+        await send_all(data)
+
+    server.transport.send_all = counting  # type: ignore[method-assign]
+    assert await shake(client, server) == ("ok", "ok")
+    assert len(flights) == 1
+
+
+async def test_each_end_sends_its_chain_as_it_was_given_without_the_anchor():
+    client, server = pair(AUTHORITY.credentials(WEB), AUTHORITY.credentials(CART))
+    assert await shake(client, server) == ("ok", "ok")
+    seen_by_client = client.connection.get_peer_cert_chain(as_cryptography=True)
+    seen_by_server = server.connection.get_peer_cert_chain(as_cryptography=True)
+    assert (seen_by_client, seen_by_server) == ([server.connection.get_certificate(as_cryptography=True)], [])  # OpenSSL: without the leaf
 
 
 async def test_a_stream_cut_off_without_close_notify_is_broken_not_ended():
