@@ -1,0 +1,100 @@
+"""Edits of policy act on a running mesh: within two seconds, on open connections too, and on nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from arena import HTTP, OPAQUE, PLAIN, Arena
+from local_lab import wait_until
+
+pytestmark = [pytest.mark.netns, pytest.mark.slow]
+
+WITHIN_S = 2.0
+
+
+def until(arena: Arena, status: int, ask: Callable[[], int]) -> None:
+    """The answer becomes ``status`` in time."""
+    began = time.monotonic()
+    wait_until(lambda: ask() == status, f"answer {status}", WITHIN_S + 3)
+    assert time.monotonic() - began < WITHIN_S
+
+
+def test_allow_deny_allow_acts_within_two_seconds(arena: Arena) -> None:
+    ip = arena.ip("web")
+    with arena.dial("client", ip, HTTP) as kept:  # a connection that stays open all the while
+
+        def ask() -> int:
+            kept.sendall(b"GET /live HTTP/1.1\r\nhost: web\r\n\r\n")
+            return int(kept.recv(1 << 16).split(b" ")[1])
+
+        for _ in range(2):
+            assert ask() == 200 and arena.ask("client", ip, HTTP).status == 200
+            with arena.edited("policy.yaml", lambda text: text.replace("{kind: ServiceAccount, name: client}, ", "")):
+                until(arena, 403, ask)
+                assert arena.ask("client", ip, HTTP).status == 403
+                assert arena.ask("admin", ip, HTTP).status == 200, "nobody else is touched"
+            until(arena, 200, ask)
+
+
+def test_a_removed_policy_cuts_open_opaque_connections(arena: Arena) -> None:
+    ip = arena.ip("web")
+    with arena.dial("client", ip, OPAQUE) as kept:
+        kept.sendall(b"a")
+        assert kept.recv(1) == b"a"
+        began = time.monotonic()
+        with arena.edited("opaque-may.yaml", None):
+            try:
+                cut = kept.recv(1) == b""
+            except ConnectionResetError:
+                cut = True
+            assert cut and time.monotonic() - began < WITHIN_S
+            assert not echoes(arena, ip), "nor is a new one let in"
+    wait_until(lambda: echoes(arena, ip), "it works again", WITHIN_S)
+
+
+def echoes(arena: Arena, ip: str) -> bool:
+    with arena.dial("client", ip, OPAQUE) as sock:
+        sock.sendall(b"c")
+        try:
+            return sock.recv(1) == b"c"
+        except OSError:
+            return False
+
+
+def test_the_default_policy_of_a_namespace_changes_without_a_restart(arena: Arena) -> None:
+    ip, pods = arena.ip("web"), set(arena.pods())
+    asks = {who: (lambda who=who: arena.ask(who, ip, PLAIN).status) for who in ("client", "stranger")}
+    assert [ask() for ask in asks.values()] == [200, 200]
+    for policy, client, stranger in (("all-authenticated", 200, 403), ("deny", 403, 403), ("cluster-unauthenticated", 200, 200)):
+        annotation = f"enabled, config.pillion.dev/default-inbound-policy: {policy}"
+        with arena.edited("namespace.yaml", lambda text, annotation=annotation: text.replace("enabled", annotation)):
+            until(arena, stranger, asks["stranger"])
+            until(arena, client, asks["client"])
+    until(arena, 200, asks["stranger"])
+    assert set(arena.pods()) == pods, "nothing was restarted"
+
+
+def test_a_server_that_appears_closes_its_port_and_opens_it_when_it_goes(arena: Arena) -> None:
+    ip = arena.ip("web")
+    assert arena.ask("client", ip, PLAIN).status == 200
+    server = """---
+apiVersion: policy.pillion.dev/v1alpha1
+kind: Server
+metadata: {name: late, namespace: arena}
+spec: {podSelector: {matchLabels: {app: web}}, port: 8083}
+"""
+    with arena.edited("opaque-may.yaml", lambda text: text + server):
+        until(arena, 403, lambda: arena.ask("client", ip, PLAIN).status)
+        assert arena.ask("stranger", ip, PLAIN).status == 403
+    until(arena, 200, lambda: arena.ask("client", ip, PLAIN).status)
+
+
+def test_a_broken_policy_changes_nothing(arena: Arena) -> None:
+    ip = arena.ip("web")
+    with arena.edited("policy.yaml", lambda text: text.replace("inherit: false", "inherit: [perhaps]") + "\n---\n{"):
+        wait_until(lambda: arena.status()["reasons"], "the refusal is shown")
+        answers = [arena.ask(who, ip, HTTP, "/admin").status for who in ("stranger", "client", "admin")]
+        assert answers == [403, 403, 200], "the last good state serves"
+    wait_until(lambda: not arena.status()["reasons"], "the refusal is gone")
