@@ -293,16 +293,90 @@ def test_a_field_of_the_static_table_is_one_byte(at: int) -> None:
 
 def test_what_is_sent_on_indexes_the_static_table() -> None:
     reader = BlockReader(Http2Limits())
-    literal = b"\x00\x07:status\x03200" + encode([(b"server", b"s", False)])
+    literal = b"\x40\x07:status\x03200" + encode([(b"server", b"s", False)])
     assert reader.response_untrusted(literal).block == b"\x88" + encode([(b"server", b"s", False)])
     fields = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/"), (b":authority", b"a"), (b"accept-encoding", b"gzip, deflate")]
     for extra in ([], [(b"x-long", b"v" * 2000)]):
         everything = [(n, v, False) for n, v in [*fields, *extra]]
         block = reader.request_untrusted(
-            b"".join(b"\x00" + bytes([len(n)]) + n + hpack_codec.value_literal(v) for n, v, _ in everything), True
+            b"".join(b"\x40" + bytes([len(n)]) + n + hpack_codec.value_literal(v) for n, v, _ in everything), True
         )
         for edit in (HeadEdit(), HeadEdit((b"x-long",))):
             sent = block.encoded(edit)
             assert sent.startswith(b"\x83\x86\x84\x01\x01a\x90")
             got = PythonDecoder(0, 1 << 20).decode_untrusted(sent)
             assert got == [field for field in everything if field[0] not in edit.strip]
+
+
+PLAIN_NAMES = st.one_of(st.sampled_from([n for n, _ in STATIC] + [b"cookie", b"x-a"]), st.binary(max_size=130))
+PLAIN = st.lists(
+    st.tuples(
+        PLAIN_NAMES,
+        st.one_of(
+            st.binary(max_size=40),
+            st.sampled_from([v for _, v in STATIC]),
+            st.sampled_from([b"v" * n for n in (126, 127, 254, 255, 256, 2000)]),
+        ),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+@given(PLAIN)
+def test_what_we_send_is_read_without_a_decoder_and_sent_on_as_it_is(fields: list[hpack_codec.Field]) -> None:
+    block = encode(fields)
+    names, values, secrets, plain = hpack_codec.read_plain_untrusted(block)
+    if any(len(name) > 126 for name, _, _ in fields) or len(block) > 4096:
+        assert not names
+    else:
+        assert list(zip(names, values, secrets, strict=True)) == fields
+        assert plain is block
+
+
+@given(st.one_of(st.binary(max_size=60), PLAIN.map(encode)), st.integers(0, 60), st.binary(max_size=3))
+def test_a_block_read_without_a_decoder_is_what_both_decoders_read(block: bytes, at: int, noise: bytes) -> None:
+    block = block[:at] + noise + block[at + len(noise) :]
+    names, values, secrets, plain = hpack_codec.read_plain_untrusted(block)
+    if names:
+        for decoder in (CompiledDecoder, PythonDecoder):
+            assert decoder(0, 1 << 20).decode_untrusted(block) == list(zip(names, values, secrets, strict=True))
+        assert decoder(4096, 1 << 20).decode_untrusted(plain) == list(zip(names, values, secrets, strict=True))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"",
+        b"\x20\x82",  # a table size
+        b"\x40\x01a\x01b",  # enters the table
+        b"\x80",
+        b"\x81",  # :authority without a value
+        b"\x8f",
+        b"\xbe",  # of the dynamic table
+        b"\x00\x01a\x81\x1f",  # Huffman
+        b"\x00\x81\x1f\x01b",
+        b"\x0f\x2f\x01b",  # a name of the dynamic table
+        b"\x0f\x80\x00\x01b",  # an integer longer than it need be
+        b"\x00\x01a\x7f\x80\x00" + b"b" * 127,
+        b"\x00\x01a\x02b",  # cut off
+        b"\x00\x02a",
+        b"\x00\x01a",
+        b"\x00",
+        b"\x0f",
+        b"\x00\x01a\x7f",
+        b"\x00\x01a\x7f\x80",
+        b"\x82" * 4097,
+    ],
+)
+def test_any_other_block_is_left_to_the_decoder(block: bytes) -> None:
+    assert hpack_codec.read_plain_untrusted(block) == hpack_codec.NOTHING
+
+
+def test_a_header_bomb_of_single_bytes_is_too_large() -> None:
+    reader = BlockReader(Http2Limits(header_list_bytes=4096))
+    give_up_table(reader)
+    for count in (200, 5000):
+        with pytest.raises(HeaderListTooLarge):
+            reader.response_untrusted(b"\x88" + encode([(b"accept-encoding", b"", False)]) * count)

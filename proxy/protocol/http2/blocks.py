@@ -16,7 +16,18 @@ from typing import Final, Generic, TypeVar
 
 from proxy.protocol.http2 import frames
 from proxy.protocol.http2.frames import ConnectionFault
-from proxy.protocol.http2.hpack_codec import Decoder, Field, HeaderListTooLarge, HpackFault, announced_sizes_untrusted, encode, new_decoder
+from proxy.protocol.http2.hpack_codec import (
+    NOTHING,
+    Decoder,
+    Field,
+    HeaderListTooLarge,
+    HpackFault,
+    Section,
+    announced_sizes_untrusted,
+    encode,
+    new_decoder,
+    read_plain_untrusted,
+)
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Request, read_request_untrusted, read_response_untrusted, read_trailers_untrusted
 from proxy.protocol.requests import HeadEdit
@@ -34,9 +45,9 @@ class RequestHead(Request):
 
     __slots__ = ("_block", "_edit", "bodiless")
 
-    def __init__(self, fields: list[Field], bodiless: bool) -> None:
+    def __init__(self, section: Section, bodiless: bool) -> None:
         Request.__init__(self)
-        read_request_untrusted(fields, self)
+        read_request_untrusted(section, self)
         self.bodiless = bodiless
         self._edit: HeadEdit | None = None
         self._block = b""
@@ -50,7 +61,7 @@ class RequestHead(Request):
     def encoded(self, edit: HeadEdit) -> bytes:
         """The block to send, without a dynamic table: stripped names removed, added fields at the end."""
         if self._edit is not edit:
-            self._block = self.shape.encode(self.fields, self.secrets, edit.strip) + encode_added(edit)
+            self._block = self.shape.encode(self.fields, self.secrets, edit.strip, self.plain) + encode_added(edit)
             self._edit = edit
         return self._block
 
@@ -60,8 +71,8 @@ class ResponseHead:
 
     __slots__ = ("block", "content_length", "size", "status")
 
-    def __init__(self, fields: list[Field]) -> None:
-        self.status, self.content_length, self.size, self.block = read_response_untrusted(fields)
+    def __init__(self, section: Section) -> None:
+        self.status, self.content_length, self.size, self.block = read_response_untrusted(section)
 
 
 class Trailers:
@@ -69,8 +80,8 @@ class Trailers:
 
     __slots__ = ("block", "size")
 
-    def __init__(self, fields: list[Field], strip: tuple[bytes, ...]) -> None:
-        self.size, self.block = read_trailers_untrusted(fields, strip)
+    def __init__(self, section: Section, strip: tuple[bytes, ...]) -> None:
+        self.size, self.block = read_trailers_untrusted(section, strip)
 
 
 class _Memo(Generic[T]):
@@ -155,7 +166,7 @@ class BlockReader:
         memo = _bodiless_requests if bodiless else _open_requests
         head = memo.known.get(block) if self._stateless else None
         if head is None:
-            head = RequestHead(self._fields(block), bodiless)
+            head = RequestHead(self._read(block), bodiless)
             if head.size > self._limit:
                 raise HeaderListTooLarge
             if self._stateless:
@@ -166,7 +177,7 @@ class BlockReader:
         """A response's head, final or 1xx."""
         head = _responses.known.get(block) if self._stateless else None
         if head is None:
-            head = ResponseHead(self._fields(block))
+            head = ResponseHead(self._read(block))
             if head.size > self._limit:
                 raise HeaderListTooLarge
             if self._stateless:
@@ -184,7 +195,7 @@ class BlockReader:
         return trailers
 
     def _trailers(self, block: bytes, strip: tuple[bytes, ...]) -> Trailers:
-        trailers = Trailers(self._fields(block), strip)
+        trailers = Trailers(self._read(block), strip)
         if trailers.size > self._limit:
             raise HeaderListTooLarge
         return trailers
@@ -193,6 +204,17 @@ class BlockReader:
         """A block nobody wants any more; decoded only where the table must follow."""
         if not self._stateless:
             self._fields(block)
+
+    def _read(self, block: bytes) -> Section:
+        if self._stateless:
+            section = read_plain_untrusted(block)
+            if section[0]:
+                return section
+        fields = self._fields(block)
+        if not fields:
+            return NOTHING
+        names, values, secrets = zip(*fields, strict=True)
+        return names, values, secrets, b""
 
     def _fields(self, block: bytes) -> list[Field]:
         followed = not self._stateless

@@ -3,7 +3,7 @@
 Decoding keeps the state of one connection. Encoding keeps none: nothing enters a dynamic table and nothing refers to one, so a block
 is a function of its fields, may be remembered, and fits any connection whose first block began with `NO_TABLE`. Blocks of a peer are
 never passed on as they came: what one decoder forgives (an oddly padded Huffman string, a table size in the middle of a block) would
-kill the connection that another client's streams share.
+kill the connection that another client's streams share; except for what `read_plain_untrusted` accepts, where nothing is to be forgiven.
 
 jh2's decoder is a private module and panics on a truncated block, which pyo3 raises as a BaseException; that is an `HpackFault` like
 any other, and the decoder is not used again because the connection ends.
@@ -23,6 +23,11 @@ else:
 
 Field = tuple[bytes, bytes, bool]
 """Name, value, and whether it must never enter a compression table (RFC 7541 section 7.1.3)."""
+
+Section = tuple[tuple[bytes, ...], tuple[bytes, ...], tuple[bool, ...], bytes]
+"""A header block read: names, values, which are secret, and the block itself if it may be sent on as it came, else nothing."""
+
+NOTHING: Final[Section] = ((), (), (), b"")
 
 NO_TABLE: Final = b"\x20"
 """Dynamic table size update to 0: the first bytes of the first block on a connection."""
@@ -160,6 +165,75 @@ _STATIC_VALUES: Final = {
     name: {value: bytes((0x80 | at,)) for at, value in enumerate(values, start)} for name, start, values in _STATIC_FIELDS
 }
 _STATIC_NAMES: Final = {name: at for at, name in reversed(list(enumerate(_STATIC, 1)))}
+
+
+_STATIC_WHOLE: Final = tuple(value for _, _, values in _STATIC_FIELDS[:4] for value in values)  # of the indexes from 2 on
+_PLAIN_BYTES: Final = 4096  # of a block: what a byte can cost is bounded by the decoder, not here
+_NO_SECRETS: Final = tuple((False,) * count for count in range(64))
+
+
+def read_plain_untrusted(block: bytes) -> Section:
+    """A block in the form that we send ourselves: names of the static table or in full, values in full, whole fields of the static
+    table; no Huffman coding, no dynamic table, integers as short as they can be. Any decoder reads it in the same way.
+
+    `NOTHING` for any other block, which is for the decoder, also to say what is wrong with it.
+    """
+    size = len(block)
+    if size > _PLAIN_BYTES:
+        return NOTHING
+    names: list[bytes] = []
+    values: list[bytes] = []
+    secrets: list[int] = []
+    at = 0
+    try:
+        while at < size:
+            first = block[at]
+            at += 1
+            if first >= 0x20:  # a whole field; or something that touches a table
+                if not 0x82 <= first <= 0x8E:
+                    return NOTHING
+                names.append(_STATIC[first - 0x81])
+                values.append(_STATIC_WHOLE[first - 0x82])
+                continue
+            if first & 0x10:
+                secrets.append(len(names))
+            index = first & 0x0F
+            if index == 0x0F:
+                index += block[at]
+                at += 1
+            if index:
+                if index > 61:
+                    return NOTHING
+                names.append(_STATIC[index - 1])
+            else:
+                stop = at + 1 + block[at]
+                if stop > at + 127:
+                    return NOTHING
+                names.append(block[at + 1 : stop])
+                at = stop
+            length = block[at]
+            at += 1
+            if length >= 127:
+                more = block[at]
+                at += 1
+                if length > 127:
+                    return NOTHING
+                length += more
+                if more >= 128:
+                    length += (block[at] << 7) - 128
+                    if not 0 < block[at] < 128:
+                        return NOTHING
+                    at += 1
+            values.append(block[at : at + length])
+            at += length
+    except IndexError:
+        return NOTHING
+    if at != size:
+        return NOTHING
+    count = len(names)
+    if not secrets and count < 64:
+        return tuple(names), tuple(values), _NO_SECRETS[count], block
+    return tuple(names), tuple(values), tuple([number in secrets for number in range(count)]), block
 
 
 def name_prefix(name: bytes, secret: bool) -> bytes:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from proxy.protocol.http2.hpack_codec import Field, encode, encode_values, indexed_values, name_prefix
+from proxy.protocol.http2.hpack_codec import Section, encode, encode_values, indexed_values, name_prefix
 
 _is_name = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+").fullmatch
 _is_method = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch
@@ -23,6 +23,7 @@ _is_authority = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9\-._~!$&'()*+
 _is_length = re.compile(rb"[0-9]{1,18}").fullmatch
 _is_status = re.compile(rb"[1-5][0-9][0-9]").fullmatch
 
+_METHODS: Final = frozenset((b"GET", b"POST", b"HEAD", b"PUT", b"DELETE", b"PATCH", b"OPTIONS", b"CONNECT"))
 _REQUEST_PSEUDO: Final = frozenset((b":method", b":scheme", b":path", b":authority", b":protocol"))
 _RESPONSE_PSEUDO: Final = frozenset((b":status",))
 _CONNECTION_SPECIFIC: Final = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"))
@@ -45,12 +46,12 @@ class Shape:
     first: index of the first field of each name. size: bytes of the names plus 32 each (RFC 9113 section 6.5.2). The others are indexes
     into the values, -1 when there is no such field. What was computed last is kept, because it is nearly always asked for again:
     secrets, prefixes, indexed: the encoded names, and which of them may be whole fields of the static table; stripped_for, kept: which
-    fields stay under a HeadEdit.strip, None for all.
+    fields stay under a HeadEdit.strip, None for all; authority_before: a sound one.
     """
 
     __slots__ = (
-        "authority", "content_length", "content_type", "first", "host", "indexed", "kept", "method", "names", "path", "prefixes",
-        "protocol", "scheme", "secrets", "separators", "size", "status", "stripped_for", "te",
+        "authority", "authority_before", "content_length", "content_type", "first", "host", "indexed", "kept", "method", "names", "path",
+        "prefixes", "protocol", "scheme", "secrets", "separators", "size", "status", "stripped_for", "te",
     )  # fmt: skip
 
     def __init__(self, names: tuple[bytes, ...], first: dict[bytes, int]) -> None:
@@ -66,6 +67,7 @@ class Shape:
         self.scheme = get(b":scheme", -1)
         self.path = get(b":path", -1)
         self.authority = get(b":authority", -1)
+        self.authority_before: bytes | None = None
         self.protocol = get(b":protocol", -1)
         self.status = get(b":status", -1)
         self.host = get(b"host", -1)
@@ -75,10 +77,11 @@ class Shape:
         self.stripped_for: tuple[bytes, ...] | None = None
         self.kept: tuple[int, ...] | None = None
 
-    def encode(self, values: tuple[bytes, ...], secrets: tuple[bool, ...], strip: tuple[bytes, ...]) -> bytes:
+    def encode(self, values: tuple[bytes, ...], secrets: tuple[bool, ...], strip: tuple[bytes, ...], plain: bytes) -> bytes:
         """A message of this shape as a block without a dynamic table, without the fields named in `strip` (lower case).
 
         A name to strip matches with ``_`` for ``-`` too: gateways that turn names into variables (CGI, WSGI) cannot tell them apart.
+        plain: the block that the message came as, if that may be sent on, else nothing.
         """
         if strip is not self.stripped_for:  # constant for a connection, so that identity is enough and costs nothing
             gone = {name for name in self.first if name.replace(b"_", b"-") in strip}
@@ -86,6 +89,8 @@ class Shape:
             self.stripped_for = strip
         if self.kept is not None:
             return encode([(self.names[at], values[at], secrets[at]) for at in self.kept])
+        if plain:
+            return plain
         if secrets != self.secrets:
             self.prefixes = tuple(map(name_prefix, self.names, secrets))
             known = enumerate(map(indexed_values, self.names, secrets))
@@ -102,7 +107,7 @@ class Request:
     """
 
     __slots__ = (
-        "authority", "connect", "content_length", "extended", "fields", "grpc", "method", "secrets", "shape", "size", "target",
+        "authority", "connect", "content_length", "extended", "fields", "grpc", "method", "plain", "secrets", "shape", "size", "target",
     )  # fmt: skip
 
     method: bytes
@@ -113,6 +118,8 @@ class Request:
     fields: tuple[bytes, ...]
     """The values, in order."""
     secrets: tuple[bool, ...]
+    plain: bytes
+    """The block it came as, if that may be sent on."""
 
     def __init__(self) -> None:
         self.grpc = self.connect = self.extended = False
@@ -173,9 +180,10 @@ def _check_values_untrusted(values: tuple[bytes, ...], shape: Shape) -> int:
     joined = b"\n".join(values)
     if joined.translate(None, _ALLOWED) != shape.separators:
         raise Malformed("control character in a field value")
-    if b" \n" in joined or b"\n " in joined or len(joined.strip(b" \t")) != len(joined):
+    find = joined.find  # `in` makes an exception and drops it before it looks, because its left side might be a number
+    if find(b" \n") >= 0 or find(b"\n ") >= 0 or len(joined.strip(b" \t")) != len(joined):
         raise Malformed("field value begins or ends with white space")
-    if b"\t" in joined and (b"\t\n" in joined or b"\n\t" in joined):
+    if find(b"\t") >= 0 and (find(b"\t\n") >= 0 or find(b"\n\t") >= 0):
         raise Malformed("field value begins or ends with a tab")
     if shape.te >= 0 and values[shape.te].lower() != b"trailers":
         raise Malformed("te is not trailers")
@@ -189,16 +197,16 @@ def _content_length_untrusted(values: tuple[bytes, ...], shape: Shape) -> int:
     return int(value)
 
 
-def read_request_untrusted(fields: list[Field], into: Request) -> None:
+def read_request_untrusted(section: Section, into: Request) -> None:
     """Check a request's header list and fill `into`. Raises Malformed (RFC 9113 section 8.3.1, 8.5; RFC 8441 section 4)."""
-    if not fields:
+    names, values, into.secrets, into.plain = section
+    if not names:
         raise Malformed("no fields")
-    names, values, into.secrets = zip(*fields, strict=True)
     shape = into.shape = _requests.get(names) or _requests.learn_untrusted(names)
     into.fields = values
     into.size = _check_values_untrusted(values, shape)
     into.method = method = values[shape.method]
-    if not _is_method(method):
+    if method not in _METHODS and not _is_method(method):
         raise Malformed(":method is not a token")
     authority = values[shape.authority] if shape.authority >= 0 else b""
     if shape.host >= 0:
@@ -207,8 +215,10 @@ def read_request_untrusted(fields: list[Field], into: Request) -> None:
             authority = host
         elif host != authority and host.lower() != authority.lower():
             raise Malformed("host and :authority disagree")
-    if not _is_authority(authority):
-        raise Malformed("no valid :authority or host")
+    if authority != shape.authority_before:
+        if not _is_authority(authority):
+            raise Malformed("no valid :authority or host")
+        shape.authority_before = authority
     into.authority = authority
     if method == b"CONNECT":
         _read_connect_untrusted(values, shape, into)
@@ -251,24 +261,24 @@ def _read_connect_untrusted(values: tuple[bytes, ...], shape: Shape, into: Reque
     into.extended = True
 
 
-def read_response_untrusted(fields: list[Field]) -> tuple[int, int, int, bytes]:
+def read_response_untrusted(section: Section) -> tuple[int, int, int, bytes]:
     """(status, content length or -1, size, encoded block) of a response. Raises Malformed (RFC 9113 section 8.3.2)."""
-    if not fields:
+    names, values, secrets, plain = section
+    if not names:
         raise Malformed("no fields")
-    names, values, secrets = zip(*fields, strict=True)
     shape = _responses.get(names) or _responses.learn_untrusted(names)
     size = _check_values_untrusted(values, shape)
     status = values[shape.status]
     if not _is_status(status) or status == b"101":
         raise Malformed(":status is not a status of HTTP/2")
     length = _content_length_untrusted(values, shape) if shape.content_length >= 0 else -1
-    return int(status), length, size, shape.encode(values, secrets, ())
+    return int(status), length, size, shape.encode(values, secrets, (), plain)
 
 
-def read_trailers_untrusted(fields: list[Field], strip: tuple[bytes, ...]) -> tuple[int, bytes]:
+def read_trailers_untrusted(section: Section, strip: tuple[bytes, ...]) -> tuple[int, bytes]:
     """(size, encoded block without `strip`) of a trailer section; the block is empty when nothing is left. Raises Malformed (8.1)."""
-    if not fields:
+    names, values, secrets, plain = section
+    if not names:
         return 0, b""
-    names, values, secrets = zip(*fields, strict=True)
     shape = _trailers.get(names) or _trailers.learn_untrusted(names)
-    return _check_values_untrusted(values, shape), shape.encode(values, secrets, strip)
+    return _check_values_untrusted(values, shape), shape.encode(values, secrets, strip, plain)
