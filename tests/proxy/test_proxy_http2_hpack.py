@@ -352,8 +352,6 @@ def test_a_block_read_without_a_decoder_is_what_both_decoders_read(block: bytes,
         b"\x20\x82",  # a table size
         b"\x40\x01a\x01b",  # enters the table
         b"\x80",
-        b"\x81",  # :authority without a value
-        b"\x8f",
         b"\xbe",  # of the dynamic table
         b"\x00\x01a\x81\x1f",  # Huffman
         b"\x00\x81\x1f\x01b",
@@ -380,3 +378,9 @@ def test_a_header_bomb_of_single_bytes_is_too_large() -> None:
     for count in (200, 5000):
         with pytest.raises(HeaderListTooLarge):
             reader.response_untrusted(b"\x88" + encode([(b"accept-encoding", b"", False)]) * count)
+
+
+def test_whole_fields_of_the_static_table_are_read_without_a_decoder() -> None:
+    for index, field in enumerate(hpack.hpack.HeaderTable.STATIC_TABLE, 1):
+        names, values, secrets, _ = hpack_codec.read_plain_untrusted(bytes([0x80 | index]))
+        assert ((names[0], values[0]), secrets) == (field, (False,))

@@ -167,7 +167,9 @@ _STATIC_VALUES: Final = {
 _STATIC_NAMES: Final = {name: at for at, name in reversed(list(enumerate(_STATIC, 1)))}
 
 
-_STATIC_WHOLE: Final = tuple(value for _, _, values in _STATIC_FIELDS[:4] for value in values)  # of the indexes from 2 on
+_STATIC_WHOLE: Final = tuple(
+    {at + start: value for _, start, values in _STATIC_FIELDS for at, value in enumerate(values)}.get(index, b"") for index in range(62)
+)
 _PLAIN_BYTES: Final = 4096  # of a block: what a byte can cost is bounded by the decoder, not here
 _NO_SECRETS: Final = tuple((False,) * count for count in range(64))
 
@@ -190,10 +192,10 @@ def read_plain_untrusted(block: bytes) -> Section:
             first = block[at]
             at += 1
             if first >= 0x20:  # a whole field; or something that touches a table
-                if not 0x82 <= first <= 0x8E:
+                if not 0x81 <= first <= 0xBD:
                     return NOTHING
                 names.append(_STATIC[first - 0x81])
-                values.append(_STATIC_WHOLE[first - 0x82])
+                values.append(_STATIC_WHOLE[first - 0x80])
                 continue
             if first & 0x10:
                 secrets.append(len(names))
