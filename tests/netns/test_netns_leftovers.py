@@ -23,11 +23,10 @@ def machine() -> dict[str, object]:
     run = lambda *words: subprocess.run(words, capture_output=True, text=True, check=True).stdout
     return {
         "mounts": Path("/proc/self/mounts").read_text(),
-        "links": sorted(link["ifname"] for link in json.loads(run("ip", "-j", "link"))),
+        "links": sorted(link["ifname"] for link in json.loads(run("ip", "-j", "link")) if link["ifname"].startswith("pod")),
         "routes": run("ip", "route"),
         "rules": run("nft", "list", "tables"),
         "named namespaces": run("ip", "netns"),
-        "tmp": sorted(name for name in os.listdir("/tmp") if "pillion" in name),
     }
 
 
