@@ -24,7 +24,8 @@ class RawStream(trio.abc.HalfCloseableStream):
     """A connected TCP socket as a stream; `release` gives the socket to somebody else."""
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
+        if sock.gettimeout() != 0:
+            sock.setblocking(False)
         self.sock = sock
         self._released = False
 
@@ -95,7 +96,10 @@ class RawStream(trio.abc.HalfCloseableStream):
 
 
 def tune(sock: socket.socket) -> None:
-    """No Nagle (we send whole messages), keep-alive probes, and a bound on unacknowledged data."""
+    """No Nagle (we send whole messages), keep-alive probes, and a bound on unacknowledged data.
+
+    What is accepted from a listening socket has all of this from it.
+    """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
@@ -104,18 +108,40 @@ def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
 
 
-async def connect(addr: Addr) -> RawStream:
-    """Connect to an IP address; raises OSError with the kernel's errno. The caller bounds the time."""
-    sock = socket.socket(socket.AF_INET6 if ":" in addr.ip else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        tune(sock)
+class Connecting:
+    """A connection on its way to an IP address; raises OSError with the kernel's errno at once when there is none. Close it or `wait`."""
+
+    __slots__ = ("done", "sock")
+
+    def __init__(self, addr: Addr) -> None:
+        self.sock = socket.socket(socket.AF_INET6 if ":" in addr.ip else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self.done = False
+        """Whether `stream` may be called without `wait`."""
         try:
-            sock.connect((addr.ip, addr.port))
-        except BlockingIOError:
-            await trio.lowlevel.wait_writable(sock)
-            if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                raise OSError(code, errno.errorcode.get(code, "connect failed")) from None
-    except BaseException:
-        sock.close()
-        raise
-    return RawStream(sock)
+            tune(self.sock)
+            code = self.sock.connect_ex((addr.ip, addr.port))
+            if code == errno.EINPROGRESS:  # within one machine it is over already, and the second call says so
+                code = self.sock.connect_ex((addr.ip, addr.port))
+            if code != errno.EALREADY:
+                self._settle(code)
+        except BaseException:
+            self.sock.close()
+            raise
+
+    async def wait(self) -> None:
+        """Until it is made; raises OSError and closes it otherwise. The caller bounds the time."""
+        try:
+            await trio.lowlevel.wait_writable(self.sock)
+            self._settle(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        except BaseException:
+            self.sock.close()
+            raise
+
+    def stream(self) -> RawStream:
+        """The connection, once it is made."""
+        return RawStream(self.sock)
+
+    def _settle(self, code: int) -> None:
+        if code not in (0, errno.EISCONN):
+            raise OSError(code, errno.errorcode.get(code, "connect failed"))
+        self.done = True

@@ -219,7 +219,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
             except (SSL.Error, SSL.SysCallError) as error:
                 await self._flush_alert()
                 raise self._failure(error) from None
-            await self._flush()
+            await self._send_flight()
             try:
                 data = await self.transport.receive_some(_READ_BYTES)
             except trio.BrokenResourceError:
@@ -229,7 +229,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 raise HandshakeFailed("closed" if not data else "protocol", "the peer ended the handshake early") from None
             self.connection.bio_write(data)
         try:
-            await self._flush()
+            await self._send_flight()
         except trio.BrokenResourceError:
             raise HandshakeFailed("reset", "the peer reset the connection during the handshake") from None
         self._check_peer()
@@ -262,10 +262,14 @@ class TlsStream(trio.abc.HalfCloseableStream):
 
     async def _flush(self) -> None:
         async with self._send_lock:
-            while (data := self._encrypted()) is not None:
-                await self.transport.send_all(data)
-                if len(data) < _WRITE_BYTES:
-                    break
+            await self._send_flight()
+
+    async def _send_flight(self) -> None:
+        """Without the lock, which costs two turns of the scheduler, for when nobody else can be sending."""
+        while (data := self._encrypted()) is not None:
+            await self.transport.send_all(data)
+            if len(data) < _WRITE_BYTES:
+                break
 
     def _encrypted(self) -> bytes | None:
         try:

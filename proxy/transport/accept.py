@@ -34,6 +34,7 @@ async def accept_forever(
 
     admit: False when there are too many connections already; the newcomer is reset, so that it learns at once.
     """
+    tune(listener)  # inherited by what is accepted
     with listener:
         while True:
             await trio.lowlevel.wait_readable(listener)
@@ -62,7 +63,6 @@ def _take(
         stream.abort()
         return
     try:
-        tune(sock)
         accepted = Accepted(stream, ClientAddr(from_sockaddr(peer)), original_dst(sock))
     except OSError:
         stream.abort()  # reset by the client while it waited in the queue

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import socket
+from functools import lru_cache
 
 import trio
 
 from core.addrs import Addr
 from core.names import InvalidName, WorkloadId, parse_workload_id
-from core.runtime.sockets import RawStream, connect
+from core.runtime.sockets import Connecting, RawStream
 from core.runtime.tls import HandshakeFailed
 from policy.wire import Endpoint
 from proxy.rescue import Cause, Failure
@@ -79,7 +80,7 @@ class Dialer:
         if endpoint.identity is None or addr.ip in self._own_ips:
             return await self.plain(addr)
         try:
-            expect = parse_workload_id(endpoint.identity)
+            expect = _workload_id(endpoint.identity)
         except InvalidName as error:
             raise Failure(Cause.PEER_IDENTITY, f"{addr}: {error}") from None
         self._security.current()
@@ -105,13 +106,19 @@ class Dialer:
 
     async def _connect(self, addr: Addr) -> RawStream:
         try:
-            with trio.fail_after(self._connect_s):
-                return await connect(addr)
+            connecting = Connecting(addr)
+            if not connecting.done:
+                with trio.fail_after(self._connect_s):
+                    await connecting.wait()
+            return connecting.stream()
         except trio.TooSlowError:
             raise Failure(Cause.CONNECT_TIMEOUT, f"{addr} did not answer within {self._connect_s:g} s") from None
         except OSError as error:
             refused = error.errno == errno.ECONNREFUSED
             raise Failure(Cause.CONNECT_REFUSED if refused else Cause.CONNECT_FAILED, f"{addr}: {error.strerror or error}") from None
+
+
+_workload_id = lru_cache(maxsize=1024)(parse_workload_id)  # the same few endpoints are dialled again and again
 
 
 def _handshake_failure(addr: Addr, error: HandshakeFailed) -> Failure:

@@ -39,15 +39,16 @@ async def sniff(stream: trio.abc.ReceiveStream, silence_s: float, finish_s: floa
                 return Sniffed(b"", Detected.OPAQUE, ended=True)
         if not data:
             return Sniffed(b"", None)
+    if (sniffed := classify(data)) is not None:
+        return sniffed
     with trio.move_on_after(finish_s):
         while True:
-            sniffed = classify(data)
-            if sniffed is not None:
-                return sniffed
             more = bytes(await stream.receive_some(_READ_BYTES))
             if not more:
                 return Sniffed(data, detect_untrusted(data, ended=True), ended=True)
             data += more
+            if (sniffed := classify(data)) is not None:
+                return sniffed
     raise Failure(Cause.HEAD_TIMEOUT, f"the client began with {len(data)} bytes and did not go on for {finish_s:g} s")
 
 
