@@ -15,6 +15,7 @@ from policy.index import inbound, options
 from policy.index.settings import IndexSettings
 from policy.index.store import Store
 
+_ADMIN_PORT = 4191  # of every sidecar, never redirected to it: a meshed Prometheus scrapes it as an unmeshed one does
 _APP_PROTOCOLS: dict[str, wire.Protocol] = {
     "http": "http1",
     "kubernetes.io/ws": "http1",
@@ -105,7 +106,7 @@ def _endpoint(addr: Addr, pod: Pod | None, settings: IndexSettings) -> wire.Endp
 def _identity(pod: Pod, port: int, settings: IndexSettings) -> str | None:
     # The pod's own annotation only: the injector copies the namespace's, as the redirect was set up by what stood there at that time.
     skipped = options.read_port_list(pod.metadata.annotations.get(options.SKIP_INBOUND_PORTS, ""))
-    if not meshed(pod) or skipped.holds(port, pod.ports):
+    if not meshed(pod) or port == _ADMIN_PORT or skipped.holds(port, pod.ports):
         return None
     return inbound.identity(settings, pod.metadata.namespace, pod.spec.service_account_name)
 

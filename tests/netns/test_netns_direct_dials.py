@@ -87,6 +87,13 @@ def test_the_admin_port_lets_other_pods_look_but_not_touch(arena: Arena, family:
         assert arena.ask("stranger", ip, ADMIN, path).status == 200, path
 
 
+def test_a_meshed_prometheus_scrapes_as_an_unmeshed_one_does(arena: Arena) -> None:
+    ip = arena.ip("web")
+    for caller in ("client", "stranger"):
+        assert b"pillion_" in arena.ask(caller, ip, ADMIN, "/metrics").body, caller
+        assert arena.ask(caller, ip, ADMIN, "/shutdown", method="POST", body=b"x").status == 403
+
+
 def test_nothing_secret_is_on_the_admin_port(arena: Arena) -> None:
     ip = arena.ip("web")
     shown = b"".join(arena.ask("stranger", ip, ADMIN, path).body for path in ("/config", "/certs", "/policy", "/endpoints", "/metrics"))

@@ -325,6 +325,11 @@ def test_an_endpoint_without_a_sidecar_on_the_port_has_no_identity(pod: lab.Raw)
     assert [found.identity for found in index.destination("10.0.0.5:8080").endpoints] == [None]
 
 
+def test_a_sidecars_admin_port_has_no_identity_because_it_is_not_redirected() -> None:
+    index = indexed(*BASE)
+    assert [index.destination(f"10.0.0.5:{port}").endpoints[0].identity for port in (8080, 4191)] == [lab.CART.uri, None]
+
+
 def test_a_namespaces_skip_list_takes_no_identity_from_pods_that_were_injected_without_it() -> None:
     index = indexed(*BASE, lab.namespace(skip_inbound_ports="8080"))
     assert [found.identity for found in index.destination("10.96.0.1:80").endpoints] == [lab.CART.uri]
