@@ -162,6 +162,7 @@ class Inbound:
         gate = InboundGate(authorization, forwarder, record, self.relay, self.nursery, identity)
         link = self.relay.adopt(accepted.stream.release(), NOBODY, peer.records)
         http1 = peer.protocol is Detected.HTTP1
+        record.protocol = "HTTP/1.1" if http1 else "HTTP/2"
         gate.engine = Http1Client(link, gate, self.http1_limits) if http1 else Http2Client(link, gate, self.http2_limits)
 
         def closed() -> None:
@@ -184,7 +185,9 @@ class Inbound:
         """Join the connection with the app; cut it when a later policy takes the permit back."""
         try:
             app = await self._open_opaque(authorization, forwarder, record, to_app)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Failure):
+                record.failed(error.cause)
             record.closed(0, 0)
             raise
 

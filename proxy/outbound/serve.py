@@ -72,7 +72,9 @@ class Outbound:
         record = self.recorder.outbound(accepted.client, accepted.dst, destination.ref)
         try:
             chosen, sniffed = await self._decide(accepted, state, destination, record)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Failure):
+                record.failed(error.cause)
             record.closed(0, 0)
             raise
         if chosen is None:
@@ -163,6 +165,7 @@ class Outbound:
 
     def _serve_http(self, accepted: Accepted, sniffed: Sniffed, state: DestinationState, record: OutboundRecord) -> None:
         http1 = sniffed.protocol is Detected.HTTP1
+        record.protocol = "HTTP/1.1" if http1 else "HTTP/2"
         link = self.services.relay.adopt(accepted.stream.release(), NOBODY)
         gate = Http1Gate(self.services, state, record) if http1 else Http2Gate(self.services, state, record)
         gate.engine = Http1Client(link, gate, self.http1_limits) if http1 else Http2Client(link, gate, self.http2_limits)

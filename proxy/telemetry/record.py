@@ -128,6 +128,10 @@ class _Record:
         self._client_id = client_id
         self._outcomes: dict[object, Outcome] = {}
         self._keep_heads = recorder.access_log is not Mode.OFF
+        self._opened = recorder.now()
+        self._connection: Permit | Denied | None = None
+        self._cause = ""
+        self.protocol = "TCP"  # until somebody knows better
 
     def finish(self, note: Note, status: int, cause: Cause | None) -> None:
         """A request ended as gates say: see requests.Gate.finished."""
@@ -158,7 +162,35 @@ class _Record:
     def ended(self, cause: str) -> None:
         """An opaque connection ended. cause: empty when in order."""
         if cause:
-            self._recorder.metrics.error(self.direction, f"opaque-{cause}")
+            self._cause = f"opaque-{cause}"
+            self._recorder.metrics.error(self.direction, self._cause)
+
+    def failed(self, cause: Cause) -> None:
+        """The connection did not get as far as carrying bytes; whoever raised the failure reports it."""
+        self._cause = cause.value
+
+    def _log_opaque(self, read_bytes: int, written_bytes: int) -> None:
+        """The access log's line of an opaque connection, once it is over."""
+        recorder = self._recorder
+        if self.protocol != "TCP" or not (recorder.access_log is Mode.ALL or (recorder.access_log is Mode.ERRORS and self._cause)):
+            return
+        decision = self._connection
+        line = Exchange(
+            direction=self.direction,
+            protocol=self.protocol,
+            client_addr=str(self._client),
+            client_id=self._client_id,
+            server_addr=str(self._dst),
+            duration_ms=(recorder.now() - self._opened) * 1000.0,
+            request_bytes=read_bytes,
+            response_bytes=written_bytes,
+            server=decision.server if decision else None,
+            authorization=decision.authorization if decision else None,
+            audit=decision.audit if decision else False,
+            reason=decision.reason if isinstance(decision, Denied) else "",
+            cause=self._cause or None,
+        )
+        recorder.access(record(line))
 
     def _failed(self, cause: Cause, decision: Decision | None) -> None:
         self._recorder.metrics.error(self.direction, cause.value)
@@ -176,7 +208,7 @@ class _Record:
         agent, *traces = head.values((b"user-agent", *TRACE_HEADERS))
         return Exchange(
             direction=self.direction,
-            protocol="http",
+            protocol=self.protocol,
             client_addr=str(self._client),
             client_id=self._client_id,
             server_addr=str(self._dst),
@@ -220,11 +252,13 @@ class InboundRecord(_Record):
 
     def connection(self, decision: Permit | Denied) -> None:
         """The connection was decided on as opaque bytes."""
+        self._connection = decision
         permitted = isinstance(decision, Permit)
         self._recorder.metrics.tcp_authz("allow" if permitted else "deny", self._labels(decision)).value += 1
 
     def terminated(self, decision: Denied) -> None:
         """A later policy took the permit of an open connection back."""
+        self._connection = decision
         self._recorder.metrics.tcp_authz("terminate", self._labels(decision)).value += 1
         self._recorder.say("info", "terminated", "inbound terminated", client=str(self._client), dst=str(self._dst), reason=decision.reason)
 
@@ -233,6 +267,7 @@ class InboundRecord(_Record):
         self._tcp.read(read_bytes)
         self._tcp.wrote(written_bytes)
         self._tcp.closed()
+        self._log_opaque(read_bytes, written_bytes)
 
     def _bind(self, decision: Decision) -> Outcome:
         labels = self._labels(decision)
@@ -282,3 +317,4 @@ class OutboundRecord(_Record):
         self._tcp.read(read_bytes)
         self._tcp.wrote(written_bytes)
         self._tcp.closed()
+        self._log_opaque(read_bytes, written_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from collections.abc import Awaitable, Callable
@@ -365,3 +366,37 @@ async def test_a_service_port_that_is_not_defined_is_refused():
         stream = await made.dial()
         assert await _was_reset(stream)
         assert made.metric(made.client, "pillion_errors_total", error="service-port-undefined") == 1
+
+
+async def test_a_finished_opaque_connection_is_a_line_of_the_access_log() -> None:
+    lines: list[dict[str, object]] = []
+
+    async def echo(stream: trio.SocketStream) -> None:
+        async with stream:
+            while data := await stream.receive_some():
+                await stream.send_all(data)
+
+    async with mesh(echo, PILLION_ACCESS_LOG="all") as made:
+        for side in (made.client, made.server):
+            side.recorder.access = lambda fields: lines.append(dict(fields))
+        made.destination(protocol="opaque")
+        client = await made.dial()
+        await client.send_all(b"twelve bytes")
+        assert await client.receive_some() == b"twelve bytes"
+        await client.aclose()
+        made.policy(inbound_policy(only(WEB)))
+        with trio.fail_after(5):
+            while len(lines) < 2:
+                await trio.lowlevel.checkpoint()
+            denied = await made.dial()
+            with contextlib.suppress(trio.BrokenResourceError):
+                assert await denied.receive_some() == b""
+            while len(lines) < 4:
+                await trio.lowlevel.checkpoint()
+    inbound = [line for line in lines if line["direction"] == "inbound"]
+    assert [line["protocol"] for line in lines] == ["TCP"] * 4
+    assert inbound[0]["request_bytes"] == inbound[0]["response_bytes"] == 12
+    assert inbound[0]["client_id"] == CART.uri
+    assert "error" not in inbound[0]
+    assert inbound[1]["error"] == "denied"
+    assert CART.uri in str(inbound[1]["reason"])
