@@ -384,10 +384,10 @@ async def test_a_finished_opaque_connection_is_a_line_of_the_access_log() -> Non
         await client.send_all(b"twelve bytes")
         assert await client.receive_some() == b"twelve bytes"
         await client.aclose()
-        made.policy(inbound_policy(only(WEB)))
         with trio.fail_after(5):
             while len(lines) < 2:
                 await trio.lowlevel.checkpoint()
+            made.policy(inbound_policy(only(WEB)))
             denied = await made.dial()
             with contextlib.suppress(trio.BrokenResourceError):
                 assert await denied.receive_some() == b""
