@@ -215,7 +215,7 @@ class Arena(LocalMesh):
         (self.folder / "opaque-may.yaml").write_text(OPAQUE_MAY)
         up = self.up()
         assert up.returncode == 0, up.stderr + (self.state / "runner.log").read_text()
-        self._pids: dict[tuple[str, str], int] = {}
+        self._pids: dict[tuple[str, str], tuple[str, int]] = {}
 
     def status(self) -> dict[str, Any]:
         """As `pillion local status -o json`, without a process for each question."""
@@ -242,10 +242,11 @@ class Arena(LocalMesh):
     def pid(self, workload: str, program: str = "") -> int:
         """A process of a pod: its app, or the one whose command line ends in ``program`` (``proxy`` for the sidecar)."""
         key = (workload, program)
-        known = self._pids.get(key)
-        if known is None or not Path(f"/proc/{known}").exists():
+        name, known = self._pids.get(key, ("", 0))
+        if not name or not _is(known, name, program):  # numbers are used again
             name = self.pod(workload)
-            known = self._pids[key] = next(pid for pid in self.members() if _is(pid, name, program))
+            known = next(pid for pid in self.members() if _is(pid, name, program))
+            self._pids[key] = name, known
         return known
 
     def sidecar(self, workload: str) -> int:
@@ -307,8 +308,8 @@ class Arena(LocalMesh):
             with self.dial(workload, ip, port, wait_s) as sock:
                 sock.sendall(data)
                 return read_replies(sock, most) or [Reply(0)]
-        except OSError:
-            return [Reply(0)]
+        except OSError as error:
+            return [Reply(0, body=repr(error).encode())]
 
     def seen(self, workload: str = "web") -> list[str]:
         """What the app saw, asked over its own loopback, where no sidecar is."""
