@@ -12,4 +12,4 @@ rm -rf "$out/tests"
 cp -r tests "$out/tests"
 for folder in docs manifests examples local injector cli tools; do ln -sfn "../../$folder" "$out/$folder"; done
 cd "$out"
-exec ../../.venv/bin/python -m pytest -q -p no:cacheprovider tests/proxy tests/policy tests/scenarios "$@"
+exec timeout 600 ../../.venv/bin/python -m pytest -q -p no:cacheprovider tests/proxy tests/policy tests/scenarios "$@"

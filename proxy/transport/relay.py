@@ -356,8 +356,9 @@ class TlsLink(Link):
         except TlsBroken:
             self._refuse_record()
             return
-        if len(data) + RECORD_OVERHEAD == n:  # exactly one record of application data, the usual case
-            self.read_bytes += n
+        size = len(data)
+        if size + RECORD_OVERHEAD == n:  # exactly one record of application data, the usual case
+            self.read_bytes += size
             self.receiver.received(data)
         else:
             self._deliver(data)
@@ -467,6 +468,7 @@ class Relay:
         self, report: Callable[[BaseException], None], clock: Callable[[], float] = time.monotonic, *, take_turns: bool = True
     ) -> None:
         self._take_turns = take_turns
+        self._turn: Turn | None = None
         self.epoll = select.epoll()
         self._links: dict[int, Link] = {}
         self._wheel: dict[int, dict[Link, None]] = {}
@@ -509,15 +511,14 @@ class Relay:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(self._turn_wheel)
-            turn: Turn | None = turns(self.epoll, self.carry, _EVENTS_PER_PASS, failed) if self._take_turns else None
+            if self._take_turns:
+                self._turn = turns(self.epoll, self.carry, _EVENTS_PER_PASS, failed)
+            carried = self._be_watched if self._turn is None else trio.sleep_forever
             try:
-                if turn is None:
-                    await self._be_watched()
-                else:
-                    await trio.sleep_forever()
+                await carried()
             finally:
-                if turn is not None:
-                    turn.close()
+                if self._turn is not None:
+                    self._turn.close()
                 for link in list(self._links.values()):
                     link.abort()
                 self.epoll.close()
