@@ -88,15 +88,16 @@ class PortState:
 
 
 class DestinationState:
-    """What stands behind one dialled address. users: connections that hold it now."""
+    """What stands behind one dialled address. users: connections that hold it now. changed: told of every replacement."""
 
-    __slots__ = ("_cell", "_now", "addr", "balancer", "destination", "unused_since", "users")
+    __slots__ = ("_cell", "_now", "addr", "balancer", "changed", "destination", "unused_since", "users")
 
     def __init__(self, addr: Addr, cell: Cell[Destination | None], now: Callable[[], float]) -> None:
         self.addr = addr
         self._cell = cell
         self.destination: Destination | None = None
         self.balancer = Balancer(random.random)
+        self.changed: set[Callable[[], None]] = set()
         self.users = 0
         self._now = now
         self.unused_since = now()
@@ -109,6 +110,8 @@ class DestinationState:
             return
         self.destination = destination
         self.balancer.replace(destination.endpoints, self._now())
+        for listener in tuple(self.changed):
+            listener()
 
     async def wait_known(self) -> Destination:
         """The destination, as soon as it is known. The caller bounds the time."""

@@ -179,9 +179,19 @@ class Outbound:
 
     def _join(self, accepted: Accepted, sniffed: Sniffed, chosen: Chosen, state: DestinationState, record: OutboundRecord) -> None:
         load, dialled = chosen
-        link, _ = join(self.services.relay, accepted.stream, None, sniffed.data, dialled, record.ended, self.config.opaque_idle_timeout_s)
+        relay, idle_s = self.services.relay, self.config.opaque_idle_timeout_s
+        link, splice = join(relay, accepted.stream, None, sniffed.data, dialled, record.ended, idle_s)
+        secured = dialled.records is not None
+
+        def recheck() -> None:
+            """A pod that was dialled before anybody knew it looked external: what is plaintext must not stay so once it is meshed."""
+            if not secured and _must_be_secured(state, load.endpoint, self.config.pod_ips):
+                splice.cut("now-meshed")
+
+        state.changed.add(recheck)
 
         def closed() -> None:
+            state.changed.discard(recheck)
             load.active -= 1
             state.release(self.services.now())
             record.closed(link.read_bytes, link.written_bytes)
@@ -193,6 +203,12 @@ def _discard(chosen: Chosen) -> None:
     """Nobody wants the connection after all."""
     chosen.dialled.close()
     chosen.load.active -= 1
+
+
+def _must_be_secured(state: DestinationState, endpoint: Endpoint, own_ips: tuple[str, ...]) -> bool:
+    """Whether discovery now names an identity for the very address that a connection goes to."""
+    known = state.destination.endpoints if state.destination else ()
+    return any(one.addr == endpoint.addr and one.identity is not None and parse_addr(one.addr).ip not in own_ips for one in known)
 
 
 def _usable(state: DestinationState, accepted: Accepted) -> Destination:

@@ -400,3 +400,25 @@ async def test_a_finished_opaque_connection_is_a_line_of_the_access_log() -> Non
     assert "error" not in inbound[0]
     assert inbound[1]["error"] == "denied"
     assert CART.uri in str(inbound[1]["reason"])
+
+
+async def test_a_plaintext_connection_is_cut_once_discovery_names_an_identity_for_its_address() -> None:
+    async def echo(stream: trio.SocketStream) -> None:
+        async with stream:
+            with contextlib.suppress(trio.BrokenResourceError):
+                while data := await stream.receive_some():
+                    await stream.send_all(data)
+
+    async with mesh(echo) as made:
+        pod = OriginalDst(made.app)
+        cell = made.client_controller.watch_destination(str(pod))
+        cell.set(Destination("external", None, "detect"))
+        client = await made.dial(pod)
+        await client.send_all(b"plain")
+        assert await client.receive_some() == b"plain"
+        cell.set(Destination("pod", None, "detect", (Endpoint(str(pod)),)))
+        await client.send_all(b"still")
+        assert await client.receive_some() == b"still"  # known now, and not meshed
+        cell.set(Destination("pod", None, "detect", (Endpoint(str(pod), WEB.uri),)))
+        with pytest.raises(trio.BrokenResourceError), trio.fail_after(5):
+            await client.receive_some()
