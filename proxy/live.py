@@ -7,7 +7,8 @@ from typing import Protocol
 
 import trio
 
-from proxy.transport.relay import Link, Relay
+from proxy.transport.link import Link
+from proxy.transport.relay import Relay
 
 
 class Drainable(Protocol):

@@ -47,6 +47,7 @@ MODULES = (
     "proxy/protocol/opaque.py",
     "proxy/protocol/requests.py",
     "proxy/telemetry/record.py",
+    "proxy/transport/link.py",
     "proxy/transport/relay.py",
     "proxy/transport/tls_bio.py",
     "proxy/transport/turn.py",

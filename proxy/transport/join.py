@@ -11,7 +11,8 @@ from core.runtime.sockets import RawStream
 from proxy.protocol.opaque import Splice
 from proxy.protocol.sides import Receiver
 from proxy.transport.connect import Dialled
-from proxy.transport.relay import Link, Relay
+from proxy.transport.link import Link
+from proxy.transport.relay import Relay
 from proxy.transport.tls_bio import Records
 
 

@@ -14,7 +14,8 @@ import trio.testing
 from core.names import parse_workload_id
 from core.runtime.tls import TlsStream, client_context, server_context
 from proxy.protocol.opaque import Splice
-from proxy.transport.relay import Link, Relay
+from proxy.transport.link import Link
+from proxy.transport.relay import Relay
 from proxy.transport.tls_bio import PortableRecords, Records, records
 from tests.certs import Authority
 
