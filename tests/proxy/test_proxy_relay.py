@@ -341,9 +341,12 @@ async def test_a_task_made_runnable_by_an_engine_runs_at_once(nursery):
     app, inner = tcp_pair()
     inner.setblocking(False)
     relay.adopt(inner, Wakes()).start()
-    app.send(b"x")
-    with trio.fail_after(5):
+    sender = threading.Timer(0.02, app.send, (b"x",))  # when everybody sleeps already
+    sender.start()
+    with trio.fail_after(0.5):  # before the timer wheel, which wakes everybody once a second
         await heard.wait()
+        await trio.lowlevel.checkpoint()  # where a deadline that had woken us instead would be noticed
+    sender.join()
 
 
 async def test_a_relay_that_breaks_ends_loudly():
