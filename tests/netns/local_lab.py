@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,9 @@ class LocalMesh:
         """Every process of the mesh: the runner and all its descendants."""
         pids = [self.runner_pid()]
         for pid in pids:
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                pids += [int(child) for child in (task / "children").read_text().split()]
+            for task in Path(f"/proc/{pid}/task").glob("*"):
+                with suppress(FileNotFoundError, ProcessLookupError):  # a thread of the runner's pool may end meanwhile
+                    pids += [int(child) for child in (task / "children").read_text().split()]
         return pids
 
 
