@@ -9,6 +9,7 @@ import contextlib
 import errno
 import socket
 import struct
+from collections.abc import Callable
 
 import trio
 
@@ -109,16 +110,21 @@ def tune(sock: socket.socket) -> None:
 
 
 class Connecting:
-    """A connection on its way to an IP address; raises OSError with the kernel's errno at once when there is none. Close it or `wait`."""
+    """A connection on its way to an IP address; raises OSError with the kernel's errno at once when there is none. Close it or `wait`.
+
+    prepare: what to do with the socket before it connects.
+    """
 
     __slots__ = ("done", "sock")
 
-    def __init__(self, addr: Addr) -> None:
+    def __init__(self, addr: Addr, prepare: Callable[[socket.socket], None] | None = None) -> None:
         self.sock = socket.socket(socket.AF_INET6 if ":" in addr.ip else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self.done = False
         """Whether `stream` may be called without `wait`."""
         try:
             tune(self.sock)
+            if prepare is not None:
+                prepare(self.sock)
             code = self.sock.connect_ex((addr.ip, addr.port))
             if code == errno.EINPROGRESS:  # within one machine it is over already, and the second call says so
                 code = self.sock.connect_ex((addr.ip, addr.port))

@@ -1,14 +1,15 @@
 """Step 12: to the app, at the address that was dialled, and only with a permit.
 
 The address is never replaced by loopback: what an app binds to 127.0.0.1 stays private to the pod. Every client connection has its own
-connection to the app, so the app sees as many peers as there are.
+connection to the app, so the app sees as many peers as there are, and by their own addresses where the kernel can show them
+(transport/caller.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from core.addrs import Addr
+from core.addrs import Addr, ClientAddr
 from policy.authorize import Permit
 from proxy.protocol.http1 import Http1Upstream
 from proxy.protocol.http2 import Http2Limits, Http2Upstream
@@ -19,17 +20,18 @@ from proxy.transport.relay import Relay
 class Forwarder:
     """Connections to the app of one port, for one client connection."""
 
-    def __init__(self, relay: Relay, dialer: Dialer, app: Addr, limits: Http2Limits) -> None:
+    def __init__(self, relay: Relay, dialer: Dialer, app: Addr, caller: ClientAddr, limits: Http2Limits) -> None:
         self._relay = relay
         self._dialer = dialer
         self._limits = limits
         self.app = app
+        self._caller = caller
 
     async def open(self, permit: Permit) -> Dialled:
         """Connect to the app; raises Failure. The permit proves that somebody may go there."""
         if not isinstance(permit, Permit):
             raise TypeError("forwarding needs a permit")
-        return await self._dialer.plain(self.app)
+        return await self._dialer.app(self.app, self._caller)
 
     def http1(self, dialled: Dialled, gone: Callable[[Http1Upstream], None]) -> Http1Upstream:
         """An HTTP/1.1 upstream on a fresh connection."""

@@ -127,7 +127,7 @@ class Inbound:
             raise
 
     def _forwarder(self, accepted: Accepted) -> Forwarder:
-        return Forwarder(self.relay, self.dialer, accepted.dst, self.http2_limits)
+        return Forwarder(self.relay, self.dialer, accepted.dst, accepted.client, self.http2_limits)
 
     async def _wait_words(self, accepted: Accepted) -> Sniffed:
         sniffed = await sniff(accepted.stream, self.config.idle_timeout_s, self.config.detect_timeout_s)

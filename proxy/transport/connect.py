@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import socket
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import trio
 
-from core.addrs import Addr
+from core.addrs import Addr, ClientAddr
 from core.names import InvalidName, WorkloadId, parse_workload_id
 from core.runtime.sockets import Connecting, RawStream
 from core.runtime.tls import HandshakeFailed
 from policy.wire import Endpoint
 from proxy.rescue import Cause, Failure
+from proxy.transport.caller import CallerTeller
 from proxy.transport.secure import Security
 from proxy.transport.tls_bio import RECEIVE_BUFFER, Records, TlsBroken
 
@@ -65,10 +67,17 @@ class Dialer:
         self._security = security
         self._connect_s = connect_s
         self._own_ips = frozenset(own_ips)
+        self._callers = CallerTeller()
 
     async def plain(self, addr: Addr) -> Dialled:
         """Connect without TLS; raises Failure."""
         stream = await self._connect(addr)
+        return Dialled(stream.release(), None)
+
+    async def app(self, addr: Addr, caller: ClientAddr) -> Dialled:
+        """Connect to the pod's own app, which sees ``caller`` where the kernel can show it; raises Failure."""
+        tell = partial(self._callers.tell, caller=caller) if self._callers.heard else None
+        stream = await self._connect(addr, tell)
         return Dialled(stream.release(), None)
 
     async def endpoint(self, endpoint: Endpoint, addr: Addr, inside: bytes) -> Dialled:
@@ -104,9 +113,9 @@ class Dialer:
             raise
         return Dialled(stream.release(), secured.records)
 
-    async def _connect(self, addr: Addr) -> RawStream:
+    async def _connect(self, addr: Addr, prepare: Callable[[socket.socket], None] | None = None) -> RawStream:
         try:
-            connecting = Connecting(addr)
+            connecting = Connecting(addr, prepare)
             if not connecting.done:
                 with trio.fail_after(self._connect_s):
                     await connecting.wait()

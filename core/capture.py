@@ -1,0 +1,24 @@
+"""What the sidecar tells the node's capture about a connection to the app: who the real caller is. Pure.
+
+The sidecar sets a private socket option before it dials the app. Where the node's eBPF programs serve the pod they take it (from the
+sidecar's uid only), and the app's ``accept()`` and ``getpeername()`` answer with that address. Everywhere else no kernel knows such an
+option, and says so. Read by ebpf.layout and proxy.transport.caller.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+
+from core.addrs import Addr
+
+CALLER_LEVEL = 0x50  # no protocol of the kernel has this level: without our program every kernel refuses it (ENOPROTOOPT)
+CALLER_OPTION = 1
+CALLER_BYTES = 20
+_FAMILY = {4: 2, 6: 10}  # AF_INET, AF_INET6
+
+
+def caller_option(caller: Addr) -> bytes:
+    """The option's value: family (host order, u16), port (network order), address (IPv4 in the first four bytes, the rest zero)."""
+    ip = ipaddress.ip_address(caller.ip)
+    return struct.pack("=H", _FAMILY[ip.version]) + struct.pack("!H16s", caller.port, ip.packed)
