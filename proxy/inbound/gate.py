@@ -14,7 +14,7 @@ from proxy.inbound.authorize import Authorization, cause_of
 from proxy.inbound.forward import Forwarder
 from proxy.protocol.http1 import Http1Client, Http1Upstream
 from proxy.protocol.http2 import Http2Client, Http2Upstream
-from proxy.protocol.requests import LATER, Answer, Forward, HeadEdit, RequestHead, Verdict
+from proxy.protocol.requests import LATER, Answer, Bodies, Forward, HeadEdit, RequestHead, Verdict
 from proxy.rescue import Cause, Failure
 from proxy.telemetry.record import InboundRecord, Note
 from proxy.transport.relay import Relay
@@ -71,10 +71,10 @@ class InboundGate:
         self._upstream = None
         return self._forward(decision, exchange, token)
 
-    def finished(self, exchange: object, status: int, cause: Cause | None) -> None:
+    def finished(self, exchange: object, status: int, cause: Cause | None, grpc_status: int, bodies: Bodies) -> None:
         """See requests.Gate."""
         assert isinstance(exchange, Note)
-        self._record.finish(exchange, status, cause)
+        self._record.finish(exchange, status, cause, grpc_status, bodies)
 
     def refused(self, cause: Cause, detail: str) -> None:
         """See requests.Gate."""

@@ -21,7 +21,7 @@ from proxy.discover import DestinationState
 from proxy.outbound.pool import Http1Pool, Http2Pool
 from proxy.protocol.http1 import Http1Client, Http1Upstream
 from proxy.protocol.http2 import Http2Client, Http2Upstream
-from proxy.protocol.requests import LATER, Answer, Forward, HeadEdit, RequestHead, Verdict
+from proxy.protocol.requests import LATER, Answer, Bodies, Forward, HeadEdit, RequestHead, Verdict
 from proxy.rescue import Cause, Failure
 from proxy.telemetry.record import Note, OutboundRecord
 from proxy.transport.connect import Dialer, Dialled
@@ -92,7 +92,7 @@ class _Gate(ABC):
         self._open(exchange, token)
         return LATER
 
-    def finished(self, exchange: object, status: int, cause: Cause | None) -> None:
+    def finished(self, exchange: object, status: int, cause: Cause | None, grpc_status: int, bodies: Bodies) -> None:
         """See requests.Gate."""
         assert isinstance(exchange, Exchange)
         load, now = exchange.load, self._now()
@@ -101,7 +101,7 @@ class _Gate(ABC):
             load.observe(now - exchange.note.started, now)
         elif not status:
             load.failed(now)
-        self._record.finish(exchange.note, status, cause)
+        self._record.finish(exchange.note, status, cause, grpc_status, bodies)
 
     def refused(self, cause: Cause, detail: str) -> None:
         """See requests.Gate."""

@@ -70,6 +70,14 @@ LATER: Final = None
 Verdict = Forward | Answer
 
 
+class Bodies(Protocol):
+    """What an engine knows of the bodies of an exchange; asked for only by who wants to log it, while `Gate.finished` runs."""
+
+    def body_bytes(self) -> tuple[int, int]:
+        """Bytes of the request's and of the response's body that arrived, without framing; of a tunnel, what went through it."""
+        ...
+
+
 class Gate(Protocol):
     """Decides about the requests of one client connection."""
 
@@ -84,8 +92,9 @@ class Gate(Protocol):
         """The upstream died before a byte of its answer and the request can be sent again: where to, or which failure."""
         ...
 
-    def finished(self, exchange: object, status: int, cause: Cause | None) -> None:
-        """The exchange ended. status: what the client saw, 0 if nothing. cause: why it failed, None for a complete response."""
+    def finished(self, exchange: object, status: int, cause: Cause | None, grpc_status: int, bodies: Bodies) -> None:
+        """The exchange ended. status: what the client saw, 0 if nothing. cause: why it failed, None for a complete response.
+        grpc_status: 0 to 16, -1 when there was none."""
         ...
 
     def refused(self, cause: Cause, detail: str) -> None:

@@ -28,11 +28,12 @@ class Mode(enum.Enum):
     ALL = "all"
 
 
-def wanted(mode: Mode, status: int, cause: str | None) -> bool:
-    """Whether an exchange is written. ``errors``: the proxy refused or failed it, or the app answered 5xx or not at all."""
+def wanted(mode: Mode, status: int, cause: str | None, grpc_status: int = -1) -> bool:
+    """Whether an exchange is written. ``errors``: the proxy refused or failed it, or the app answered 5xx, a gRPC status that is not OK,
+    or not at all."""
     if mode is Mode.ALL:
         return True
-    return mode is Mode.ERRORS and (cause is not None or status >= 500 or status == 0)
+    return mode is Mode.ERRORS and (cause is not None or status >= 500 or status == 0 or grpc_status > 0)
 
 
 @dataclass(frozen=True, slots=True)

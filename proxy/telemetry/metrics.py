@@ -53,10 +53,11 @@ def _ref(prefix: str, ref: Ref | None) -> Labels:
     return ((f"{prefix}_group", ref.group), (f"{prefix}_kind", ref.kind.lower()), *where, (f"{prefix}_name", ref.name))
 
 
-def classify(status: int, grpc_status: int | None) -> Literal["success", "failure"]:
-    """Linkerd's rule: HTTP below 500 is a success; with a gRPC status, that one decides. Status 0 (no answer) is a failure."""
-    failed = grpc_status in _GRPC_FAILURES if grpc_status is not None else status >= 500 or status == 0
-    return "failure" if failed else "success"
+def classify(status: int, grpc_status: int = -1, *, cut: bool = False) -> Literal["success", "failure"]:
+    """Linkerd's rule: HTTP below 500 is a success; with a gRPC status, that one decides. Status 0 (no answer) is a failure, and so is an
+    answer that was cut short on the way to us. grpc_status: -1 when there is none."""
+    failed = grpc_status in _GRPC_FAILURES if grpc_status >= 0 else status >= 500 or status == 0
+    return "failure" if failed or cut else "success"
 
 
 class HttpSeries:
@@ -69,29 +70,30 @@ class HttpSeries:
         self.latency_ms = latency_ms
         self._labels = labels
         self._responses = responses
-        self._by_status: dict[tuple[int, int | None], Counter] = {}
+        self._by_status: dict[int, Counter] = {}
 
     def request(self) -> None:
         """A request was received whole enough to be decided on."""
         self.requests.value += 1
 
-    def response(self, status: int, millis: float, grpc_status: int | None = None) -> None:
-        """An exchange ended. status: what the client saw, 0 if nothing. millis: since the request was received."""
-        counter = self._by_status.get((status, grpc_status))
+    def response(self, status: int, millis: float, grpc_status: int = -1, cut: bool = False) -> None:
+        """An exchange ended. status: what the client saw, 0 if nothing. millis: since the request was received. grpc_status: -1 without
+        one. cut: what served it broke off."""
+        counter = self._by_status.get(status << 10 | grpc_status + 1 << 1 | cut)
         if counter is None:
-            counter = self._bind(status, grpc_status)
+            counter = self._bind(status, grpc_status, cut)
         counter.value += 1
         self.latency_ms.observe(millis)
 
-    def _bind(self, status: int, grpc_status: int | None) -> Counter:
+    def _bind(self, status: int, grpc_status: int, cut: bool) -> Counter:
         # a server may send any status: outside of what is defined they share one series
         shown = str(status) if 100 <= status <= 599 else "" if status == 0 else "other"
-        labels: Labels = (*self._labels, ("status_code", shown), ("classification", classify(status, grpc_status)))
-        if grpc_status is not None:
+        labels: Labels = (*self._labels, ("status_code", shown), ("classification", classify(status, grpc_status, cut=cut)))
+        if grpc_status >= 0:
             labels = (*labels, ("grpc_status", str(grpc_status) if 0 <= grpc_status <= 16 else "other"))
         counter = self._responses.series(labels)
         if len(self._by_status) < 64:
-            self._by_status[status, grpc_status] = counter
+            self._by_status[status << 10 | grpc_status + 1 << 1 | cut] = counter
         return counter
 
 

@@ -22,6 +22,9 @@ from proxy.telemetry.metrics import Direction, HttpSeries, Metrics, Tls, inbound
 _LINES_PER_S = 20  # of one kind of event: a flood of refusals must not become a flood of writes
 _OUTCOMES_MAX = 256  # of one connection; a policy has far fewer outcomes
 
+# What served the request broke off: a failure even if its answer began well.
+_CUT = frozenset((Cause.UPSTREAM_RESET, Cause.UPSTREAM_PROTOCOL, Cause.UPSTREAM_TIMEOUT, Cause.INTERNAL))
+
 Decision = Permit | Denied | NoRoute | BadTarget
 
 
@@ -40,6 +43,14 @@ class RequestHead(Protocol):
 
     def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
         """The first value of each named field."""
+        ...
+
+
+class Bodies(Protocol):
+    """How long the bodies of an exchange were (proxy.protocol.requests.Bodies)."""
+
+    def body_bytes(self) -> tuple[int, int]:
+        """Of the request, of the response."""
         ...
 
 
@@ -133,16 +144,18 @@ class _Record:
         self._cause = ""
         self.protocol = "TCP"  # until somebody knows better
 
-    def finish(self, note: Note, status: int, cause: Cause | None) -> None:
+    def finish(self, note: Note, status: int, cause: Cause | None, grpc_status: int = -1, bodies: Bodies | None = None) -> None:
         """A request ended as gates say: see requests.Gate.finished."""
         outcome = note.outcome
         recorder = self._recorder
         millis = (recorder.now() - note.started) * 1000.0
-        outcome.http.response(status, millis)
-        if cause is not None:
+        if cause is None:
+            outcome.http.response(status, millis, grpc_status)
+        else:
+            outcome.http.response(status, millis, grpc_status, cause in _CUT)
             self._failed(cause, outcome.decision)
-        if note.head is not None and wanted(recorder.access_log, status, cause.value if cause else None):
-            recorder.access(record(self._exchange(outcome.decision, note.head, status, cause, millis)))
+        if note.head is not None and wanted(recorder.access_log, status, cause.value if cause else None, grpc_status):
+            recorder.access(record(self._exchange(outcome.decision, note.head, status, cause, millis, grpc_status, bodies)))
 
     def refused(self, cause: Cause, detail: str) -> None:
         """Bytes that never became a request."""
@@ -204,8 +217,18 @@ class _Record:
                 reason=decision.reason,
             )
 
-    def _exchange(self, decision: Decision | None, head: RequestHead, status: int, cause: Cause | None, millis: float) -> Exchange:
+    def _exchange(
+        self,
+        decision: Decision | None,
+        head: RequestHead,
+        status: int,
+        cause: Cause | None,
+        millis: float,
+        grpc_status: int,
+        bodies: Bodies | None,
+    ) -> Exchange:
         agent, *traces = head.values((b"user-agent", *TRACE_HEADERS))
+        request_bytes, response_bytes = (None, None) if bodies is None else bodies.body_bytes()
         return Exchange(
             direction=self.direction,
             protocol=self.protocol,
@@ -217,6 +240,9 @@ class _Record:
             target=head.target,
             authority=head.authority,
             status=status,
+            grpc_status=grpc_status if grpc_status >= 0 else None,
+            request_bytes=request_bytes,
+            response_bytes=response_bytes,
             server=decision.server if decision else None,
             route=decision.route if decision else None,
             authorization=decision.authorization if decision else None,

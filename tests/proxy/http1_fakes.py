@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from proxy.protocol.http1 import Http1Client, Http1Limits, Http1Upstream
-from proxy.protocol.requests import Answer, Forward, HeadEdit, RequestHead, Verdict
+from proxy.protocol.requests import Answer, Bodies, Forward, HeadEdit, RequestHead, Verdict
 from proxy.rescue import Cause
 
 HEAD = b"GET /a HTTP/1.1\r\nHost: a.test\r\n\r\n"
@@ -81,8 +81,9 @@ class FakeGate:
         self.log.append(("retry", exchange))
         return self.request(head, token)
 
-    def finished(self, exchange: object, status: int, cause: Cause | None) -> None:
+    def finished(self, exchange: object, status: int, cause: Cause | None, grpc_status: int, bodies: Bodies) -> None:
         self.log.append(("finished", exchange, status, cause))
+        self.grpc_status, self.body_bytes = grpc_status, bodies.body_bytes()
 
     def refused(self, cause: Cause, detail: str) -> None:
         self.log.append(("refused", cause))

@@ -11,7 +11,7 @@ import h2.connection
 import h2.events
 
 from proxy.protocol.http2 import Http2Client, Http2Limits, Http2Upstream
-from proxy.protocol.requests import Forward, HeadEdit, RequestHead, Verdict
+from proxy.protocol.requests import Bodies, Forward, HeadEdit, RequestHead, Verdict
 from proxy.protocol.sides import Receiver
 from proxy.rescue import Cause
 
@@ -84,8 +84,9 @@ class FakeGate:
         self.log.append(("retry", exchange))
         return self.again(head, token)
 
-    def finished(self, exchange: object, status: int, cause: Cause | None) -> None:
+    def finished(self, exchange: object, status: int, cause: Cause | None, grpc_status: int, bodies: Bodies) -> None:
         self.log.append(("finished", exchange, status, cause))
+        self.grpc_status, self.body_bytes = grpc_status, bodies.body_bytes()
 
     def refused(self, cause: Cause, detail: str) -> None:
         self.log.append(("refused", cause, detail))

@@ -86,11 +86,22 @@ def test_a_value_on_a_bound_belongs_to_it() -> None:
 
 @pytest.mark.parametrize(
     ("status", "grpc", "expected"),
-    [(200, None, "success"), (404, None, "success"), (500, None, "failure"), (0, None, "failure"), (200, 0, "success"), (200, 5, "success")]
+    [(200, -1, "success"), (404, -1, "success"), (500, -1, "failure"), (0, -1, "failure"), (200, 0, "success"), (200, 5, "success")]
     + [(200, code, "failure") for code in (2, 4, 7, 13, 14, 15)],
 )
-def test_classifies_as_linkerd_does(status: int, grpc: int | None, expected: str) -> None:
+def test_classifies_as_linkerd_does(status: int, grpc: int, expected: str) -> None:
     assert classify(status, grpc) == expected
+
+
+def test_an_answer_cut_short_is_a_failure_and_has_a_series_of_its_own() -> None:
+    metrics = Metrics(lambda: 0)
+    series = metrics.http(LABELS)
+    series.response(200, 1)
+    series.response(200, 1, cut=True)
+    series.response(200, 1, 0)
+    series.response(200, 1, 0)
+    assert value(metrics, "pillion_response_total", classification="failure") == 1
+    assert value(metrics, "pillion_response_total", grpc_status="0", classification="success") == 2
 
 
 def test_odd_statuses_of_an_app_share_one_series() -> None:

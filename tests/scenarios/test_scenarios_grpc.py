@@ -111,6 +111,25 @@ async def test_a_status_of_the_app_arrives_with_its_message(app: Addr):
         await _talk(made, talk)
 
 
+async def test_the_status_of_a_call_is_in_metrics_and_access_log_of_both_sidecars(app: Addr):
+    def talk(client: Client) -> None:
+        assert client.echo(b"four", timeout=5) == b"four"
+        assert status_of(lambda: client.fail(b"why", timeout=5))[0] is Status.DATA_LOSS
+        assert status_of(lambda: client.missing(b"", timeout=5))[0] is Status.UNIMPLEMENTED  # no body: the status is in the head
+
+    async with mesh(app, PILLION_ACCESS_LOG="all") as made:
+        await _talk(made, talk)
+        for side in (made.client, made.server):
+            for code, classification in ((0, "success"), (15, "failure"), (12, "success")):
+                assert made.metric(side, "pillion_response_total", grpc_status=str(code), classification=classification) == 1
+        lines = [(line["path"], line["grpc_status"], line["request_bytes"], line["response_bytes"]) for line in made.log("access")]
+        assert lines.count(("/shop.Cart/Echo", 0, 5 + 4, 5 + 4)) == 2  # five bytes before each message
+        assert [line[1] for line in lines].count(15) == [line[1] for line in lines].count(12) == 2
+        made.policy(inbound_policy(only(WEB)))
+        assert (await _talk(made, lambda client: status_of(lambda: client.echo(b"", timeout=10))))[0] is Status.PERMISSION_DENIED
+        assert made.metric(made.server, "pillion_response_total", grpc_status="7", classification="failure") == 1
+
+
 async def test_big_messages_pass_both_ways(app: Addr):
     message = bytes(range(256)) * (10 * MIB // 256)
     async with mesh(app) as made:

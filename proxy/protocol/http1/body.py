@@ -37,6 +37,10 @@ class BodyReader(Protocol):
 
     done: bool
 
+    def seen(self) -> int:
+        """Bytes of the body among what was taken, without its framing."""
+        ...
+
     def take_untrusted(self, data: bytes, at: int) -> int:
         """Position up to which ``data`` may be sent on, at least ``at``. Raises BodyError. Not to be called once `done`."""
         ...
@@ -45,11 +49,15 @@ class BodyReader(Protocol):
 class Length:
     """A body of a known number of bytes (RFC 9112 6.2)."""
 
-    __slots__ = ("done", "left")
+    __slots__ = ("_length", "done", "left")
 
     def __init__(self, length: int) -> None:
-        self.left = length
+        self.left = self._length = length
         self.done = length == 0
+
+    def seen(self) -> int:
+        """See BodyReader."""
+        return self._length - self.left
 
     def take_untrusted(self, data: bytes, at: int) -> int:
         """See BodyReader; every byte string is a body."""
@@ -66,24 +74,37 @@ class Length:
 class UntilClose:
     """A response body that ends with its connection (RFC 9112 6.3 rule 8): never done by itself."""
 
-    __slots__ = ()
-    done = False
+    __slots__ = ("_seen", "done")
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self.done = False
+
+    def seen(self) -> int:
+        """See BodyReader."""
+        return self._seen
 
     def take_untrusted(self, data: bytes, at: int) -> int:
         """See BodyReader."""
+        self._seen += len(data) - at
         return len(data)
 
 
 class Chunked:
     """A body in chunks (RFC 9112 7.1)."""
 
-    __slots__ = ("_forbidden", "_left", "_trailer_names", "done")
+    __slots__ = ("_begun", "_forbidden", "_left", "_trailer_names", "done")
 
     def __init__(self) -> None:
         self._forbidden = FRAMING_NAMES
         self._trailer_names = b""
         self._left = 0  # bytes of the present chunk that are still to come, its CRLF included
+        self._begun = 0  # bytes of all chunks that have begun
         self.done = False
+
+    def seen(self) -> int:
+        """See BodyReader."""
+        return self._begun - max(0, self._left - 2)
 
     def take_untrusted(self, data: bytes, at: int) -> int:
         """See BodyReader."""
@@ -117,6 +138,7 @@ class Chunked:
                 raise BodyError("a chunk size overflows")
             if not length:
                 return self._trailer(data, at, line.end())
+            self._begun += length
             self._left = length + 2
             at = line.end()
 

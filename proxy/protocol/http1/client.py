@@ -81,6 +81,7 @@ class Http1Client(ClientConnection):
             self._relay_body(data)
         elif state == TUNNEL:
             assert self._up is not None
+            self._tunnelled += len(data)
             self._to_upstream(self._up, data)
         elif state == DISCARD:
             self._discard(data)

@@ -40,13 +40,14 @@ NO_HEAD: Final = RequestHead(0, b"", b"", b"", b"", b"")
 class ClientConnection:
     """The part of Http1Client that upstream.py talks to.
 
-    head: the present request. sent: all of it was sent. plain: a plain response to it may be sent on as it is.
+    head: the present request. sent: all of it was sent. plain: a plain response to it may be sent on as it is. answered_bytes: of the
+    body of its response, or of what came through the tunnel.
     """
 
     __slots__ = (
         "_apply", "_body", "_closing", "_continued", "_draining", "_edit", "_edited", "_ended", "_exchange", "_gate", "_held", "_limits",
         "_memo", "_out", "_pumping", "_quiet", "_raw", "_retried", "_span", "_spare", "_state", "_status", "_stopped", "_tick", "_timing",
-        "_token", "_up", "_up_ended", "head", "plain", "sent", "sink",
+        "_token", "_tunnelled", "_up", "_up_ended", "answered_bytes", "head", "plain", "sent", "sink",
     )  # fmt: skip
 
     def __init__(self, sink: Sink, gate: Gate, limits: Http1Limits | None = None) -> None:
@@ -69,6 +70,8 @@ class ClientConnection:
         self._span = 0  # how much of `_held` is checked body
         self.sent = self.plain = True
         self._status = 0  # of the response that has begun
+        self.answered_bytes = 0
+        self._tunnelled = 0  # bytes from the client through the tunnel
         self._spare = 0  # bytes that may still be thrown away
         self._closing = self._draining = self._ended = self._up_ended = False
         self._continued = self._retried = self._pumping = self._timing = False
@@ -84,6 +87,11 @@ class ClientConnection:
     def _next(self) -> None:
         """Look at the requests that are held."""
         raise NotImplementedError
+
+    def body_bytes(self) -> tuple[int, int]:
+        """See requests.Bodies."""
+        body = None if self.head.bodiless else self._body
+        return self._tunnelled + (body.seen() if body is not None else 0), self.answered_bytes
 
     # What upstream.py reports.
 
@@ -105,10 +113,11 @@ class ClientConnection:
         self._closing = close
         self.sink.write(translated(head, request, close) + body)
 
-    def responded(self, status: int, up: Http1Upstream, on_idle: Callable[[Http1Upstream], None] | None) -> None:
+    def responded(self, status: int, body_bytes: int, up: Http1Upstream, on_idle: Callable[[Http1Upstream], None] | None) -> None:
         """The response is complete. on_idle: to be told that the upstream is free, None when it is not."""
         exchange, self._exchange, self._up = self._exchange, None, None
-        self._gate.finished(exchange, status, None)
+        self.answered_bytes = body_bytes
+        self._gate.finished(exchange, status, None, -1, self)
         if on_idle is not None:
             on_idle(up)
         self._settle()
@@ -118,11 +127,13 @@ class ClientConnection:
         up = self._up
         assert up is not None
         self._status, self._state = status, TUNNEL
+        self.answered_bytes = len(rest)
         self.sink.write(switching(head) + rest)
         up.pace(self)
         self._go(FOR_HELD)
         if self._held:
             held, self._held = self._held, b""
+            self._tunnelled = len(held)
             self._to_upstream(up, held)
         if self._ended:
             up.sink.end()
@@ -147,7 +158,7 @@ class ClientConnection:
         self._state = CLOSED
         self._held = b""
         self.sink.abort()
-        return self._gate.finished(exchange, self._status, cause)
+        return self._gate.finished(exchange, self._status, cause, -1, self)
 
     def _answer(self, cause: Cause, explain: bool) -> None:
         head, row = self.head, effect(cause)
@@ -158,12 +169,12 @@ class ClientConnection:
         self.sink.write(http1_answer(cause, close=not keep, explain=explain, head_request=head.method == b"HEAD"))
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
-            self._gate.finished(exchange, row.status, cause)
+            self._gate.finished(exchange, row.status, cause, -1, self)
         self._settle()
 
     def _settle(self) -> None:
         """The exchange is over: on to the next request, or to the end of the connection."""
-        self._status = 0
+        self._status = self.answered_bytes = 0
         self._retried = False
         if self.head is not self._memo:
             self.head = NO_HEAD  # an idle connection must not hold a large one
@@ -244,7 +255,7 @@ class ClientConnection:
             self._up = None
             up.tunnel_closed()
             self._close()
-            self._gate.finished(self._exchange, self._status, None)
+            self._gate.finished(self._exchange, self._status, None, -1, self)
 
     def _leave(self) -> None:
         """The client is gone: give up what was under way for it."""
@@ -253,7 +264,7 @@ class ClientConnection:
             self._gate.cancelled(self._token)
         elif up is not None:
             up.cancel()
-            self._gate.finished(self._exchange, self._status, Cause.CLIENT_GONE)
+            self._gate.finished(self._exchange, self._status, Cause.CLIENT_GONE, -1, self)
         self._state = CLOSED
         self._held = b""
 

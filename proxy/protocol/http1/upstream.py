@@ -125,13 +125,14 @@ class Http1Upstream:
                 head = fresh
             if head.plain and client.plain and len(data) - head.size == head.length:
                 client.sink.write(data)
-                self._complete(client, head.status, head.keep)
+                self._complete(client, head.status, head.keep, head.length)
             else:
                 self._respond(client, head, data)
         elif state == _BODY:
             self._relay(data)
         elif state == _TUNNEL:
             assert self._client is not None
+            self._client.answered_bytes += len(data)
             self._to_client(self._client, data)
         elif state == _IDLE:
             self._give_up(self.sink.abort)  # an answer that nobody asked for: whose would the next one be?
@@ -139,9 +140,10 @@ class Http1Upstream:
     def ended(self) -> None:
         """See sides.Receiver."""
         if self._state == _BODY and self._head is not None and self._head.length == UNTIL_CLOSE:
-            client = self._client
+            client, body = self._client, self._body
             assert client is not None
-            self._complete(client, self._head.status, keep=False)
+            assert body is not None
+            self._complete(client, self._head.status, False, body.seen())
         elif self._state == _TUNNEL:
             assert self._client is not None
             self._client.upstream_half_closed()
@@ -249,7 +251,7 @@ class Http1Upstream:
     def _after_span(self, client: ClientConnection, body: BodyReader, data: bytes, end: int) -> None:
         if body.done:
             assert self._head is not None
-            self._complete(client, self._head.status, self._head.keep and end == len(data))
+            self._complete(client, self._head.status, self._head.keep and end == len(data), body.seen())
         else:
             self._held = data[end:]
             self.pace(client)
@@ -266,7 +268,7 @@ class Http1Upstream:
 
     # The end of an exchange, and of the connection.
 
-    def _complete(self, client: ClientConnection, status: int, keep: bool) -> None:
+    def _complete(self, client: ClientConnection, status: int, keep: bool, body_bytes: int) -> None:
         """The whole response went to the client."""
         self._client = None
         if keep and client.sent:
@@ -276,10 +278,10 @@ class Http1Upstream:
             self._interims = 0
             if self._paused:
                 self.client_drained()
-            client.responded(status, self, self._on_idle)
+            client.responded(status, body_bytes, self, self._on_idle)
         else:
             self._give_up(self.sink.close if client.sent else self.sink.abort)
-            client.responded(status, self, None)
+            client.responded(status, body_bytes, self, None)
 
     def _broken(self, cause: Cause, detail: str) -> None:
         """The exchange cannot be completed."""
@@ -290,6 +292,9 @@ class Http1Upstream:
         client.upstream_broken(cause, stale)
 
     def _give_up(self, end: Callable[[], None] | None) -> None:
+        client, body = self._client, self._body
+        if client is not None and body is not None:
+            client.answered_bytes = body.seen()
         self._state = _GONE
         self._client = None
         self._body = self._head = self._memo = None

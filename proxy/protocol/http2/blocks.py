@@ -67,21 +67,21 @@ class RequestHead(Request):
 
 
 class ResponseHead:
-    """A checked response head or 1xx. content_length: -1 when not given. block: encoded to be sent on."""
+    """A checked response head or 1xx. content_length, grpc_status: -1 when not given. block: encoded to be sent on."""
 
-    __slots__ = ("block", "content_length", "size", "status")
+    __slots__ = ("block", "content_length", "grpc_status", "size", "status")
 
     def __init__(self, section: Section) -> None:
-        self.status, self.content_length, self.size, self.block = read_response_untrusted(section)
+        self.status, self.content_length, self.grpc_status, self.size, self.block = read_response_untrusted(section)
 
 
 class Trailers:
-    """A checked trailer section. block: encoded to be sent on, empty when no field is left."""
+    """A checked trailer section. block: encoded to be sent on, empty when no field is left. grpc_status: -1 when not given."""
 
-    __slots__ = ("block", "size")
+    __slots__ = ("block", "grpc_status", "size")
 
     def __init__(self, section: Section, strip: tuple[bytes, ...]) -> None:
-        self.size, self.block = read_trailers_untrusted(section, strip)
+        self.grpc_status, self.size, self.block = read_trailers_untrusted(section, strip)
 
 
 class _Memo(Generic[T]):

@@ -300,6 +300,8 @@ class Http2Client(Connection):
         drop(end.other)
         fields = rescue.http2_answer(cause, grpc=end.head.grpc, explain=explain)
         end.status = int(fields[0][1])
+        if end.head.grpc:
+            end.grpc_status = rescue.effect(cause).grpc
         end.cause = cause
         whole = end.remote_done
         end.other.over = True
@@ -334,7 +336,7 @@ class Http2Client(Connection):
             end.deciding = False
             self.gate.cancelled(end.id)
         elif end.attempts or end.exchange is not None:
-            self.gate.finished(end.exchange, end.status, end.cause or cause)
+            self.gate.finished(end.exchange, end.status, end.cause or cause, end.grpc_status, end)
         if (self._closing or self._peer_leaving) and not self.streams_by_id and not self.dead:
             self.leave()
 

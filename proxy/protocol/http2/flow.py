@@ -27,7 +27,8 @@ class StreamEnd:
     """One end of an exchange: a stream on one connection.
 
     conn: None while no connection carries it. window: bytes the peer lets us send. credit: bytes we let the peer send. owed: bytes
-    forwarded whose credit was not returned yet. expect: bytes of body still due by content-length, -1 when unknown. held, held_bytes:
+    forwarded whose credit was not returned yet. expect: bytes of body still due by content-length; where that is unknown it begins at -1
+    and goes down, so that the difference to its first value is what came. held, held_bytes:
     data waiting to be sent here. fin: what follows it, b"" for END_STREAM, else an encoded trailer section. remote_done, local_done: the
     peer, we have sent END_STREAM. over: closed in both directions. progress, stalled_s: for the stall timeout. sent: DATA or trailers left.
     answered: a final head arrived here, so that DATA may.
@@ -202,6 +203,8 @@ class FlowControl:
             end.expect -= length
             if end.expect < 0 or (fin and end.expect):
                 raise StreamFault(frames.PROTOCOL_ERROR, "content-length and data disagree")
+        else:
+            end.expect -= length
         if fin:
             end.remote_done = True
         to = end.other

@@ -21,6 +21,7 @@ _is_method = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch
 _is_path = re.compile(rb"(?:/[\x21\x22\x24-\x7e]*|\*)").fullmatch
 _is_authority = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9\-._~!$&'()*+;=%]{1,255})(?::[0-9]{0,5})?").fullmatch
 _is_length = re.compile(rb"[0-9]{1,18}").fullmatch
+_is_grpc_status = re.compile(rb"[0-9]|1[0-6]").fullmatch  # the codes of gRPC, as it writes them
 _is_status = re.compile(rb"[1-5][0-9][0-9]").fullmatch
 
 _METHODS: Final = frozenset((b"GET", b"POST", b"HEAD", b"PUT", b"DELETE", b"PATCH", b"OPTIONS", b"CONNECT"))
@@ -50,8 +51,8 @@ class Shape:
     """
 
     __slots__ = (
-        "authority", "authority_before", "content_length", "content_type", "first", "host", "indexed", "kept", "method", "names", "path",
-        "prefixes", "protocol", "scheme", "secrets", "separators", "size", "status", "stripped_for", "te",
+        "authority", "authority_before", "content_length", "content_type", "first", "grpc_status", "host", "indexed", "kept", "method",
+        "names", "path", "prefixes", "protocol", "scheme", "secrets", "separators", "size", "status", "stripped_for", "te",
     )  # fmt: skip
 
     def __init__(self, names: tuple[bytes, ...], first: dict[bytes, int]) -> None:
@@ -74,6 +75,7 @@ class Shape:
         self.content_length = get(b"content-length", -1)
         self.content_type = get(b"content-type", -1)
         self.te = get(b"te", -1)
+        self.grpc_status = get(b"grpc-status", -1)
         self.stripped_for: tuple[bytes, ...] | None = None
         self.kept: tuple[int, ...] | None = None
 
@@ -261,8 +263,13 @@ def _read_connect_untrusted(values: tuple[bytes, ...], shape: Shape, into: Reque
     into.extended = True
 
 
-def read_response_untrusted(section: Section) -> tuple[int, int, int, bytes]:
-    """(status, content length or -1, size, encoded block) of a response. Raises Malformed (RFC 9113 section 8.3.2)."""
+def _grpc_status_untrusted(value: bytes) -> int:
+    """The code; what is none is UNKNOWN, as clients of gRPC take it."""
+    return int(value) if _is_grpc_status(value) else 2
+
+
+def read_response_untrusted(section: Section) -> tuple[int, int, int, int, bytes]:
+    """(status, content length or -1, gRPC status or -1, size, encoded block) of a response. Raises Malformed (RFC 9113 section 8.3.2)."""
     names, values, secrets, plain = section
     if not names:
         raise Malformed("no fields")
@@ -272,13 +279,16 @@ def read_response_untrusted(section: Section) -> tuple[int, int, int, bytes]:
     if not _is_status(status) or status == b"101":
         raise Malformed(":status is not a status of HTTP/2")
     length = _content_length_untrusted(values, shape) if shape.content_length >= 0 else -1
-    return int(status), length, size, shape.encode(values, secrets, (), plain)
+    grpc = _grpc_status_untrusted(values[shape.grpc_status]) if shape.grpc_status >= 0 else -1
+    return int(status), length, grpc, size, shape.encode(values, secrets, (), plain)
 
 
-def read_trailers_untrusted(section: Section, strip: tuple[bytes, ...]) -> tuple[int, bytes]:
-    """(size, encoded block without `strip`) of a trailer section; the block is empty when nothing is left. Raises Malformed (8.1)."""
+def read_trailers_untrusted(section: Section, strip: tuple[bytes, ...]) -> tuple[int, int, bytes]:
+    """(gRPC status or -1, size, encoded block without `strip`) of a trailer section; the block is empty when nothing is left. Raises
+    Malformed (8.1)."""
     names, values, secrets, plain = section
     if not names:
-        return 0, b""
+        return -1, 0, b""
     shape = _trailers.get(names) or _trailers.learn_untrusted(names)
-    return _check_values_untrusted(values, shape), shape.encode(values, secrets, strip, plain)
+    grpc = _grpc_status_untrusted(values[shape.grpc_status]) if shape.grpc_status >= 0 else -1
+    return grpc, _check_values_untrusted(values, shape), shape.encode(values, secrets, strip, plain)

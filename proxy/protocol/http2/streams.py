@@ -19,36 +19,38 @@ _NO_EDIT = HeadEdit()
 class UpstreamStream(StreamEnd):
     """The end at an upstream; moves to another one when a request is retried. Its other end is a ClientStream while that is not over.
 
-    informational: 1xx responses so far. waiting_at: whose queue the request is in.
+    announced: `expect` before the first byte of the response's body. informational: 1xx responses so far. waiting_at: whose queue the
+    request is in.
     """
 
-    __slots__ = ("head", "informational", "waiting_at")
+    __slots__ = ("announced", "head", "informational", "waiting_at")
 
     def __init__(self) -> None:
         StreamEnd.__init__(self, None, 0, 0, 0)
         self.answered = False
+        self.announced = -1
         self.informational = 0
         self.head: RequestHead
         self.waiting_at: Http2Upstream | None = None
 
     def detach(self) -> None:
-        """No connection carries it any more; what is held stays, for the next one."""
+        """No connection carries it any more; what is held stays, for the next one. So does the count of what came of the response: there
+        is a next one only when nothing did."""
         self.conn = None
         self.id = self.window = self.owed = 0
         self.answered = self.remote_done = self.local_done = self.over = False
         self.informational = 0
-        self.expect = -1
 
 
 class ClientStream(StreamEnd):
     """The end at the client; its other end is an UpstreamStream. exchange: the gate's note.
 
-    status: of the response head the client was sent, 0 before. deciding: the gate owes a verdict. attempts: upstreams tried. cause: why
-    the proxy answered. reset_after: the upstream wants the rest of the request not to be sent, after its whole response (RFC 9113
-    section 8.1).
+    status: of the response head the client was sent, 0 before. grpc_status: of that response, -1 without one. deciding: the gate owes a
+    verdict. attempts: upstreams tried. cause: why the proxy answered. reset_after: the upstream wants the rest of the request not to be
+    sent, after its whole response (RFC 9113 section 8.1).
     """
 
-    __slots__ = ("attempts", "cause", "client", "deciding", "edit", "exchange", "head", "reset_after", "status")
+    __slots__ = ("attempts", "cause", "client", "deciding", "edit", "exchange", "grpc_status", "head", "reset_after", "status")
 
     def __init__(self, client: Http2Client, stream_id: int, window: int, credit: int, head: RequestHead) -> None:
         StreamEnd.__init__(self, client, stream_id, window, credit)
@@ -58,12 +60,18 @@ class ClientStream(StreamEnd):
         self.exchange: object = None
         self.edit = _NO_EDIT
         self.status = 0
+        self.grpc_status = -1
         self.attempts = 0
         self.cause: Cause | None = None
         self.deciding = self.reset_after = False
         other = UpstreamStream()
         other.other = self
         self.other = other
+
+    def body_bytes(self) -> tuple[int, int]:
+        """See requests.Bodies."""
+        other = self.other
+        return self.head.content_length - self.expect, other.announced - other.expect if isinstance(other, UpstreamStream) else 0
 
 
 def part(end: StreamEnd) -> None:

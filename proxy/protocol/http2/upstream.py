@@ -182,6 +182,9 @@ class Http2Upstream(Connection):
                 trailers = self.blocks.trailers_untrusted(block, ())
                 if not fin:
                     raise StreamFault(frames.PROTOCOL_ERROR, "trailers without END_STREAM")
+                if (client_end := stream.other).__class__ is ClientStream:
+                    assert isinstance(client_end, ClientStream)
+                    client_end.grpc_status = trailers.grpc_status
                 self.take_trailers(stream, trailers.block)
             else:
                 self._on_response(stream, block, fin)
@@ -201,11 +204,12 @@ class Http2Upstream(Connection):
                 raise StreamFault(frames.PROTOCOL_ERROR, "1xx that ends the stream" if fin else "too many 1xx")
         else:
             stream.answered = True
+            client_end.grpc_status = head.grpc_status
             request = stream.head
             if request.method == b"HEAD" or head.status in (204, 304):
-                stream.expect = 0
+                stream.expect = stream.announced = 0
             elif not request.connect:
-                stream.expect = head.content_length
+                stream.expect = stream.announced = head.content_length
                 if fin and head.content_length > 0:
                     raise StreamFault(frames.PROTOCOL_ERROR, "content-length without data")
         stream.remote_done = fin
