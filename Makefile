@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Each prepares .venv by itself (tools/prepare.py).
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: demo demo-keep test test-compiled test-unit test-netns test-cluster check lint bench bench-quick architecture lock venv clean help
+.PHONY: demo demo-keep test test-compiled test-unit test-netns test-cluster check lint bench bench-quick architecture manifests lock venv clean help
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
@@ -44,6 +44,9 @@ bench-quick: venv ## the same in seconds, to see that nothing fell over
 
 architecture: venv ## write the list of modules in ARCHITECTURE.md anew
 	$(BIN)/python tools/check_architecture.py --write
+
+manifests: venv ## write what is derived in manifests/ and tests/golden anew
+	$(BIN)/python tools/manifests.py
 
 lock: ## write requirements.lock anew from the ranges in setup.cfg
 	tools/lock.sh

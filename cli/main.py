@@ -21,6 +21,7 @@ _COMMANDS = {
     "diagnostics": ("cli.diagnostics:diagnostics", "Look into sidecars and the policy controller."),
     "identity": ("cli.identity:identity", "Show a workload's certificates, or rotate what signs them."),
     "inject": ("cli.inject:inject", "Put the workloads of a manifest into the mesh."),
+    "install": ("cli.install:install", "Print the manifests of an installation on Kubernetes."),
     "local": ("local.commands:local", "Run a mesh on this machine, without Kubernetes."),
     "uninject": ("cli.inject:uninject", "Take the workloads of a manifest out of the mesh."),
 }

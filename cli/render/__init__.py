@@ -1,0 +1,1 @@
+"""From the chart in manifests/helm and settings to Kubernetes objects, without Helm: what `pillion install` prints."""

@@ -1,0 +1,119 @@
+"""What each component may ask of the API server: one row a grant, with its reason. Pure.
+
+The chart's roles are this table, which a test compares; `pillion check` asks the API server whether they still are; and a cluster test
+proves from the audit log that every row is used and that nothing else was asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+CONTROL = "pillion"
+"""A Role in our own namespace; a grant with namespace "" is cluster-wide."""
+
+Component = Literal["identity", "policy", "injector", "agent"]
+
+
+class Grant(NamedTuple):
+    """verbs on resources of one API group. names: only objects of these names (no names: any). namespace: CONTROL, or "" for all."""
+
+    component: Component
+    group: str
+    resources: tuple[str, ...]
+    verbs: tuple[str, ...]
+    reason: str
+    namespace: str = ""
+    names: tuple[str, ...] = ()
+
+
+class Question(NamedTuple):
+    """One thing that a grant allows, as a SubjectAccessReview asks it."""
+
+    component: Component
+    verb: str
+    group: str
+    resource: str
+    subresource: str
+    namespace: str
+    name: str
+
+
+_READ = ("list", "watch")
+_GATEWAY, _OURS = "gateway.networking.k8s.io", "policy.pillion.dev"
+_KINDS = ("servers", "authorizationpolicies", "meshtlsauthentications", "networkauthentications")
+_ROUTES = ("httproutes", "grpcroutes")
+
+GRANTS: tuple[Grant, ...] = (
+    Grant("identity", "authentication.k8s.io", ("tokenreviews",), ("create",), "asks whose a token is"),
+    Grant("identity", "", ("namespaces",), _READ, "knows where the trust bundle belongs"),
+    Grant("identity", "", ("configmaps",), ("create",), "writes the trust bundle into a namespace that has none"),
+    Grant(
+        "identity",
+        "",
+        ("configmaps",),
+        ("get", "list", "watch", "update"),
+        "keeps the trust bundle of every namespace current",
+        names=("pillion-trust-anchors",),
+    ),
+    Grant("identity", "", ("secrets",), ("create",), "keeps the issuer that it makes", CONTROL),
+    Grant(
+        "identity",
+        "",
+        ("secrets",),
+        ("get", "list", "watch", "update", "patch"),
+        "follows and rotates the issuer",
+        CONTROL,
+        ("pillion-issuer",),
+    ),
+    Grant("identity", "coordination.k8s.io", ("leases",), ("create",), "elects who writes", CONTROL),
+    Grant("identity", "coordination.k8s.io", ("leases",), ("get", "update"), "elects who writes", CONTROL, ("pillion-identity",)),
+    Grant("identity", "", ("events",), ("create", "patch"), "says why a certificate was not issued"),
+    Grant("policy", "", ("namespaces", "nodes", "pods", "services"), _READ, "knows who is where"),
+    Grant("policy", "discovery.k8s.io", ("endpointslices",), _READ, "knows who is ready behind a Service"),
+    Grant("policy", _OURS, _KINDS, _READ, "reads policy"),
+    Grant("policy", _GATEWAY, _ROUTES, _READ, "reads routes"),
+    Grant("policy", _OURS, tuple(f"{kind}/status" for kind in _KINDS), ("patch",), "says what became of a policy"),
+    Grant("policy", _GATEWAY, tuple(f"{kind}/status" for kind in _ROUTES), ("patch",), "says what became of a route"),
+    Grant("policy", "coordination.k8s.io", ("leases",), ("create",), "elects who writes", CONTROL),
+    Grant("policy", "coordination.k8s.io", ("leases",), ("get", "update"), "elects who writes", CONTROL, ("pillion-policy",)),
+    Grant("policy", "", ("secrets",), ("create",), "keeps the webhook's certificate", CONTROL),
+    Grant("policy", "", ("secrets",), ("get", "update"), "keeps the webhook's certificate", CONTROL, ("pillion-policy-tls",)),
+    Grant(
+        "policy",
+        "admissionregistration.k8s.io",
+        ("validatingwebhookconfigurations",),
+        ("get", "list", "watch", "patch"),
+        "tells the API server what the webhook's certificate is signed by",
+        names=("pillion-policy",),
+    ),
+    Grant("injector", "", ("namespaces",), _READ, "reads annotations of namespaces"),
+    Grant("injector", "", ("events",), ("create", "patch"), "says why a pod got no sidecar"),
+    Grant("injector", "", ("secrets",), ("create",), "keeps the webhook's certificate", CONTROL),
+    Grant("injector", "", ("secrets",), ("get", "update"), "keeps the webhook's certificate", CONTROL, ("pillion-injector-tls",)),
+    Grant("injector", "coordination.k8s.io", ("leases",), ("create",), "elects who writes", CONTROL),
+    Grant("injector", "coordination.k8s.io", ("leases",), ("get", "update"), "elects who writes", CONTROL, ("pillion-injector",)),
+    Grant(
+        "injector",
+        "admissionregistration.k8s.io",
+        ("mutatingwebhookconfigurations",),
+        ("get", "list", "watch", "patch"),
+        "tells the API server what the webhook's certificate is signed by",
+        names=("pillion-injector",),
+    ),
+    Grant("agent", "", ("pods",), _READ, "knows which pods of its node are meshed"),
+)
+
+
+def grants_of(component: Component) -> Iterator[Grant]:
+    """The rows of one component."""
+    return (grant for grant in GRANTS if grant.component == component)
+
+
+def questions(grant: Grant) -> Iterator[Question]:
+    """Everything that a grant allows, one by one."""
+    for resource in grant.resources:
+        plural, _, subresource = resource.partition("/")
+        for verb in grant.verbs:
+            for name in grant.names or ("",):
+                yield Question(grant.component, verb, grant.group, plural, subresource, grant.namespace, name)

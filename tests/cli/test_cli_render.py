@@ -1,0 +1,1 @@
+"""The chart without Helm: the template language, the settings, and what the chart renders to."""
