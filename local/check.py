@@ -64,10 +64,10 @@ def _readable() -> Finding:
 
 def _try(name: str, command: list[str]) -> Finding:
     """Do it in a child of its own: namespaces cannot be left again."""
-    from local import rules
+    from ebpf import redirect
 
     words = [sys.executable, "-P", "-m", "local.trial", *command]
-    done = subprocess.run(words, input=rules.capture([(22, 22)], [(25, 25)]), capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(words, input=redirect.capture([(22, 22)], [(25, 25)]), capture_output=True, text=True, timeout=30, check=False)
     said = done.stderr.strip().splitlines()
     return Finding(name, "" if done.returncode == 0 else (said[-1] if said else f"the trial ended with {done.returncode}"))
 

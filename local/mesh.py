@@ -18,6 +18,7 @@ import trio
 from core.k8s.fields import InvalidObject
 from core.k8s.objects import Service, read_core_object
 from core.refs import Ref
+from ebpf import redirect
 from injector.decide import STATUS
 from injector.sidecar import DEFAULT_MESH
 from local import rules, services, volumes, workloads
@@ -195,7 +196,7 @@ class Mesh:
         raw["spec"].setdefault("serviceAccountName", workloads.service_account_of(raw))
         raw["spec"]["nodeName"] = "local"
         self._links += 1
-        capture = rules.capture(*result.skips) if result.skips is not None else ""
+        capture = redirect.capture(*result.skips) if result.skips is not None else ""
         lookup = self._lookup_in(plan.ref.namespace)
         pod = Pod(plan, raw, addresses, capture, f"pod{self._links}", self._node, lookup)
         pod.why_unmeshed = result.why_not

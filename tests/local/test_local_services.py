@@ -6,6 +6,7 @@ from typing import Any
 
 from core.k8s.objects import EndpointSlice, Service, read_core_object
 from core.refs import Ref
+from ebpf import redirect
 from local import rules
 from local.network import POD_CIDR4, POD_CIDR6, Addresses, AddressPool
 from local.services import PodFacts, families, fronts, hosts_file, hosts_lines, slices
@@ -85,7 +86,7 @@ def test_rules_spread_over_ready_pods_and_refuse_where_there_is_none() -> None:
 
 
 def test_capture_exempts_the_sidecar_loopback_and_what_is_skipped() -> None:
-    text = rules.capture([(9000, 9000)], [(25, 25), (26, 30)])
+    text = redirect.capture([(9000, 9000)], [(25, 25), (26, 30)])
     output, prerouting = text.split("chain prerouting")
     assert output.index("skuid 2102 return") < output.index("redirect to :4140")
     assert "tcp dport { 25-30 } return" in output, "ranges that touch are one: nft refuses overlaps"
@@ -94,7 +95,7 @@ def test_capture_exempts_the_sidecar_loopback_and_what_is_skipped() -> None:
 
 
 def test_overlapping_ranges_merge() -> None:
-    assert rules.merged([(5, 9), (1, 2), (8, 12), (3, 3)]) == [(1, 3), (5, 12)]
+    assert redirect.merged([(5, 9), (1, 2), (8, 12), (3, 3)]) == [(1, 3), (5, 12)]
 
 
 def test_addresses_come_round_only_after_all_others() -> None:

@@ -1,0 +1,1 @@
+"""Capture of a pod's TCP and acceleration of its loopback hop: programs, their loader, and the node's agent."""
