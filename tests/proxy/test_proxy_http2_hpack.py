@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from proxy.protocol.http2 import Http2Upstream, hpack_codec
 from proxy.protocol.http2.blocks import BlockReader
 from proxy.protocol.http2.frames import COMPRESSION_ERROR, PREFACE, ConnectionFault
-from proxy.protocol.http2.hpack_codec import CompiledDecoder, HeaderListTooLarge, HpackFault, PythonDecoder, encode
+from proxy.protocol.http2.hpack_codec import CompiledDecoder, HeaderListTooLarge, HpackFault, PythonDecoder, encode, is_whole_untrusted
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Malformed
 from proxy.protocol.requests import HeadEdit
@@ -86,10 +86,38 @@ def test_a_block_reader_raises_only_what_it_declares(block: bytes, acknowledged:
             pass
 
 
-def test_a_truncated_block_is_an_error_and_not_a_crash() -> None:
+def test_a_truncated_block_is_an_error_and_rust_has_nothing_to_say_about_it(capfd: pytest.CaptureFixture[str]) -> None:
     for cut in range(1, 12):
         with pytest.raises(HpackFault):
             CompiledDecoder(0, 1 << 20).decode_untrusted((b"\x00\x03abc\x07v" + b"w" * 6)[:cut])
+    for whole in (b"\x7f\x80\x01\x01a", b"\xff\x80\x01", b"\x3f\xe1\x1f\x82", b"\x00\x7f\x01" + b"n" * 128 + b"\x7f\x81\x01" + b"v" * 256):
+        for cut in range(1, len(whole)):
+            try:
+                CompiledDecoder(4096, 1 << 20).decode_untrusted(whole[:cut])
+            except HpackFault:
+                pass
+    assert capfd.readouterr().err == ""
+
+
+@given(FIELDS, st.booleans(), st.data())
+def test_a_block_is_whole_where_a_field_ends_and_nowhere_else(fields: list[hpack_codec.Field], huffman: bool, data: st.DataObject) -> None:
+    encoder = hpack.Encoder()
+    ends, block = {0}, b""
+    for name, value, secret in fields:
+        block += encoder.encode([hpack.NeverIndexedHeaderTuple(name, value) if secret else hpack.HeaderTuple(name, value)], huffman=huffman)
+        ends.add(len(block))
+    cut = data.draw(st.integers(0, len(block)))
+    assert is_whole_untrusted(block[:cut]) == (cut in ends)
+
+
+@given(st.binary(max_size=200))
+def test_the_compiled_decoder_panics_on_no_block(block: bytes) -> None:
+    try:
+        CompiledDecoder(4096, 4096).decode_untrusted(block)
+    except HeaderListTooLarge:
+        pass
+    except HpackFault as fault:
+        assert "panicked" not in str(fault)
 
 
 def test_secret_fields_stay_secret_and_no_block_uses_a_table() -> None:

@@ -5,13 +5,32 @@ is a function of its fields, may be remembered, and fits any connection whose fi
 never passed on as they came: what one decoder forgives (an oddly padded Huffman string, a table size in the middle of a block) would
 kill the connection that another client's streams share; except for what `read_plain_untrusted` accepts, where nothing is to be forgiven.
 
-jh2's decoder is a private module and panics on a truncated block, which pyo3 raises as a BaseException; that is an `HpackFault` like
-any other, and the decoder is not used again because the connection ends.
+jh2's decoder is a private module, and panics on a block that ends inside of a field: Rust writes that to standard error by itself, and
+pyo3 raises it as a BaseException. So `is_whole_untrusted` looks first where the last field ends.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final
+
+_LONG: Final = 4
+
+
+def _strings_behind(first: int) -> int:
+    """How many strings follow the first byte of a field, plus `_LONG` when its number goes on first (RFC 7541 section 6)."""
+    if first >= 0x80:
+        strings, limit = 0, 0x7F
+    elif first >= 0x40:
+        strings, limit = 1, 0x3F
+    elif first >= 0x20:
+        strings, limit = 0, 0x1F
+    else:
+        strings, limit = 1, 0x0F
+    number = first & limit
+    return strings + (strings and number == 0) + (_LONG if number == limit else 0)
+
+
+_STRINGS: Final = bytes(map(_strings_behind, range(256)))
 
 _compiled: Any = None
 try:
@@ -53,6 +72,8 @@ class CompiledDecoder:
 
     def decode_untrusted(self, block: bytes) -> list[Field]:
         """Fields in order. Raises HpackFault, HeaderListTooLarge."""
+        if not is_whole_untrusted(block):
+            raise HpackFault("truncated header block")
         try:
             fields: list[Field] = self._decode(block, True)
         except _compiled.OversizedHeaderListError as error:
@@ -62,7 +83,7 @@ class CompiledDecoder:
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
-            raise HpackFault("truncated header block") from None
+            raise HpackFault("the decoder panicked") from None
         return fields
 
     @property
@@ -141,6 +162,36 @@ def announced_sizes_untrusted(block: bytes) -> list[int]:
     return sizes
 
 
+def is_whole_untrusted(block: bytes) -> bool:
+    """Whether the last field of a block ends where the block does; says nothing about what the fields are."""
+    size = len(block)
+    at = 0
+    try:
+        while at < size:
+            strings = _STRINGS[block[at]]
+            at += 1
+            if strings >= _LONG:
+                strings -= _LONG
+                while block[at] >= 128:
+                    at += 1
+                at += 1
+            for _ in range(strings):
+                length = block[at] & 0x7F
+                at += 1
+                if length == 0x7F:
+                    shift = 0
+                    while block[at] >= 128 and shift < 28:
+                        length += (block[at] & 0x7F) << shift
+                        shift += 7
+                        at += 1
+                    length += block[at] << shift
+                    at += 1
+                at += length
+    except IndexError:
+        return False
+    return at == size
+
+
 _LENGTHS: Final = tuple(_integer(length, 7, 0) for length in range(1024))
 # RFC 7541 appendix A, the names in order; where one occurs again the first index is used.
 _STATIC: Final = (
@@ -200,12 +251,10 @@ def read_plain_untrusted(block: bytes) -> Section:
             if first & 0x10:
                 secrets.append(len(names))
             index = first & 0x0F
-            if index == 0x0F:
-                index += block[at]
-                at += 1
             if index:
-                if index > 61:
-                    return NOTHING
+                if index == 0x0F:
+                    index += block[at]
+                    at += 1
                 names.append(_STATIC[index - 1])
             else:
                 stop = at + 1 + block[at]
@@ -216,22 +265,28 @@ def read_plain_untrusted(block: bytes) -> Section:
             length = block[at]
             at += 1
             if length >= 127:
-                more = block[at]
-                at += 1
-                if length > 127:
-                    return NOTHING
-                length += more
-                if more >= 128:
-                    length += (block[at] << 7) - 128
-                    if not 0 < block[at] < 128:
-                        return NOTHING
-                    at += 1
+                length, at = _long_length_untrusted(block, at, length)
             values.append(block[at : at + length])
             at += length
     except IndexError:
         return NOTHING
-    if at != size:
-        return NOTHING
+    return _section(names, values, secrets, block) if at == size else NOTHING
+
+
+def _long_length_untrusted(block: bytes, at: int, first: int) -> tuple[int, int]:
+    """A length of two or three bytes, of which the first was read, and where it ends. Raises IndexError for what is not plain."""
+    more = block[at]
+    if first > 127:
+        raise IndexError  # Huffman coding
+    if more < 128:
+        return 127 + more, at + 1
+    last = block[at + 1]
+    if not 0 < last < 128:
+        raise IndexError  # longer than it could be, or than a plain block
+    return more - 1 + (last << 7), at + 2
+
+
+def _section(names: list[bytes], values: list[bytes], secrets: list[int], block: bytes) -> Section:
     count = len(names)
     if not secrets and count < 64:
         return tuple(names), tuple(values), _NO_SECRETS[count], block
