@@ -352,6 +352,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "ne": lambda first, second: first != second,
     "nindent": lambda spaces, text: "\n" + _indent(spaces, text),
     "not": lambda value: not value,
+    "omit": lambda values, *keys: {key: value for key, value in values.items() if key not in keys},
     "or": _or,
     "quote": lambda value: json.dumps(_printed(value), ensure_ascii=False),
     "toJson": lambda value: json.dumps(value, sort_keys=True, separators=(",", ":")),

@@ -79,17 +79,17 @@ class Agent(_Values, frozen=True):
 
 
 class Sidecar(_Values, frozen=True):
-    """What every sidecar starts with; annotations of pods and namespaces say otherwise."""
+    """What every sidecar starts with. defaults: names of annotations without their prefix; those of pods and namespaces are stronger."""
 
-    resources: Resources = msgspec.field(default_factory=dict)
-    log_level: LogLevel = "info"
     native: bool = True
+    defaults: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class CertManager(_Values, frozen=True):
     """Serving certificates of the webhooks from cert-manager instead of the components' own."""
 
     enabled: bool = False
+    issuer_ref: dict[str, str] = msgspec.field(default_factory=lambda: {"kind": "ClusterIssuer", "name": "pillion-webhooks"})
 
 
 class Values(_Values, frozen=True):
