@@ -76,3 +76,11 @@ readinessProbe: {httpGet: {path: /ready, port: admin}, periodSeconds: 2, timeout
 - {name: PILLION_POD_UID, valueFrom: {fieldRef: {fieldPath: metadata.uid}}}
 - {name: PILLION_LOG_LEVEL, value: {{ .Values.logLevel | quote }}}
 {{- end -}}
+
+{{/* A token that only the identity service takes. */}}
+{{- define "pillion.token" -}}
+- name: token
+  projected:
+    sources:
+      - serviceAccountToken: {path: token, audience: identity.pillion.dev, expirationSeconds: 86400}
+{{- end -}}
