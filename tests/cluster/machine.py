@@ -1,0 +1,133 @@
+"""What the test cluster takes from this machine, and how it gives it back: cgroups, mounts, what containerd leaves in shared folders."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+class CannotStart(Exception):
+    """A program of the cluster did not come up; says which and where its log is."""
+
+
+def wait_for(what: str, test: Callable[[], object], seconds: float) -> None:
+    """Ask again until ``test`` is true; raises CannotStart naming ``what``."""
+    end = time.monotonic() + seconds
+    while not test():
+        if time.monotonic() > end:
+            raise CannotStart(f"{what}: not after {seconds:.0f} s")
+        time.sleep(0.1)
+
+
+def ip(*commands: str) -> None:
+    for command in commands:
+        done = subprocess.run(["ip", *command.split()], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CannotStart(f"ip {command}: {done.stderr.strip()}")
+
+
+def unified() -> Path:
+    """Where this machine has cgroup v2: alone, or beside the v1 controllers."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, where, kind, *_ = line.split()
+        if kind == "cgroup2":
+            return Path(where)
+    raise CannotStart("this machine has no cgroup v2 hierarchy mounted")
+
+
+def hierarchies() -> list[Path]:
+    """Every mounted hierarchy: one on a machine with v2 alone, one for each controller beside it on a hybrid."""
+    mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
+    return [Path(where) for _, where, kind, *_ in mounts if kind in ("cgroup", "cgroup2")]
+
+
+def make_cgroups(name: str) -> None:
+    wanted = "+cpu +cpuset +memory +pids"
+    for top in hierarchies():
+        (top / name).mkdir(exist_ok=True)
+        for file in ("cpuset.cpus", "cpuset.mems"):  # v1 gives a new folder none
+            if (top / file).exists() and not (top / "cgroup.controllers").exists():
+                (top / name / file).write_text((top / file).read_text())
+    if (unified() / "cgroup.controllers").read_text().split():
+        for folder in (unified(), unified() / name):
+            with contextlib.suppress(OSError):
+                (folder / "cgroup.subtree_control").write_text(wanted)
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _members(cgroup: Path) -> Iterator[int]:
+    for file in cgroup.rglob("cgroup.procs"):
+        with contextlib.suppress(OSError):
+            yield from map(int, file.read_text().split())
+
+
+def end_all(cgroup: Path) -> None:
+    """Kill what lives below; programs that start others need several rounds."""
+    for _ in range(200):
+        pids = [pid for pid in _members(cgroup) if alive(pid)]
+        if not pids:
+            return
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def remove_cgroup(cgroup: Path) -> None:
+    for folder in sorted((path for path in [cgroup, *cgroup.rglob("*")] if path.is_dir()), key=lambda path: -len(path.parts)):
+        for _ in range(20):
+            try:
+                folder.rmdir()
+                break
+            except FileNotFoundError:
+                break
+            except OSError:
+                time.sleep(0.05)
+
+
+def unmount_below(folder: Path) -> None:
+    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    for where in sorted((where for where in mounts if where.startswith(f"{folder}/")), reverse=True):
+        subprocess.run(["umount", "-l", where], capture_output=True, check=False)
+
+
+def leftovers(state: Path) -> list[Path]:
+    """What containerd keeps outside of its folders for the containers that live now: shims' sockets, network namespaces, CNI's results."""
+    found: set[Path] = set()
+    for task in state.glob("*/containerd-state/io.containerd.runtime.v2.task/k8s.io/*"):
+        found.update(Path("/var/lib/cni/results").glob(f"*{task.name}*"))
+        with contextlib.suppress(OSError):
+            found.add(Path((task / "address").read_text().removeprefix("unix://")))
+        with contextlib.suppress(OSError, ValueError):
+            namespaces = json.loads((task / "config.json").read_text())["linux"]["namespaces"]
+            paths = (Path(entry.get("path", "")) for entry in namespaces if entry["type"] == "network")
+            found.update(path for path in paths if path.name.startswith("cni-"))
+    return sorted(found)
+
+
+def give_back(state: Path, left: list[Path]) -> None:
+    """Remove ``left`` (see `leftovers`), the logs' links that kubelet makes in /var/log, and the state folder."""
+    for path in left:
+        if path.name.startswith("cni-") and path.parent.name == "netns":
+            subprocess.run(["ip", "netns", "del", path.name], capture_output=True, check=False)
+        else:
+            path.unlink(missing_ok=True)
+    for link in Path("/var/log/containers").glob("*.log"):
+        if os.readlink(link).startswith(f"{state}/"):
+            link.unlink()
+    shutil.rmtree(state, ignore_errors=True)
