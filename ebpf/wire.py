@@ -10,11 +10,13 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from core.addrs import InvalidAddr, canonical_ip
 from ebpf.redirect import INBOUND_PORT, OUTBOUND_PORT, SIDECAR_UID, Range
 
 MAX_LINE_BYTES = 64 << 10
 _TEXT_MAX = 512  # namespace, name and id of a pod have 253 characters at most
 _RANGES_MAX = 256
+_ADDRESSES_MAX = 16
 
 
 class BadMessage(ValueError):
@@ -26,6 +28,7 @@ class PodFacts(NamedTuple):
 
     skip_inbound, skip_outbound: ports that are not captured. accelerate: False when its app reads in ways that acceleration breaks;
     unaccelerated: the same for single ports, of the app or of what it calls. real_caller: whether the app sees callers' addresses.
+    addresses: the pod's own, which it reaches without its sidecar; empty when the agent shall look into the namespace.
     """
 
     id: str
@@ -39,6 +42,7 @@ class PodFacts(NamedTuple):
     accelerate: bool = True
     unaccelerated: tuple[Range, ...] = ()
     real_caller: bool = True
+    addresses: tuple[str, ...] = ()
 
 
 class Register(NamedTuple):
@@ -132,6 +136,7 @@ def pod_facts(body: object) -> PodFacts:
         accelerate=_flag(body, "accelerate"),
         unaccelerated=_ranges(body, "unaccelerated"),
         real_caller=_flag(body, "real_caller"),
+        addresses=_addresses(body),
     )
 
 
@@ -161,6 +166,16 @@ def _ranges(body: Mapping[str, Any], name: str) -> tuple[Range, ...]:
     if not isinstance(value, list | tuple) or len(value) > _RANGES_MAX:
         raise BadMessage(f"{name}: expected a list of at most {_RANGES_MAX} port ranges")
     return tuple(_range(name, entry) for entry in value)
+
+
+def _addresses(body: Mapping[str, Any]) -> tuple[str, ...]:
+    value = body.get("addresses", ())
+    if not isinstance(value, list | tuple) or len(value) > _ADDRESSES_MAX:
+        raise BadMessage(f"addresses: expected at most {_ADDRESSES_MAX} IP addresses")
+    try:
+        return tuple(canonical_ip(_text({"addresses": one}, "addresses")) for one in value)
+    except InvalidAddr as error:
+        raise BadMessage(f"addresses: {error}") from None
 
 
 def _range(name: str, entry: object) -> Range:

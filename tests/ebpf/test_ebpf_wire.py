@@ -8,13 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.addrs import canonical_ip
 from ebpf.wire import BadMessage, PodFacts, Register, Remove, Status, Steer, Unregister, decode_request_untrusted, pod_facts, request_line
 
 texts = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=60)
 ports = st.integers(1, 65535)
 ranges = st.lists(st.tuples(ports, ports).map(lambda pair: (min(pair), max(pair))), max_size=5).map(tuple)
+addresses = st.lists(st.ip_addresses().map(str).map(canonical_ip), max_size=4).map(tuple)
 pods = st.builds(
-    PodFacts, texts, texts, texts, st.integers(0, 65536), ports, ports, ranges, ranges, st.booleans(), ranges, st.booleans()
+    PodFacts, texts, texts, texts, st.integers(0, 65536), ports, ports, ranges, ranges, st.booleans(), ranges, st.booleans(), addresses
 )  # fmt: skip
 requests = st.one_of(st.builds(Register, pods), st.builds(Unregister, texts), st.builds(Steer, texts), st.just(Status()), st.just(Remove()))
 
@@ -56,6 +58,7 @@ def test_any_object_gives_a_pod_or_the_one_error(body):
         ({"skip_inbound": [[9, 8]]}, "skip_inbound: expected pairs"),
         ({"skip_outbound": [[1, 2]] * 257}, "at most 256"),
         ({"accelerate": "false"}, "accelerate: expected true or false"),
+        ({"addresses": ["10.0.0"]}, "addresses: '10.0.0' is not an IP"),
         ({"netns": "/x"}, "unknown field 'netns'"),
     ],
 )
