@@ -81,6 +81,10 @@ class FakeApiServer:
         while len(self._watchers) != count:
             await self._changed.park()
 
+    async def wait_requests(self, line: str, count: int) -> None:
+        while self.requests.count(line) < count:
+            await self._changed.park()
+
     # --- what a test does behind the API -----------------------------------------------------------------------------------
 
     def put(self, object_: Raw, *, subresource: str = "") -> Raw:
@@ -185,6 +189,7 @@ class FakeApiServer:
         headers = {name.decode(): value.decode() for name, value in request.headers}
         self.requests.append(f"{method} {url.path}" + (" watch" if "watch" in query else ""))
         self.authorizations.append(headers.get("authorization", ""))
+        self._changed.unpark_all()
         if self.failures:
             code = self.failures.pop(0)
             if code == 0:
