@@ -16,7 +16,7 @@ test: venv ## every test this machine can run; says which it skips and why
 	$(PYTEST) -m "not cluster"
 
 test-unit: venv ## tests without root, namespaces or a cluster
-	$(PYTEST) -m "not netns and not cluster and not slow"
+	$(PYTEST) -m "not netns and not kernel and not cluster and not slow"
 
 test-netns: venv ## tests in network namespaces (root)
 	$(PYTEST) -m netns

@@ -32,11 +32,20 @@ def _missing_for_netns(_: pytest.Mark) -> str:
     return "needs root" if os.geteuid() != 0 else _missing_programs(pytest.mark.needs("ip", "nft", "unshare").mark)
 
 
+def _missing_for_kernel(_: pytest.Mark) -> str:
+    """Why no BPF programs can be loaded here. Only what is plain to see: a kernel that refuses them is a failure, not a skip."""
+    if os.geteuid() != 0:
+        return "needs root"
+    if not os.path.exists("/usr/lib/python3/dist-packages/bcc"):
+        return "needs the Debian package python3-bpfcc"
+    return _missing_programs(pytest.mark.needs("ip", "mount").mark)
+
+
 def _missing_for_cluster(_: pytest.Mark) -> str:
     return "" if os.environ.get("KUBECONFIG") else "needs a Kubernetes cluster (set KUBECONFIG)"
 
 
-_MISSING = {"needs": _missing_programs, "netns": _missing_for_netns, "cluster": _missing_for_cluster}
+_MISSING = {"needs": _missing_programs, "netns": _missing_for_netns, "kernel": _missing_for_kernel, "cluster": _missing_for_cluster}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

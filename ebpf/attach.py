@@ -1,0 +1,227 @@
+"""The pinned programs of this node, and one pod after the other put under them: links, settings, the sidecar's listener, counters.
+
+Everything a restart needs lies in the bpf file system, below ``<root>/<layout version>/``::
+
+    maps/<name>               shared by all programs; keyed by the cookie of the pod's network namespace
+    programs/<name>           for links of pods that come later
+    pods/<cookie>/<program>   a link; the program is attached as long as the pin is there
+
+A pod is set up in this order, so that nothing passes in between: settings (``write_pod``), then links (``link``), then its listener
+(``set_listener``); until the last, its connections are refused. Called by the agent and by tests, after ``ebpf.loader`` has been there;
+imports neither bcc nor libbpf. Not safe for two writers at once: the agent is alone, by its lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+from ebpf import bpfsys, layout
+from ebpf.layout import Counter, Pod, PortKind
+
+DEFAULT_ROOT = Path("/sys/fs/bpf/pillion")
+
+
+class NotInstalled(RuntimeError):
+    """There are no (complete) pins of this layout version; the loader has to run first."""
+
+
+class Full(RuntimeError):
+    """A map has no room for another pod; the pod must be captured in another way, or not start."""
+
+
+class Pins:
+    """Where things lie. root: the folder in a bpf file system that holds all layout versions."""
+
+    def __init__(self, root: Path = DEFAULT_ROOT, version: str = layout.VERSION) -> None:
+        self.root = root
+        self.folder = root / version
+        self.maps = self.folder / "maps"
+        self.programs = self.folder / "programs"
+        self.pods = self.folder / "pods"
+
+
+class Node:
+    """The maps and programs of one layout version, held open. A context manager; closing it detaches nothing."""
+
+    def __init__(self, pins: Pins) -> None:
+        self.pins = pins
+        self._maps: dict[str, int] = {}
+        try:
+            for name in (*layout.MAPS, layout.INBOUND_CODE):
+                self._maps[name] = bpfsys.pinned(pins.maps / name)
+        except FileNotFoundError as error:
+            self.close()
+            raise NotInstalled(
+                f"{pins.folder} holds no complete set of maps ({error.filename or name}); run `python -m ebpf.loader`"
+            ) from None
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the descriptors."""
+        for fd in self._maps.values():
+            os.close(fd)
+        self._maps.clear()
+
+    # --- settings ---
+
+    def write_pod(self, cookie: int, pod: Pod) -> None:
+        """Register a namespace, or change its settings, which holds from its next connection on; raises Full, ValueError."""
+        self._put("counters", layout.pack_cookie(cookie), layout.zero_counters(), keep=True)
+        self._put("pods", layout.pack_cookie(cookie), layout.pack_pod(pod))
+
+    def write_ports(self, cookie: int, kind: PortKind, ranges: Iterable[tuple[int, int]]) -> None:
+        """Replace a set of ports, inclusive ranges; an empty one is removed. Raises Full, ValueError."""
+        key = layout.pack_port_set_key(cookie, kind)
+        value = layout.pack_port_set(ranges)
+        if any(value):
+            self._put("port_sets", key, value)
+        else:
+            bpfsys.map_delete(self._maps["port_sets"], key)
+
+    def set_listener(self, cookie: int, fd: int, *, only_v6: bool = False) -> None:
+        """Lead inbound connections to this listening socket. The caller closes its descriptor, or the listener outlives the sidecar.
+
+        The kernel drops the entry when the last descriptor closes: connections are refused from then on.
+        """
+        self._put("listeners", layout.pack_listener_key(cookie, only_v6=only_v6), struct.pack("=Q", fd))
+
+    def has_listener(self, cookie: int) -> bool:
+        """Whether somebody takes inbound connections."""
+        keys = (layout.pack_listener_key(cookie, only_v6=only_v6) for only_v6 in (False, True))
+        return any(bpfsys.map_lookup(self._maps["listeners"], key, 8) is not None for key in keys)
+
+    def pods(self) -> dict[int, Pod]:
+        """Every registered namespace by its cookie: after a restart, what is captured already."""
+        found = {}
+        for key in list(bpfsys.map_keys(self._maps["pods"], 8)):
+            value = bpfsys.map_lookup(self._maps["pods"], key, layout.POD_BYTES)
+            if value is not None:
+                found[layout.unpack_cookie(key)] = layout.unpack_pod(value)
+        return found
+
+    def counters(self, cookie: int) -> dict[Counter, int]:
+        """What happened in a pod since it was registered; all zero for an unknown one."""
+        values = bpfsys.map_lookup_per_cpu(self._maps["counters"], layout.pack_cookie(cookie), layout.COUNTERS_BYTES)
+        return layout.unpack_counters(values or [layout.zero_counters()])
+
+    def _put(self, name: str, key: bytes, value: bytes, *, keep: bool = False) -> None:
+        update = bpfsys.map_update_per_cpu if name == "counters" else bpfsys.map_update
+        try:
+            update(self._maps[name], key, value, bpfsys.NOEXIST if keep else bpfsys.ANY)
+        except OSError as error:
+            if error.errno == errno.EEXIST:
+                return
+            if error.errno in (errno.E2BIG, errno.ENOMEM):
+                raise Full(f"map {name} is full ({bpfsys.map_info(self._maps[name]).max_entries} entries)") from None
+            raise
+
+    # --- links ---
+
+    def link(self, cookie: int, cgroup_fd: int | None, netns_fd: int | None) -> None:
+        """Attach the programs to a pod's cgroup (outbound, acceleration) and namespace (inbound); None leaves that side out.
+
+        A link that is there already gets the newest program. Raises OSError, VerifierRefused; then nothing new stays attached.
+        """
+        folder = self.pins.pods / str(cookie)
+        folder.mkdir(exist_ok=True)
+        made: list[Path] = []
+        try:
+            for program in layout.PROGRAMS:
+                target = {"cgroup": cgroup_fd, "netns": netns_fd}.get(program.target)
+                if target is not None and self._link_one(program, folder / program.name, cookie, target):
+                    made.append(folder / program.name)
+        except OSError:
+            for path in made:
+                path.unlink()
+            if not any(folder.iterdir()):
+                folder.rmdir()
+            raise
+
+    def _link_one(self, program: layout.Program, path: Path, cookie: int, target: int) -> bool:
+        prog_fd = self._inbound(cookie) if program.target == "netns" else bpfsys.pinned(self.pins.programs / program.name)
+        try:
+            if path.exists():
+                link_fd = bpfsys.pinned(path)
+                try:
+                    bpfsys.link_update(link_fd, prog_fd)
+                finally:
+                    os.close(link_fd)
+                return False
+            link_fd = bpfsys.link_create(prog_fd, target, program.attach_type)
+            try:
+                bpfsys.pin(link_fd, path)
+            finally:
+                os.close(link_fd)
+            return True
+        finally:
+            os.close(prog_fd)
+
+    def _inbound(self, cookie: int) -> int:
+        value = bpfsys.map_lookup(self._maps[layout.INBOUND_CODE], bytes(4), layout.INBOUND_CODE_BYTES) or bytes(8)
+        length = struct.unpack_from("=Q", value)[0]
+        if not length:
+            raise NotInstalled("this kernel refused the program of inbound connections when it was loaded")
+        code = layout.relocate_maps(value[8 : 8 + length], {number: self._maps[name] for number, name in enumerate(layout.MAPS)})
+        return bpfsys.prog_load("inbound", 30, layout.relocate_cookie(code, cookie), 36)
+
+    def linked(self) -> set[int]:
+        """The cookies of all pods that have links."""
+        return {int(path.name) for path in self.pins.pods.iterdir()}
+
+    def upgrade(self) -> None:
+        """Put the newest programs into every link that exists, one exchange each, without a moment in between."""
+        for folder in self.pins.pods.iterdir():
+            for program in layout.PROGRAMS:
+                if (folder / program.name).exists():
+                    self._link_one(program, folder / program.name, int(folder.name), -1)
+
+    def unlink(self, cookie: int) -> None:
+        """Detach from a pod. Its open connections go on, by TCP where they cannot be redirected any more."""
+        _remove(self.pins.pods / str(cookie))
+
+    def forget(self, cookie: int) -> None:
+        """Detach, and remove every trace of a pod."""
+        self.unlink(cookie)
+        for only_v6 in (False, True):
+            bpfsys.map_delete(self._maps["listeners"], layout.pack_listener_key(cookie, only_v6=only_v6))
+        for kind in PortKind:
+            bpfsys.map_delete(self._maps["port_sets"], layout.pack_port_set_key(cookie, kind))
+        for name in ("pods", "counters"):
+            bpfsys.map_delete(self._maps[name], layout.pack_cookie(cookie))
+
+
+def prepare(root: Path) -> bool:
+    """Make sure that ``root`` can hold pins: mount a bpf file system at its parent when there is none. Returns whether it was mounted."""
+    if bpfsys.is_bpffs(root.parent):
+        root.mkdir(mode=0o700, exist_ok=True)
+        return False
+    root.parent.mkdir(parents=True, exist_ok=True)
+    bpfsys.mount_bpffs(root.parent)
+    root.mkdir(mode=0o700)
+    return True
+
+
+def remove(root: Path) -> None:
+    """Detach everything of every layout version and leave nothing pinned. Links first, so that no pod is half captured for long."""
+    if root.exists():
+        for version in root.iterdir():
+            _remove(version / "pods")
+        _remove(root)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        for entry in path.iterdir():
+            _remove(entry)
+        path.rmdir()
+    elif path.exists():
+        path.unlink()

@@ -1,0 +1,44 @@
+/* A message is sent: straight into the peer's queue, or by TCP. The order-and-memory check stands in front of every single message.
+ *
+ * Stops: reordering, and a writer filling kernel memory because its reader does not read (both argued in mesh.h). Every doubt means TCP.
+ */
+#include "mesh.h"
+
+/* This message goes by TCP; in a direction that may not resume, so do all that follow. */
+static __always_inline int by_tcp(struct flow *flow, u64 ns, u32 cause) {
+  if (!(flow->flags & FLOW_RESUME)) flow->stuck = cause;
+  count(ns, cause, 1);
+  return SK_PASS;
+}
+
+int redirect(struct sk_msg_md *msg) {
+  struct bpf_sock *sk = (struct bpf_sock *)msg->sk;
+  if (!sk) return SK_PASS;
+  struct flow *flow = flows.sk_storage_get(sk, 0, 0);
+  if (!flow) return SK_PASS;
+  u64 ns = flow->peer.isns.ns;
+  if (flow->stuck) return by_tcp(flow, ns, flow->stuck);
+  if (!flow->peer_socket) {
+    struct pair *pair = pairs.lookup(&flow->peer.isns);
+    if (pair) flow->peer_socket = pair->sockets[1];
+    if (!flow->peer_socket) return by_tcp(flow, ns, COUNT_BY_TCP_UNPAIRED);
+    struct isns isns;
+    __builtin_memcpy(&isns, &flow->peer.isns, sizeof(isns));
+    pairs.delete(&isns);
+  }
+  void *me = bpf_skc_to_tcp_sock(sk);
+  u32 copied_seq = 0;
+  int unread = 0;
+  if (!me || bpf_probe_read_kernel(&copied_seq, 4, (void *)(flow->peer_socket + OFFSET_COPIED_SEQ)) ||
+      copied_seq != *(u32 *)(me + OFFSET_WRITE_SEQ))
+    return by_tcp(flow, ns, COUNT_BY_TCP_ORDER);
+  if (bpf_probe_read_kernel(&unread, 4, (void *)(flow->peer_socket + OFFSET_RMEM_ALLOC)) || unread > QUEUE_LIMIT)
+    return by_tcp(flow, ns, COUNT_BY_TCP_MEMORY);
+  struct end peer;
+  __builtin_memcpy(&peer, &flow->peer, sizeof(peer));
+  u32 size = msg->size;
+  if (socks.msg_redirect_hash(msg, &peer, BPF_F_INGRESS) != SK_PASS) return by_tcp(flow, ns, COUNT_BY_TCP_UNPAIRED);
+  count(ns, COUNT_MESSAGES, 1);
+  count(ns, COUNT_BYTES, size);
+  return SK_PASS;
+}
