@@ -2,7 +2,6 @@
 
     tools/image.py build [--hot compiled] [--agent]   the whole image by the Containerfile; libraries are cached until the lock file changes
     tools/image.py code [--agent]                     only the newest code on the libraries of the last build: about a second
-    tools/image.py apps                               the small images of the test cluster: pause and the tests' app
     tools/image.py paths                              where the archives lie
 
 Everything lies in ~/.cache/pillion/images (PILLION_CACHE changes the folder). An archive is an OCI layout in a tar, for
@@ -27,6 +26,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from py_compile import PycInvalidationMode
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,10 +131,10 @@ def build(*, agent: bool, hot: str) -> None:
     words = [f"--build-arg={name}={value}" for name, value in arguments.items()]
     run("buildah", "build", "--isolation=chroot", "--network=host", "--pull-never", "--layers", *words, *_pip(),
         f"--target={target}", "-f", "Containerfile", "-t", image(agent), ".")  # fmt: skip
-    layout = _layout(agent)
-    shutil.rmtree(layout, ignore_errors=True)
-    run("buildah", "push", "--quiet", image(agent), f"oci:{layout}:latest")
-    code(agent=agent, keep=True)
+    made = layout(agent)
+    shutil.rmtree(made, ignore_errors=True)
+    run("buildah", "push", "--quiet", image(agent), f"oci:{made}:latest")
+    write_archive(archive(agent), image(agent), *opened(made), {}, made)
 
 
 def _pip() -> list[str]:
@@ -145,26 +145,35 @@ def _pip() -> list[str]:
     return [*words, *(["--volume=/etc/pip.conf:/etc/pip.conf:ro"] if Path("/etc/pip.conf").exists() else [])]
 
 
-def _layout(agent: bool) -> Path:
+def layout(agent: bool) -> Path:
     return CACHE / ("layout-agent" if agent else "layout")
 
 
-def code(*, agent: bool, keep: bool = False) -> None:
-    """Write the archive: the last build's layers, its last one (our code) replaced by the code as it is now unless ``keep``."""
-    layout = _layout(agent)
-    if not layout.exists():
+def code(*, agent: bool) -> None:
+    """Write the archive: the last build's layers, the last of them (our code) replaced by the code as it is now."""
+    made = layout(agent)
+    if not made.exists():
         raise Failed(f"there is no earlier build of {image(agent)}: run `tools/image.py build{' --agent' if agent else ''}` first")
-    index = json.loads((layout / "index.json").read_text())
-    manifest = json.loads(_blob(layout, index["manifests"][0]["digest"]))
-    config = json.loads(_blob(layout, manifest["config"]["digest"]))
-    fresh: dict[str, bytes] = {}
-    if not keep:
-        layer = code_layer()
-        digest = "sha256:" + hashlib.sha256(layer).hexdigest()
-        fresh[digest] = layer
-        manifest["layers"][-1] = {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": digest, "size": len(layer)}
-        config["rootfs"]["diff_ids"][-1] = digest
-    write_archive(archive(agent), image(agent), manifest, config, fresh, layout)
+    derive(archive(agent), image(agent), made, code_layer(), {}, replace=True)
+
+
+def derive(path: Path, name: str, made: Path, layer: bytes, settings: dict[str, Any], *, replace: bool = False) -> None:
+    """An archive of the image whose layout is ``made`` with one more layer (or another last one), and ``settings`` over its own."""
+    manifest, config = opened(made)
+    digest = "sha256:" + hashlib.sha256(layer).hexdigest()
+    kept = -1 if replace else len(manifest["layers"])
+    described = {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": digest, "size": len(layer)}
+    manifest["layers"] = [*manifest["layers"][:kept], described]
+    config["rootfs"]["diff_ids"] = [*config["rootfs"]["diff_ids"][:kept], digest]
+    config["config"] = {**config["config"], **settings}
+    write_archive(path, name, manifest, config, {digest: layer}, made)
+
+
+def opened(made: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Manifest and config of the one image in an OCI layout."""
+    index = json.loads((made / "index.json").read_text())
+    manifest = json.loads(_blob(made, index["manifests"][0]["digest"]))
+    return manifest, json.loads(_blob(made, manifest["config"]["digest"]))
 
 
 def code_layer() -> bytes:
@@ -180,11 +189,8 @@ def code_layer() -> bytes:
         (top / "bin" / "python").symlink_to("/usr/bin/python3")
         (top / "bin" / "pillion").write_text('#!/bin/sh\nexec python3 -m cli.main "$@"\n')
         (top / "bin" / "pillion").chmod(0o755)
-        compileall.compile_dir(top, quiet=2, stripdir=scratch, invalidation_mode=_UNCHECKED)
+        compileall.compile_dir(top, quiet=2, stripdir=scratch, invalidation_mode=PycInvalidationMode.UNCHECKED_HASH)
         return tar_of(Path(scratch))
-
-
-_UNCHECKED = __import__("py_compile").PycInvalidationMode.UNCHECKED_HASH
 
 
 def tar_of(folder: Path) -> bytes:
@@ -202,14 +208,14 @@ def tar_of(folder: Path) -> bytes:
     return memory.getvalue()
 
 
-def _blob(layout: Path, digest: str) -> bytes:
-    return (layout / "blobs" / digest.replace(":", "/")).read_bytes()
+def _blob(made: Path, digest: str) -> bytes:
+    return (made / "blobs" / digest.replace(":", "/")).read_bytes()
 
 
 def write_archive(
-    path: Path, name: str, manifest: dict[str, Any], config: dict[str, Any], fresh: dict[str, bytes], layout: Path | None = None
+    path: Path, name: str, manifest: dict[str, Any], config: dict[str, Any], fresh: dict[str, bytes], made: Path | None = None
 ) -> None:
-    """An OCI archive of one image; blobs that are not ``fresh`` come from ``layout``."""
+    """An OCI archive of one image; blobs that are not ``fresh`` come from the layout ``made``."""
 
     def add(tar: tarfile.TarFile, where: str, content: bytes) -> None:
         info = tarfile.TarInfo(where)
@@ -233,8 +239,8 @@ def write_archive(
         add(tar, "index.json", json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode())
         kept = [layer["digest"] for layer in manifest["layers"] if layer["digest"] not in fresh]
         for digest in kept:
-            assert layout is not None
-            add(tar, "blobs/" + digest.replace(":", "/"), _blob(layout, digest))
+            assert made is not None
+            add(tar, "blobs/" + digest.replace(":", "/"), _blob(made, digest))
         for digest, content in fresh.items():
             add(tar, "blobs/" + digest.replace(":", "/"), content)
     part.rename(path)

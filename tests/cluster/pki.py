@@ -72,3 +72,9 @@ def _write_key(folder: Path, file: str, key: ec.EllipticCurvePrivateKey) -> None
     path = folder / f"{file}.key"
     path.touch(mode=0o600)
     path.write_bytes(pem)
+
+
+def self_signed(certificate: Path, key: Path) -> None:
+    """A pair that nobody trusts, for an app that wants one."""
+    _, made = _issue(certificate.parent, certificate.stem, "app", names=("app",))
+    assert certificate.suffix == ".crt" and key == certificate.with_suffix(".key") and made

@@ -1,0 +1,73 @@
+"""``python -m tests.cluster up|down|code|kubectl ...``: the test cluster for people who want to look around in it.
+
+up [--nodes N]     a Kubernetes on this machine with DNS and the Gateway API, Pillion's images in its nodes; prints how to use it
+code               the newest code into the images and the nodes (seconds); pods that start afterwards run it
+kubectl ARGS...    kubectl on this cluster
+down               end it and remove everything
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from tests.cluster import images, kit
+from tests.cluster.machine import CannotStart
+from tests.cluster.nodes import Cluster
+
+STATE = Path(os.environ.get("PILLION_CLUSTER") or "/run/pillion-cluster")
+MANIFESTS = Path(__file__).parent / "manifests"
+
+
+def bring_up(cluster: Cluster) -> None:
+    """Nodes, DNS, Gateway API, and the images that tests use."""
+    gateway = kit.have("gateway")
+    cluster.up([images.pause(), images.coredns()])
+    for arguments in (
+        ("apply", "-f", str(MANIFESTS / "coredns.yaml")),
+        ("apply", "--server-side", "-f", str(gateway / "crds" / "standard")),
+    ):
+        done = cluster.kubectl(*arguments)
+        if done.returncode:
+            raise CannotStart(f"kubectl {' '.join(arguments)}: {done.stderr[-2000:]}")
+    load(cluster)
+
+
+def load(cluster: Cluster) -> None:
+    """Pillion with the code as it is, and the tests' app."""
+    for archive in [*images.pillion(), images.app()]:
+        cluster.load(archive)
+    kit.say("images loaded")
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in ("up", "down", "code", "kubectl"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    if os.geteuid() != 0:
+        print("the test cluster needs root: its nodes are network namespaces with a containerd each", file=sys.stderr)
+        return 1
+    what, *rest = arguments
+    running = Cluster.opened(STATE)
+    if what == "up":
+        running = Cluster(STATE, nodes=int(rest[1]) if rest[:1] == ["--nodes"] else 2)
+        bring_up(running)
+        print(f"export KUBECONFIG={running.kubeconfig} PATH=$PATH:{running.binaries}")
+    elif what == "down":
+        (running or Cluster(STATE)).down()
+    elif running is None:
+        print("no cluster runs here: make cluster", file=sys.stderr)
+        return 1
+    elif what == "code":
+        load(running)
+    else:
+        os.execv(running.binaries / "kubectl", ["kubectl", f"--kubeconfig={running.kubeconfig}", *rest])
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (CannotStart, kit.CannotBuild) as error:
+        sys.exit(f"cluster: {error}")
