@@ -3,11 +3,13 @@
 Everything a restart needs lies in the bpf file system, below ``<root>/<layout version>/``::
 
     maps/<name>               shared by all programs; keyed by the cookie of the pod's network namespace
-    programs/<name>           for links of pods that come later
-    pods/<cookie>/<program>   a link; the program is attached as long as the pin is there
+    programs/<name>           for links that come later
+    cgroups/<name>/<program>  a link; the program is attached as long as the pin is there
+    pods/<cookie>/inbound     the same for a pod's namespace
 
-A pod is set up in this order, so that nothing passes in between: settings (``write_pod``), then links (``link``), then its listener
-(``set_listener``); until the last, its connections are refused. Called by the agent and by tests, after ``ebpf.loader`` has been there;
+Once a node: ``loader.install``, ``Node.link_cgroup``. For each pod, in this order, so that nothing passes in between: ports
+(``write_ports``), settings (``write_pod``; connect() is captured from here on), ``link_netns``, and its listener (``set_listener``) as soon
+as there is one; until then what arrives is refused. Called by the agent and by tests, after ``ebpf.loader`` has been there;
 imports neither bcc nor libbpf. Not safe for two writers at once: the agent is alone, by its lock.
 """
 
@@ -25,11 +27,11 @@ from ebpf.layout import Counter, Pod, PortKind
 DEFAULT_ROOT = Path("/sys/fs/bpf/pillion")
 
 
-class NotInstalled(RuntimeError):
+class NotInstalled(OSError):
     """There are no (complete) pins of this layout version; the loader has to run first."""
 
 
-class Full(RuntimeError):
+class Full(OSError):
     """A map has no room for another pod; the pod must be captured in another way, or not start."""
 
 
@@ -41,6 +43,7 @@ class Pins:
         self.folder = root / version
         self.maps = self.folder / "maps"
         self.programs = self.folder / "programs"
+        self.cgroups = self.folder / "cgroups"
         self.pods = self.folder / "pods"
 
 
@@ -53,11 +56,9 @@ class Node:
         try:
             for name in (*layout.MAPS, layout.INBOUND_CODE):
                 self._maps[name] = bpfsys.pinned(pins.maps / name)
-        except FileNotFoundError as error:
+        except FileNotFoundError:
             self.close()
-            raise NotInstalled(
-                f"{pins.folder} holds no complete set of maps ({error.filename or name}); run `python -m ebpf.loader`"
-            ) from None
+            raise NotInstalled(f"{pins.folder} holds no complete set of maps; run `python -m ebpf.loader --pins {pins.root}`") from None
 
     def __enter__(self) -> Node:
         return self
@@ -126,18 +127,19 @@ class Node:
 
     # --- links ---
 
-    def link(self, cookie: int, cgroup_fd: int | None, netns_fd: int | None) -> None:
-        """Attach the programs to a pod's cgroup (outbound, acceleration) and namespace (inbound); None leaves that side out.
+    def link_cgroup(self, cgroup_fd: int, name: str = "node") -> None:
+        """Attach every cgroup program to a cgroup and all below it; ``name`` is the pins' folder, one for each cgroup.
 
-        A link that is there already gets the newest program. Raises OSError, VerifierRefused; then nothing new stays attached.
+        One attachment at the root serves all pods: a socket in a namespace that is not registered leaves after one lookup. Links that are
+        there already get the newest programs. Raises OSError; then nothing new stays attached.
         """
-        folder = self.pins.pods / str(cookie)
-        folder.mkdir(exist_ok=True)
+        folder = self.pins.cgroups / name
+        folder.mkdir(parents=True, exist_ok=True)
         made: list[Path] = []
         try:
-            for program in layout.PROGRAMS:
-                target = {"cgroup": cgroup_fd, "netns": netns_fd}.get(program.target)
-                if target is not None and self._link_one(program, folder / program.name, cookie, target):
+            for program in layout.CGROUP_PROGRAMS:
+                prog_fd = bpfsys.pinned(self.pins.programs / program.name)
+                if _put_in(prog_fd, cgroup_fd, program, folder / program.name):
                     made.append(folder / program.name)
         except OSError:
             for path in made:
@@ -146,24 +148,20 @@ class Node:
                 folder.rmdir()
             raise
 
-    def _link_one(self, program: layout.Program, path: Path, cookie: int, target: int) -> bool:
-        prog_fd = self._inbound(cookie) if program.target == "netns" else bpfsys.pinned(self.pins.programs / program.name)
+    def link_netns(self, cookie: int, netns_fd: int) -> None:
+        """Attach the inbound program to a pod's namespace; what arrives is refused until there is a listener.
+
+        A link that is there already gets the newest program. Raises OSError, VerifierRefused.
+        """
+        folder = self.pins.pods / str(cookie)
+        prog_fd = self._inbound(cookie)
+        folder.mkdir(exist_ok=True)
         try:
-            if path.exists():
-                link_fd = bpfsys.pinned(path)
-                try:
-                    bpfsys.link_update(link_fd, prog_fd)
-                finally:
-                    os.close(link_fd)
-                return False
-            link_fd = bpfsys.link_create(prog_fd, target, program.attach_type)
-            try:
-                bpfsys.pin(link_fd, path)
-            finally:
-                os.close(link_fd)
-            return True
-        finally:
-            os.close(prog_fd)
+            _put_in(prog_fd, netns_fd, _INBOUND, folder / _INBOUND.name)
+        except OSError:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+            raise
 
     def _inbound(self, cookie: int) -> int:
         value = bpfsys.map_lookup(self._maps[layout.INBOUND_CODE], bytes(4), layout.INBOUND_CODE_BYTES) or bytes(8)
@@ -174,29 +172,66 @@ class Node:
         return bpfsys.prog_load("inbound", 30, layout.relocate_cookie(code, cookie), 36)
 
     def linked(self) -> set[int]:
-        """The cookies of all pods that have links."""
+        """The cookies of all namespaces that the inbound program is attached to, ended ones included."""
         return {int(path.name) for path in self.pins.pods.iterdir()}
+
+    def ended(self, cookie: int) -> bool:
+        """Whether the linked namespace is gone, and with it everything in it; False for one that was never linked."""
+        try:
+            fd = bpfsys.pinned(self.pins.pods / str(cookie) / _INBOUND.name)
+        except FileNotFoundError:
+            return False
+        try:
+            return bpfsys.link_netns_inode(fd) == 0
+        finally:
+            os.close(fd)
 
     def upgrade(self) -> None:
         """Put the newest programs into every link that exists, one exchange each, without a moment in between."""
-        for folder in self.pins.pods.iterdir():
-            for program in layout.PROGRAMS:
+        for folder in self.pins.cgroups.iterdir():
+            for program in layout.CGROUP_PROGRAMS:
                 if (folder / program.name).exists():
-                    self._link_one(program, folder / program.name, int(folder.name), -1)
+                    _put_in(bpfsys.pinned(self.pins.programs / program.name), -1, program, folder / program.name)
+        for cookie in self.linked():
+            if not self.ended(cookie):
+                _put_in(self._inbound(cookie), -1, _INBOUND, self.pins.pods / str(cookie) / _INBOUND.name)
 
-    def unlink(self, cookie: int) -> None:
-        """Detach from a pod. Its open connections go on, by TCP where they cannot be redirected any more."""
+    def unlink_netns(self, cookie: int) -> None:
+        """Detach from a pod's namespace: what arrives reaches the app's own listeners again. Open connections go on."""
         _remove(self.pins.pods / str(cookie))
+
+    def unlink_cgroup(self, name: str = "node") -> None:
+        """Detach from a cgroup: connect() is not captured any more. Open connections go on."""
+        _remove(self.pins.cgroups / name)
 
     def forget(self, cookie: int) -> None:
         """Detach, and remove every trace of a pod."""
-        self.unlink(cookie)
+        self.unlink_netns(cookie)
         for only_v6 in (False, True):
             bpfsys.map_delete(self._maps["listeners"], layout.pack_listener_key(cookie, only_v6=only_v6))
         for kind in PortKind:
             bpfsys.map_delete(self._maps["port_sets"], layout.pack_port_set_key(cookie, kind))
         for name in ("pods", "counters"):
             bpfsys.map_delete(self._maps[name], layout.pack_cookie(cookie))
+
+
+_INBOUND = next(program for program in layout.PROGRAMS if program.target == "netns")
+
+
+def _put_in(prog_fd: int, target_fd: int, program: layout.Program, path: Path) -> bool:
+    """Give a program, whose descriptor is closed here, to the pinned link, or make and pin a new one; returns whether it is new."""
+    try:
+        link_fd = bpfsys.pinned(path) if path.exists() else bpfsys.link_create(prog_fd, target_fd, program.attach_type)
+        try:
+            if path.exists():
+                bpfsys.link_update(link_fd, prog_fd)
+                return False
+            bpfsys.pin(link_fd, path)
+            return True
+        finally:
+            os.close(link_fd)
+    finally:
+        os.close(prog_fd)
 
 
 def prepare(root: Path) -> bool:
@@ -214,6 +249,7 @@ def remove(root: Path) -> None:
     """Detach everything of every layout version and leave nothing pinned. Links first, so that no pod is half captured for long."""
     if root.exists():
         for version in root.iterdir():
+            _remove(version / "cgroups")
             _remove(version / "pods")
         _remove(root)
 

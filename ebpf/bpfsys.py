@@ -194,6 +194,14 @@ def link_detach(link_fd: int) -> None:
     _bpf(_LINK_DETACH, struct.pack("=I", link_fd))
 
 
+def link_netns_inode(link_fd: int) -> int:
+    """The namespace that a link is attached to, as its inode number; 0 once the namespace has ended."""
+    info = ctypes.create_string_buffer(64)
+    _bpf(_INFO, struct.pack("=IIQ", link_fd, len(info), _at(info)))
+    inode: int = struct.unpack_from("=I", info.raw, 16)[0]
+    return inode
+
+
 def pin(fd: int, path: Path) -> None:
     """Keep an object alive under a name in a bpf file system; the folder must exist."""
     name = _buffer(os.fsencode(path) + b"\0")

@@ -158,7 +158,7 @@ class Installation:
             programs = [program for program in programs if program.name != "redirect"]
             self.refused["redirect"] = f"program redirect (redirect.bpf.c): kernel {self._kernel}: {error}"
         compiled = Compiled(sources(programs), macros)
-        for folder in (self._pins.maps, self._pins.programs, self._pins.pods):
+        for folder in (self._pins.maps, self._pins.programs, self._pins.cgroups, self._pins.pods):
             folder.mkdir(parents=True, exist_ok=True)
         maps = self._keep_maps(compiled.maps)
         numbers = dict(enumerate(maps.values()))
