@@ -8,6 +8,7 @@ import sys
 import trio
 
 from core.env import InvalidSettings, describe, load
+from core.k8s.cluster import NoCluster
 from core.runtime import logs
 from identity.app import run
 from identity.config import Config
@@ -31,8 +32,13 @@ def main(arguments: list[str]) -> int:
         return 0
     logs.configure(config.log_level, config.log_format)
     try:
-        trio.run(run, config)
-    except (StoreUnsafe, IssuerInvalid, IssuerExpired, OSError, ValueError) as error:
+        if config.source == "kubernetes":
+            from identity.cluster.app import run_on_kubernetes
+
+            trio.run(run_on_kubernetes, config)
+        else:
+            trio.run(run, config)
+    except (NoCluster, StoreUnsafe, IssuerInvalid, IssuerExpired, OSError, ValueError) as error:
         print(f"identity: {error}", file=sys.stderr)
         return 1
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -15,10 +16,11 @@ import trio
 from core.runtime import logs
 from identity.admin_wire import AnchorStatus, Answer, Ask, Status, WorkloadStatus
 from identity.authority import Authority
-from identity.bundle import ABSENT_AFTER_S, Step, due_step
+from identity.bundle import ABSENT_AFTER_S, Refusal, Step, due_step
 
 _LINE_MAX_BYTES = 4096
 _IDLE_S = 10.0
+_ANSWER_S = 60.0
 _WORKLOADS_SHOWN = 10_000
 
 log = logs.logger("identity")
@@ -52,23 +54,41 @@ def status_of(authority: Authority) -> Status:
     )
 
 
+def read_ask(line: bytes) -> Ask:
+    """What an operator wants; raises ValueError with the sentence to answer."""
+    try:
+        ask = msgspec.json.decode(line, type=Ask)
+        if ask.step:
+            Step(ask.step)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ValueError(f"not a request: {error}") from None
+    if ask.verb not in ("status", "rotate"):
+        raise ValueError(f"the verb {ask.verb[:40]!r} is unknown: expected status or rotate")
+    return ask
+
+
+def answer_of(authority: Authority, step: Step | None = None, refusal: Refusal | None = None) -> Answer:
+    """The status, after a step that was asked for was done or refused."""
+    if refusal is not None:
+        return Answer(refusal.sentence, list(refusal.workloads), status=status_of(authority))
+    return Answer(done=step.value if step else "", status=status_of(authority))
+
+
 def answer(authority: Authority, line: bytes) -> Answer:
     """What one request gets."""
     try:
-        ask = msgspec.json.decode(line, type=Ask)
-        step = Step(ask.step) if ask.step else due_step(authority.trust.value)
-    except (msgspec.DecodeError, ValueError) as error:
-        return Answer(f"not a request: {error}")
+        ask = read_ask(line)
+    except ValueError as error:
+        return Answer(str(error))
     if ask.verb == "status":
-        return Answer(status=status_of(authority))
-    if ask.verb != "rotate":
-        return Answer(f"the verb {ask.verb[:40]!r} is unknown: expected status or rotate")
+        return answer_of(authority)
+    step = Step(ask.step) if ask.step else due_step(authority.trust.value)
     refusal = authority.rotate(step, ignore_absent=ask.ignore_absent, force=ask.force)
     if refusal is not None:
         log.warning("rotation step refused", step=step.value, reason=refusal.sentence)
-        return Answer(refusal.sentence, list(refusal.workloads), status=status_of(authority))
-    log.warning("rotation step done", step=step.value, forced=ask.force, generation=authority.trust.value.generation)
-    return Answer(done=step.value, status=status_of(authority))
+    else:
+        log.warning("rotation step done", step=step.value, forced=ask.force, generation=authority.trust.value.generation)
+    return answer_of(authority, step, refusal)
 
 
 def listen_admin(path: Path) -> trio.SocketListener:
@@ -89,15 +109,17 @@ def listen_admin(path: Path) -> trio.SocketListener:
     return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
 
-async def serve_admin(authority: Authority, listener: trio.SocketListener) -> None:
-    """Serve for ever."""
+async def serve_admin(respond: Callable[[bytes], Awaitable[Answer]], listener: trio.SocketListener) -> None:
+    """Serve for ever. respond: from the line that was asked to the answer, within a minute."""
 
     async def handle(stream: trio.SocketStream) -> None:
         async with stream:
+            line = b""
             with trio.move_on_after(_IDLE_S):
                 line = await _line(stream)
-                if line:
-                    await stream.send_all(msgspec.json.encode(answer(authority, line)) + b"\n")
+            if line:
+                with trio.move_on_after(_ANSWER_S):
+                    await stream.send_all(msgspec.json.encode(await respond(line)) + b"\n")
 
     async def guarded(stream: trio.SocketStream) -> None:
         try:

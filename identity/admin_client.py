@@ -5,14 +5,27 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from identity.admin_wire import Answer, Ask, Status
 
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 90.0
 _ANSWER_MAX_BYTES = 16 * 1024 * 1024
+
+
+def exchange_line(path: str, line: bytes) -> bytes:
+    """Bring one request to a socket of this machine; the answer's line. Raises OSError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(_TIMEOUT_S)
+        sock.connect(path)
+        sock.sendall(line + b"\n")
+        received = bytearray()
+        while not received.endswith(b"\n") and len(received) < _ANSWER_MAX_BYTES and (data := sock.recv(65536)):
+            received += data
+    return bytes(received)
 
 
 class AdminRefused(Exception):
@@ -25,10 +38,12 @@ class AdminRefused(Exception):
 
 
 class IdentityAdmin:
-    """Talks to one identity service. path: its PILLION_IDENTITY_ADMIN_SOCKET."""
+    """Talks to one identity service. path: its PILLION_IDENTITY_ADMIN_SOCKET; or ``exchange``, which brings a request to it otherwise."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, *, who: str = "", exchange: Callable[[bytes], bytes] | None = None) -> None:
+        assert (path is None) != (exchange is None), "one way to the service"
+        self._who = who or str(path)
+        self._exchange = exchange or partial(exchange_line, str(path))
 
     def status(self) -> Status:
         """Raises AdminRefused, or OSError when nobody listens."""
@@ -63,22 +78,16 @@ class IdentityAdmin:
         return status
 
     def _ask(self, ask: Ask) -> Answer:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(_TIMEOUT_S)
-            sock.connect(str(self._path))
-            sock.sendall(msgspec.json.encode(ask) + b"\n")
-            received = bytearray()
-            while not received.endswith(b"\n") and len(received) < _ANSWER_MAX_BYTES and (data := sock.recv(65536)):
-                received += data
+        received = self._exchange(msgspec.json.encode(ask))
         try:
-            answer = msgspec.json.decode(bytes(received), type=Answer)
+            answer = msgspec.json.decode(received, type=Answer)
         except msgspec.DecodeError as error:
-            raise AdminRefused(f"{self._path} did not answer as an identity service: {error}", []) from None
+            raise AdminRefused(f"{self._who} did not answer as an identity service: {error}", []) from None
         if answer.error:
             raise AdminRefused(answer.error, answer.blocking)
         return answer
 
     def _status(self, answer: Answer) -> Status:
         if answer.status is None:
-            raise AdminRefused(f"{self._path} gave no status", [])
+            raise AdminRefused(f"{self._who} gave no status", [])
         return answer.status

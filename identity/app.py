@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
+from functools import partial
 from pathlib import Path
 
 import trio
 
+from core.k8s.api import Api
+from core.k8s.cluster import in_cluster_access
 from core.runtime import logs
 from core.runtime.admin import AdminServer, standard_routes
 from core.runtime.drain import Drain, drain_on_signals
-from identity.admin import listen_admin, serve_admin
+from identity.admin import answer, listen_admin, serve_admin
+from identity.admin_wire import Answer
 from identity.authority import Authority
 from identity.config import Config
 from identity.given import GivenFiles, follow_files
@@ -20,10 +23,9 @@ from identity.metrics import exposition
 from identity.serve import ServingCertificate, listen, serve_https
 from identity.service import IdentityService
 from identity.store import Store, replace_file
-from identity.tokens import ApiServer, KubernetesReviewer, TokenReviewer
+from identity.tokens import KubernetesReviewer, TokenReviewer
 
 _TEND_EVERY_S = 10.0
-_IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount")  # Kubernetes: where every pod finds its own token
 
 log = logs.logger("identity")
 
@@ -50,14 +52,11 @@ def files_of(config: Config) -> GivenFiles | None:
 
 
 def reviewer_of(config: Config) -> TokenReviewer:
-    """Who reviews tokens. Raises OSError or ValueError when its files are not there."""
+    """Who reviews tokens. Raises OSError when its files are not there, NoCluster."""
     if config.tokens is not None:
         return LocalReviewer(config.tokens.read_bytes(), config.trust_domain)
-    host = os.environ.get("KUBERNETES_SERVICE_HOST", "")
-    port = os.environ.get("KUBERNETES_SERVICE_PORT", "443")
-    if not host or not port.isdigit():
-        raise ValueError("PILLION_TOKEN_REVIEW=kubernetes needs KUBERNETES_SERVICE_HOST and _PORT: is this a pod of a cluster?")
-    return KubernetesReviewer(ApiServer.at(host, int(port), _IN_CLUSTER / "token", _IN_CLUSTER / "ca.crt"), config.trust_domain)
+    access = in_cluster_access()
+    return KubernetesReviewer(Api(lambda: access), config.trust_domain)
 
 
 async def run(config: Config) -> None:
@@ -77,7 +76,7 @@ async def run(config: Config) -> None:
         await nursery.start(drain_on_signals, drain)
         await nursery.start(admin.serve, [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in admin_sockets])
         if config.admin_socket is not None:
-            nursery.start_soon(serve_admin, authority, listen_admin(config.admin_socket))
+            nursery.start_soon(serve_admin, partial(_answer, authority), listen_admin(config.admin_socket))
         if files is not None:
             nursery.start_soon(follow_files, files, authority)
         if config.bundle_file is not None:
@@ -90,6 +89,10 @@ async def run(config: Config) -> None:
         nursery.cancel_scope.cancel()
     if config.admin_socket is not None:
         config.admin_socket.unlink(missing_ok=True)
+
+
+async def _answer(authority: Authority, line: bytes) -> Answer:
+    return answer(authority, line)
 
 
 async def publish_bundle(authority: Authority, path: Path) -> None:

@@ -20,7 +20,7 @@ from identity import bundle
 from identity.bundle import ANCHORS_MAX, Anchor, Refusal, Step, TrustState, certificate_id
 from identity.issuer import CLOCK_SKEW_S, LEAF_LIFETIME_S, Issuer, Pair, SignedLeaf, make_issuer, make_root, sign_leaf
 from identity.ledger import Holding, Leaf, Ledger
-from identity.store import Store, StoredAnchor, StoredIssuer, StoredState, StoreUnsafe
+from identity.store import StateStore, StoredAnchor, StoredIssuer, StoredState, StoreUnsafe
 from identity.tokens import Subject
 from identity.wire import Bundle, Certified
 
@@ -28,7 +28,10 @@ _RENEW_ISSUER_AT = 1 / 3  # of its life left: months of room for a service that 
 
 
 class Authority:
-    """See the module. trust: the state in force, for everybody who waits for the next one."""
+    """See the module. trust: the state in force, for everybody who waits for the next one.
+
+    obstacles: what else stands in the way of SWITCH and DROP besides the workloads in the ledger, each as one phrase.
+    """
 
     def __init__(
         self,
@@ -36,7 +39,7 @@ class Authority:
         trust: TrustState,
         issuers: dict[str, Issuer],
         roots: dict[str, Pair],
-        store: Store | None,
+        store: StateStore | None,
         *,
         lifetime_s: float = LEAF_LIFETIME_S,
         clock: Callable[[], float] = time.time,
@@ -47,6 +50,7 @@ class Authority:
         self.lifetime_s = lifetime_s
         self.clock = clock
         self.issued_total = 0
+        self.obstacles: tuple[str, ...] = ()
         self._issuers = issuers
         self._roots = roots
         self._store = store
@@ -59,7 +63,7 @@ class Authority:
 
     @classmethod
     def self_made(
-        cls, trust_domain: str, store: Store | None, *, lifetime_s: float = LEAF_LIFETIME_S, clock: Callable[[], float] = time.time
+        cls, trust_domain: str, store: StateStore | None, *, lifetime_s: float = LEAF_LIFETIME_S, clock: Callable[[], float] = time.time
     ) -> Authority:
         """The authority in ``store`` or, on first start, a fresh root and issuer. Raises StoreUnsafe."""
         stored = store.load() if store else None
@@ -74,7 +78,9 @@ class Authority:
         return made
 
     @classmethod
-    def restored(cls, stored: StoredState, store: Store, trust_domain: str, *, lifetime_s: float, clock: Callable[[], float]) -> Authority:
+    def restored(
+        cls, stored: StoredState, store: StateStore, trust_domain: str, *, lifetime_s: float, clock: Callable[[], float]
+    ) -> Authority:
         """The authority of the last run. Raises StoreUnsafe when a key is missing or the trust domain is another one."""
         if stored.trust_domain != trust_domain:
             raise StoreUnsafe(f"the stored authority is of trust domain {stored.trust_domain}, the setting says {trust_domain}")
@@ -100,7 +106,7 @@ class Authority:
         trust_domain: str,
         issuer: Issuer,
         anchors: list[x509.Certificate],
-        store: Store | None,
+        store: StateStore | None,
         *,
         lifetime_s: float = LEAF_LIFETIME_S,
         clock: Callable[[], float] = time.time,
@@ -134,7 +140,7 @@ class Authority:
         if len(changed.anchors) > ANCHORS_MAX:
             return [f"nobody: the bundle would hold {len(changed.anchors)} anchors, at most {ANCHORS_MAX} are allowed; remove some"]
         if changed != trust:
-            self._adopt(issuer, None)
+            self._take(issuer, None)
             self._commit(changed)
         while (step := bundle.due_step(self.trust.value)) is not Step.ADD:
             refusal = self.rotate(step)
@@ -180,14 +186,16 @@ class Authority:
         """Do one step of a rotation, or say why not."""
         trust = self.trust.value
         if step in (Step.ADD, Step.ABORT) and not self._roots:
-            return Refusal("the issuer is given by files: change those, the steps that are safe follow by themselves")
+            return Refusal("the issuer is given: change what gives it, the steps that are safe follow by themselves")
         refusal = bundle.check_step(trust, step, self.ledger.live(self.clock()), self.clock(), ignore_absent=ignore_absent, force=force)
+        if refusal is None and self.obstacles and step in (Step.SWITCH, Step.DROP) and not force:
+            refusal = Refusal(f"{step.value} has to wait: {'; '.join(self.obstacles[:5])}", self.obstacles)
         if refusal is not None:
             return refusal
         if step is Step.ADD:
             root = make_root(self.trust_domain, self.clock())
             issuer = make_issuer(self.trust_domain, root, self.clock())
-            self._adopt(issuer, root)
+            self._take(issuer, root)
             trust = bundle.added(trust, root.certificate_pem, root.certificate.not_valid_after_utc.timestamp(), issuer.ref)
         elif step is Step.SWITCH:
             trust = bundle.switched(trust)
@@ -198,7 +206,9 @@ class Authority:
 
     def blocking(self) -> list[str]:
         """What the due step waits for."""
-        return bundle.blockers(self.trust.value, self.ledger.live(self.clock()), self.clock())
+        if bundle.due_step(self.trust.value) is Step.ADD:
+            return []
+        return [*bundle.blockers(self.trust.value, self.ledger.live(self.clock()), self.clock()), *self.obstacles]
 
     def tend(self) -> None:
         """Housekeeping, about every ten seconds: forget expired leaves, renew a self-made issuer below its root in good time."""
@@ -206,17 +216,28 @@ class Authority:
         self.ledger.prune(now)
         if self._store is not None and self._store.journal_is_long(len(self.ledger)):
             self._store.compact_journal(list(self.ledger.live(now)))
-        certificate = self.issuer.pair.certificate
+        self.renew_issuer()
+
+    def renew_issuer(self) -> None:
+        """A new issuer below the same root, once a third of the life of a self-made one is left."""
+        now, certificate = self.clock(), self.issuer.pair.certificate
         life = certificate.not_valid_after_utc.timestamp() - certificate.not_valid_before_utc.timestamp()
         root = self._roots.get(self.trust.value.issuer.anchor_id)
         if root is None or self.issuer.not_after - now >= life * _RENEW_ISSUER_AT:
             return
         if root.certificate.not_valid_after_utc.timestamp() - now > life * _RENEW_ISSUER_AT:  # else a new issuer would end as soon
             issuer = make_issuer(self.trust_domain, root, now)
-            self._adopt(issuer, root)
+            self._take(issuer, root)
             self._commit(replace(self.trust.value, issuer=issuer.ref))
 
-    def _adopt(self, issuer: Issuer, root: Pair | None) -> None:
+    def adopt(self, stored: StoredState, store: StateStore) -> None:
+        """Another process changed the state, or a copy of this object did: this is what is in force now. Raises StoreUnsafe."""
+        other = Authority.restored(stored, store, self.trust_domain, lifetime_s=self.lifetime_s, clock=self.clock)
+        self._issuers, self._roots, self._store = other._issuers, other._roots, store
+        if other.trust.value != self.trust.value:
+            self.trust.set(other.trust.value)
+
+    def _take(self, issuer: Issuer, root: Pair | None) -> None:
         self._issuers[issuer.ref.id] = issuer
         if root is not None:
             self._roots[issuer.ref.anchor_id] = root
@@ -263,7 +284,7 @@ def _stored_issuer(issuer: Issuer) -> StoredIssuer:
     return StoredIssuer(issuer.ref.id, issuer.ref.anchor_id, issuer.pair.certificate_pem.decode(), chain.decode())
 
 
-def _restored_issuer(stored: StoredIssuer, anchors: dict[str, x509.Certificate], store: Store) -> Issuer:
+def _restored_issuer(stored: StoredIssuer, anchors: dict[str, x509.Certificate], store: StateStore) -> Issuer:
     key_pem = store.load_key("issuer", stored.id)
     if key_pem is None:
         raise StoreUnsafe(f"the key of issuer {stored.id} is missing: restore it, or remove the directory to start a new mesh")

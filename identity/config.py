@@ -1,4 +1,8 @@
-"""The settings of the identity service, from the environment. Pure."""
+"""The settings of the identity service, from the environment. Pure.
+
+Two sources of everything that must not be lost. ``files``: a private folder, or an issuer given as files (the local runner, any machine).
+``kubernetes``: Secrets, shared by any number of replicas; see the package `cluster`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from core.env import InvalidSettings, comma_list, integer, listen_addr, one_of, 
 from core.names import DEFAULT_TRUST_DOMAIN, InvalidName, WorkloadId
 
 SERVICE_ACCOUNT = "pillion-identity"
+ISSUER_SECRET = "pillion-issuer"
+STATE_SECRET = "pillion-identity-state"
 
 
 def optional_path(value: str) -> Path | None:
@@ -46,6 +52,9 @@ class Config:
     """Every setting; `core.env.load` reads them."""
 
     trust_domain: str = setting("PILLION_TRUST_DOMAIN", _trust_domain, default=DEFAULT_TRUST_DOMAIN, reason="of all identities")
+    source: str = setting(
+        "PILLION_IDENTITY_SOURCE", one_of("files", "kubernetes"), default="files", reason="where keys and trust state are"
+    )
     control_namespace: str = setting("PILLION_CONTROL_NAMESPACE", _namespace, default="pillion", reason="our own namespace")
     listen: ListenAddr = setting("PILLION_IDENTITY_LISTEN", listen_addr, default="[::]:8080", reason="where sidecars ask, HTTPS")
     admin_listen: ListenAddr = setting("PILLION_ADMIN_LISTEN", listen_addr, default="[::]:9990", reason="liveness, readiness, metrics")
@@ -67,12 +76,25 @@ class Config:
     bundle_file: Path | None = setting(
         "PILLION_BUNDLE_FILE", optional_path, default="", reason="where to publish the trust bundle for pods that start later"
     )
+    issuer_secret: str = setting(
+        "PILLION_ISSUER_SECRET", text, default="", reason="kubernetes: Secret with a given issuer, followed live; empty: it makes its own"
+    )
+    pod_name: str = setting("PILLION_POD_NAME", text, default="", reason="kubernetes: of this replica")
+    pod_uid: str = setting("PILLION_POD_UID", text, default="", reason="kubernetes: of this replica, for Events")
+    token_file: Path | None = setting(
+        "PILLION_IDENTITY_TOKEN_FILE", optional_path, default="", reason="kubernetes: our token, by which replicas ask each other"
+    )
     tokens: Path | None = setting("PILLION_TOKEN_REVIEW", token_review, default="kubernetes", reason="who knows whose a token is")
     leaf_lifetime_s: int = setting(
         "PILLION_LEAF_LIFETIME_S", integer(30, 7 * 86400), default="86400", unit="s", reason="life of a workload's certificate"
     )
     log_level: str = setting("PILLION_LOG_LEVEL", one_of("debug", "info", "warning", "error"), default="info", reason="of the log")
     log_format: str = setting("PILLION_LOG_FORMAT", one_of("json", "console"), default="json", reason="of the log")
+
+    @property
+    def state_secret(self) -> str:
+        """kubernetes: the Secret that holds our state; install makes it, empty."""
+        return STATE_SECRET if self.issuer_secret == ISSUER_SECRET else ISSUER_SECRET
 
     @property
     def identity(self) -> WorkloadId:
@@ -82,7 +104,15 @@ class Config:
     def check(self) -> None:
         """What no single setting shows; raises InvalidSettings."""
         found = []
-        if self.issuer_dir is None and not self.issuer_files and self.ca_dir is None:
+        if self.source == "kubernetes":
+            if not self.pod_name or self.token_file is None:
+                found.append("PILLION_IDENTITY_SOURCE=kubernetes needs PILLION_POD_NAME and PILLION_IDENTITY_TOKEN_FILE")
+            if self.issuer_dir or self.issuer_files or self.ca_dir or self.bundle_file or self.tokens:
+                found.append(
+                    "PILLION_IDENTITY_SOURCE=kubernetes keeps everything in the cluster: leave out PILLION_CA_DIR, PILLION_ISSUER_DIR, "
+                    "PILLION_ISSUER_FILES, PILLION_BUNDLE_FILE and PILLION_TOKEN_REVIEW"
+                )
+        elif self.issuer_dir is None and not self.issuer_files and self.ca_dir is None:
             found.append("set PILLION_CA_DIR (makes its own CA there) or PILLION_ISSUER_DIR (tls.crt, tls.key, ca.crt)")
         if self.issuer_dir is not None and self.issuer_files:
             found.append("PILLION_ISSUER_DIR and PILLION_ISSUER_FILES exclude each other")

@@ -17,7 +17,7 @@ def exposition(authority: Authority, service: IdentityService, serving: _Serving
     trust, now = authority.trust.value, authority.clock()
     live = sum(1 for _ in authority.ledger.live(now))
     refused = service.counters.refused
-    rows = [
+    rows: list[_Row] = [
         ("pillion_identity_certified_total", "counter", "Certificates handed out", {"": float(service.counters.certified)}),
         (
             "pillion_identity_refused_total",
@@ -32,6 +32,39 @@ def exposition(authority: Authority, service: IdentityService, serving: _Serving
         ("pillion_identity_trust_anchors", "gauge", "Trust anchors in force", {"": float(len(trust.anchors))}),
         ("pillion_identity_workloads", "gauge", "Instances with an unexpired leaf", {"": float(live)}),
     ]
+    return _text(rows)
+
+
+def cluster_exposition(
+    *,
+    leading: bool,
+    unreachable: bool,
+    events_dropped: int,
+    published: int | None,
+    publish_failed: int | None,
+    unpublished: int | None,
+    waiting: int | None,
+) -> bytes:
+    """What only exists on Kubernetes; None: not known by a replica that does not lead."""
+    rows: list[_Row] = [
+        ("pillion_identity_leader", "gauge", "Whether this replica leads", {"": float(leading)}),
+        ("pillion_identity_api_unreachable", "gauge", "Whether the API server did not answer last time", {"": float(unreachable)}),
+        ("pillion_identity_events_dropped_total", "counter", "Occurrences that no Event tells about", {"": float(events_dropped)}),
+    ]
+    known = (
+        ("pillion_identity_bundles_written_total", "counter", "Trust bundles written to namespaces", published),
+        ("pillion_identity_bundle_failures_total", "counter", "Trust bundles that could not be written", publish_failed),
+        ("pillion_identity_bundles_missing", "gauge", "Namespaces without the trust bundle in force", unpublished),
+        ("pillion_identity_rotation_waiting", "gauge", "What the next step towards a given issuer waits for", waiting),
+    )
+    rows += [(name, kind, meaning, {"": float(value)}) for name, kind, meaning, value in known if value is not None]
+    return _text(rows)
+
+
+_Row = tuple[str, str, str, dict[str, float]]
+
+
+def _text(rows: list[_Row]) -> bytes:
     lines = []
     for name, kind, meaning, values in rows:
         lines += [f"# HELP {name} {meaning}.", f"# TYPE {name} {kind}"]

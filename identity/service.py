@@ -19,12 +19,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from core.names import WorkloadId
 from core.runtime import logs
 from identity.authority import Authority
 from identity.csr import CsrRefused, read_csr_untrusted
 from identity.issuer import IssuerExpired
 from identity.tokens import ReviewUnavailable, Subject, TokenRefused, TokenReviewer
-from identity.wire import BODY_MAX_BYTES, POLL_S, TOKEN_MAX_BYTES, Refused, WireError, certify_request_untrusted
+from identity.wire import BODY_MAX_BYTES, POLL_S, TOKEN_MAX_BYTES, Known, Refused, WireError, certify_request_untrusted
 
 _BODY_TIMEOUT_S = 5.0
 _REVIEWS_AT_ONCE = 64
@@ -55,11 +56,25 @@ class Counters:
 
 
 class IdentityService:
-    """The application. draining: set it to end the long polls at once."""
+    """The application. draining: set it to end the long polls at once.
 
-    def __init__(self, authority: Authority, reviewer: TokenReviewer) -> None:
+    peer: who may ask what we know of the workloads (other replicas of ours); None for nobody. failed: learns why a caller whose token was
+    good got no certificate: a word, and a sentence without secrets.
+    """
+
+    def __init__(
+        self,
+        authority: Authority,
+        reviewer: TokenReviewer,
+        *,
+        peer: WorkloadId | None = None,
+        failed: Callable[[Subject, str, str], None] = lambda subject, word, sentence: None,
+    ) -> None:
         self._authority = authority
         self._reviewer = reviewer
+        self._peer = peer
+        self._failed = failed
+        self._started_at = trio.current_time()
         self._reviews = trio.CapacityLimiter(_REVIEWS_AT_ONCE)
         self._in_work = 0
         self._polls: dict[str, trio.CancelScope] = {}
@@ -73,6 +88,8 @@ class IdentityService:
             Route("/v1/certify", self._answering(self._certify), methods=["POST"]),
             Route("/v1/bundle", self._answering(self._bundle), methods=["GET"]),
         ]
+        if self._peer is not None:
+            routes.append(Route("/v1/ledger", self._answering(self._ledger), methods=["GET"]))
         return Starlette(routes=routes)
 
     def drain(self) -> None:
@@ -109,13 +126,14 @@ class IdentityService:
             try:
                 key, named = read_csr_untrusted(certify_request_untrusted(body).csr.encode())
             except (WireError, CsrRefused) as error:
-                raise Rejected(400, str(error)) from None
+                raise self._told(subject, "InvalidCertificateRequest", 400, str(error)) from None
             if named != subject.identity:
-                raise Rejected(403, f"the request is for {named.uri}, the token is of {subject.identity.uri}")
+                sentence = f"the request is for {named.uri}, the token is of {subject.identity.uri}"
+                raise self._told(subject, "IdentityMismatch", 403, sentence)
             try:
                 certified = self._authority.certify(key, subject)
             except IssuerExpired as error:
-                raise Rejected(503, str(error)) from None
+                raise self._told(subject, "IssuerExpired", 503, str(error)) from None
         finally:
             self._in_work -= 1
         self.counters.certified += 1
@@ -133,6 +151,22 @@ class IdentityService:
         if trust.value.generation == generation and trust.value.issuer.id == issuer:
             return Response(status_code=204)
         return _json(200, self._authority.bundle())
+
+    async def _ledger(self, request: Request) -> Response:
+        subject = await self._remembered_review(_bearer(request))
+        if subject.identity != self._peer:
+            raise Rejected(403, f"this is for replicas of the identity service, the token is of {subject.identity.uri}")
+        return _json(200, self.known())
+
+    def known(self) -> Known:
+        """What this replica knows of the workloads."""
+        trust, authority = self._authority.trust.value, self._authority
+        holdings = list(authority.ledger.live(authority.clock()))
+        return Known(trust.generation, trust.issuer.id, trio.current_time() - self._started_at, holdings)
+
+    def _told(self, subject: Subject, word: str, status: int, sentence: str) -> Rejected:
+        self._failed(subject, word, sentence)
+        return Rejected(status, sentence)
 
     @contextmanager
     def _one_poll(self, instance: str) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -52,6 +53,42 @@ class StoredState(msgspec.Struct, frozen=True):
     next: StoredIssuer | None
     kept: tuple[str, ...] = ()
     version: int = 1
+
+
+class StateStore(Protocol):
+    """Where an authority keeps what it must not forget: `Store`, a directory, or `snapshot.SnapshotStore`, in memory."""
+
+    def load(self) -> StoredState | None:
+        """The state of the last run; raises StoreUnsafe."""
+        ...
+
+    def save(self, state: StoredState) -> None:
+        """Commit; keys that it does not name may go."""
+        ...
+
+    def save_key(self, kind: str, identifier: str, key_pem: bytes) -> None:
+        """kind: ``root`` or ``issuer``."""
+        ...
+
+    def load_key(self, kind: str, identifier: str) -> bytes | None:
+        """None when there is none."""
+        ...
+
+    def load_journal(self) -> list[Holding]:
+        """Entries of the ledger, oldest first."""
+        ...
+
+    def append_journal(self, holding: Holding) -> None:
+        """One more entry."""
+        ...
+
+    def journal_is_long(self, live: int) -> bool:
+        """Whether `compact_journal` is worth its write."""
+        ...
+
+    def compact_journal(self, holdings: list[Holding]) -> None:
+        """Replace the journal."""
+        ...
 
 
 def read_private(path: Path) -> bytes:

@@ -6,23 +6,21 @@ Decides which workload and pod a token stands for; it must not decide what they 
 
 from __future__ import annotations
 
-import ssl
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Protocol
 
-import h11
 import msgspec
 import trio
 
+from core.k8s.api import Api
+from core.k8s.errors import ApiError, Forbidden, NotFound, Unauthorized
 from core.names import InvalidName, WorkloadId
-from identity.exchange import ExchangeFailed, exchange
 from identity.wire import AUDIENCE, TOKEN_MAX_BYTES
 
 _POD_NAME = "authentication.kubernetes.io/pod-name"  # Kubernetes: extra of a token bound to a pod
 _POD_UID = "authentication.kubernetes.io/pod-uid"
 _REVIEW_TIMEOUT_S = 5.0
-_ANSWER_MAX_BYTES = 256 * 1024
+_PATH = "/apis/authentication.k8s.io/v1/tokenreviews"
 _POD_FIELD_MAX = 253
 
 
@@ -91,28 +89,10 @@ class _Review(msgspec.Struct):
     status: _Status = msgspec.field(default_factory=_Status)
 
 
-@dataclass(frozen=True)
-class ApiServer:
-    """How to reach the Kubernetes API server. token_file: our own service account token, read anew for each call."""
-
-    host: str
-    port: int
-    token_file: Path
-    ca_file: Path
-    tls: ssl.SSLContext = field(repr=False)
-
-    @classmethod
-    def at(cls, host: str, port: int, token_file: Path, ca_file: Path) -> ApiServer:
-        """Trusts ``ca_file`` only; raises OSError when it cannot be read."""
-        tls = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(ca_file))
-        tls.minimum_version = ssl.TLSVersion.TLSv1_2  # what API servers in service still offer
-        return cls(host, port, token_file, ca_file, tls)
-
-
 class KubernetesReviewer:
     """Asks the API server (authentication.k8s.io/v1 TokenReview) with our own audience; there is no second try without audience."""
 
-    def __init__(self, api: ApiServer, trust_domain: str, audience: str = AUDIENCE) -> None:
+    def __init__(self, api: Api, trust_domain: str, audience: str = AUDIENCE) -> None:
         self._api = api
         self._trust_domain = trust_domain
         self._audience = audience
@@ -123,14 +103,16 @@ class KubernetesReviewer:
             raise TokenRefused("the token is empty or too long")
         try:
             with trio.fail_after(_REVIEW_TIMEOUT_S):
-                status, answer = await self._ask(token)
-        except (OSError, ssl.SSLError, trio.BrokenResourceError, trio.TooSlowError, ExchangeFailed) as error:
-            raise ReviewUnavailable(f"the API server at {self._api.host}:{self._api.port} did not answer: {error!r}") from None
-        if status not in (200, 201):
-            raise ReviewUnavailable(f"the API server answered the TokenReview with {status}; may this service account create tokenreviews?")
+                answer = await self._api.post(_PATH, self._question(token))
+        except (Forbidden, Unauthorized, NotFound) as error:
+            raise ReviewUnavailable(f"{error.message}; may this service account create tokenreviews?") from None
+        except ApiError as error:
+            raise ReviewUnavailable(error.message) from None
+        except trio.TooSlowError:
+            raise ReviewUnavailable(f"the API server did not answer within {_REVIEW_TIMEOUT_S:g} s") from None
         try:
-            review = msgspec.json.decode(answer, type=_Review).status
-        except msgspec.DecodeError as error:
+            review = msgspec.convert(answer, type=_Review).status
+        except msgspec.ValidationError as error:
             raise ReviewUnavailable(f"the API server's answer is not a TokenReview: {error}") from None
         return self._subject(review)
 
@@ -142,31 +124,9 @@ class KubernetesReviewer:
         extra = review.user.extra
         return subject_of(self._trust_domain, review.user.username, _only(extra.get(_POD_NAME)), _only(extra.get(_POD_UID)))
 
-    async def _ask(self, token: str) -> tuple[int, bytes]:
-        own_token = (await trio.Path(self._api.token_file).read_text("ascii")).strip()
-        body = msgspec.json.encode(
-            {
-                "apiVersion": "authentication.k8s.io/v1",
-                "kind": "TokenReview",
-                "spec": {"token": token, "audiences": [self._audience]},
-            }
-        )
-        request = h11.Request(
-            method="POST",
-            target="/apis/authentication.k8s.io/v1/tokenreviews",
-            headers=[
-                ("host", f"{self._api.host}:{self._api.port}"),
-                ("authorization", f"Bearer {own_token}"),
-                ("content-type", "application/json"),
-                ("accept", "application/json"),
-                ("content-length", str(len(body))),
-                ("connection", "close"),
-            ],
-        )
-        transport = await trio.open_tcp_stream(self._api.host, self._api.port)
-        stream = trio.SSLStream(transport, self._api.tls, server_hostname=self._api.host, https_compatible=True)
-        async with stream:
-            return await exchange(stream, h11.Connection(h11.CLIENT), request, body, _ANSWER_MAX_BYTES)
+    def _question(self, token: str) -> dict[str, object]:
+        spec = {"token": token, "audiences": [self._audience]}
+        return {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": spec}
 
 
 def _only(values: list[str] | None) -> str | None:

@@ -1,8 +1,9 @@
 """The JSON of the identity service, for both ends. Pure.
 
 ``POST /v1/certify`` takes `CertifyRequest`, answers `Certified`. ``GET /v1/bundle?generation=N&issuer=ID`` answers `Bundle` as soon as
-the trust bundle or the issuer differs from what the caller names, 204 when nothing did within `POLL_S`. Both need
-``Authorization: Bearer <token>``. Everything else is answered with `Refused`.
+the trust bundle or the issuer differs from what the caller names, 204 when nothing did within `POLL_S`. ``GET /v1/ledger``, for other
+replicas of the identity service only, answers `Known`. All need ``Authorization: Bearer <token>``. Everything else is answered with
+`Refused`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from typing import TypeVar
 
 import msgspec
+
+from identity.ledger import Holding
 
 T = TypeVar("T")
 
@@ -45,6 +48,15 @@ class Bundle(msgspec.Struct):
     issuer: str
 
 
+class Known(msgspec.Struct):
+    """What one replica knows. generation, issuer: in force there. up_s: since it began to serve."""
+
+    generation: int
+    issuer: str
+    up_s: float
+    holdings: list[Holding]
+
+
 class Refused(msgspec.Struct):
     """error: one sentence naming what was wrong."""
 
@@ -68,6 +80,11 @@ def certified_untrusted(data: bytes) -> Certified:
 def bundle_untrusted(data: bytes) -> Bundle:
     """Raises WireError."""
     return _decode(data, Bundle)
+
+
+def known_untrusted(data: bytes) -> Known:
+    """Raises WireError."""
+    return _decode(data, Known)
 
 
 def _decode(data: bytes, kind: type[T]) -> T:

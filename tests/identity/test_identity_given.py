@@ -123,7 +123,7 @@ def test_an_issuer_that_has_expired_is_left_without_waiting(tmp_path: Path) -> N
 def test_steps_by_hand_are_for_self_made_authorities(tmp_path: Path) -> None:
     refusal = given(write(tmp_path, OLD_ISSUER, OLD)).rotate(Step.ADD)
     assert refusal is not None
-    assert "given by files" in refusal.sentence
+    assert "the issuer is given" in refusal.sentence
 
 
 async def test_a_swapped_secret_is_noticed_and_a_bad_one_changes_nothing(
