@@ -17,6 +17,7 @@ from cli.output import CommandFailed
 
 _COMMANDS = {
     "authz": ("cli.authz:authz", "Show who may use which port of a workload, and by which policy."),
+    "check": ("cli.check.command:check", "Look for what is wrong with an installation on Kubernetes."),
     "demo": ("cli.demo.command:demo", "Run the example shop on this machine, and check what Pillion promises."),
     "diagnostics": ("cli.diagnostics:diagnostics", "Look into sidecars and the policy controller."),
     "identity": ("cli.identity:identity", "Show a workload's certificates, or rotate what signs them."),

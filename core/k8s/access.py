@@ -77,7 +77,7 @@ GRANTS: tuple[Grant, ...] = (
         "tells the API server what the webhook's certificate is signed by",
         names=("pillion-policy",),
     ),
-    Grant("injector", "", ("namespaces",), _READ, "reads annotations of namespaces"),
+    Grant("injector", "", ("namespaces",), ("get",), "reads annotations of namespaces"),
     Grant("injector", "events.k8s.io", ("events",), ("create", "patch"), "says why a pod got no sidecar"),
     Grant("injector", "", ("secrets",), ("get", "update"), "keeps the webhook's certificate", CONTROL, ("pillion-injector-tls",)),
     Grant(

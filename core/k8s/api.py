@@ -108,6 +108,10 @@ class Api:
         """One object. Raises ApiError, most likely NotFound."""
         return await self._object("GET", path, query)
 
+    async def text(self, path: str, **query: str) -> str:
+        """What is no object: a pod's metrics through its proxy subresource. Raises ApiError."""
+        return (await self._call("GET", path, query)).decode("utf-8", "replace")
+
     async def post(self, path: str, body: Mapping[str, Any], **query: str) -> Object:
         """Create an object (path of the collection) or use a subresource such as a TokenReview. Raises ApiError: AlreadyExists, Invalid."""
         return await self._object("POST", path, query, body)
