@@ -7,19 +7,6 @@
 
 enum where { LEAVE, TO_SIDECAR, NOWHERE };
 
-static __always_inline int is_own4(struct pod *pod, u32 ip) {
-  if (!ip || (ip & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000)) return 1;
-  for (int i = 0; i < 4; i++)
-    if (ip == pod->own4[i]) return 1;
-  return 0;
-}
-static __always_inline int is_own6(struct pod *pod, struct addr *to) {
-  if (!to->ip[0] && !to->ip[1] && !to->ip[2] && (!to->ip[3] || to->ip[3] == V6_LOOPBACK_END)) return 1;
-  for (int i = 0; i < 4; i++)
-    if (to->ip[0] == pod->own6[i][0] && to->ip[1] == pod->own6[i][1] && to->ip[2] == pod->own6[i][2] && to->ip[3] == pod->own6[i][3]) return 1;
-  return 0;
-}
-
 /* A socket may be connected again (AF_UNSPEC undoes connect): what the last connection left behind must not describe this one. */
 static __always_inline void begin(struct flow *flow, u32 flags) {
   flow->peer_socket = 0;
@@ -37,7 +24,7 @@ static __always_inline enum where decide(struct bpf_sock_addr *ctx, struct addr 
   if (!sk) return NOWHERE;
   u32 flags = pod->flags, port = bpf_ntohs(to->port);
   int sidecar = (u32)bpf_get_current_uid_gid() == pod->uid;
-  int own = to->family == AF_INET ? is_own4(pod, to->ip[0]) : is_own6(pod, to);
+  int own = is_own(pod, to);
   u32 accelerate = (flags & POD_ACCELERATE) && !in_port_set(ns, PORTS_NOT_ACCELERATED, port) ? FLOW_ACCELERATE : 0;
   struct flow *flow = flows.sk_storage_get(sk, 0, 0);
 

@@ -201,4 +201,18 @@ static __always_inline int in_port_set(u64 ns, u32 kind, u32 port) {
   return set && (set->bits[(port >> 6) & 1023] >> (port & 63)) & 1;
 }
 
+/* Loopback, the unspecified address (which connects to loopback), or one of the pod's own. */
+static __always_inline int is_own(struct pod *pod, struct addr *a) {
+  if (a->family == AF_INET) {
+    if (!a->ip[0] || (a->ip[0] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000)) return 1;
+    for (int i = 0; i < 4; i++)
+      if (a->ip[0] == pod->own4[i]) return 1;
+    return 0;
+  }
+  if (!a->ip[0] && !a->ip[1] && !a->ip[2] && (!a->ip[3] || a->ip[3] == V6_LOOPBACK_END)) return 1;
+  for (int i = 0; i < 4; i++)
+    if (a->ip[0] == pod->own6[i][0] && a->ip[1] == pod->own6[i][1] && a->ip[2] == pod->own6[i][2] && a->ip[3] == pod->own6[i][3]) return 1;
+  return 0;
+}
+
 #endif
