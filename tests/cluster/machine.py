@@ -1,11 +1,9 @@
-"""What the test cluster takes from this machine, and how it gives it back: cgroups, mounts, what containerd leaves in shared folders."""
+"""What the test cluster takes from this machine, and how it gives it back: cgroups and mounts."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -106,28 +104,24 @@ def unmount_below(folder: Path) -> None:
         subprocess.run(["umount", "-l", where], capture_output=True, check=False)
 
 
-def leftovers(state: Path) -> list[Path]:
-    """What containerd keeps outside of its folders for the containers that live now: shims' sockets, network namespaces, CNI's results."""
-    found: set[Path] = set()
-    for task in state.glob("*/containerd-state/io.containerd.runtime.v2.task/k8s.io/*"):
-        found.update(Path("/var/lib/cni/results").glob(f"*{task.name}*"))
-        with contextlib.suppress(OSError):
-            found.add(Path((task / "address").read_text().removeprefix("unix://")))
-        with contextlib.suppress(OSError, ValueError):
-            namespaces = json.loads((task / "config.json").read_text())["linux"]["namespaces"]
-            paths = (Path(entry.get("path", "")) for entry in namespaces if entry["type"] == "network")
-            found.update(path for path in paths if path.name.startswith("cni-"))
-    return sorted(found)
+# what the programs of a node keep in places that all nodes of this machine would share: each node has its own, gone with its processes
+_OWN = ("/run/pillion", "/run/containerd", "/run/netns", "/var/lib/cni", "/var/log/containers")
 
 
-def give_back(state: Path, left: list[Path]) -> None:
-    """Remove ``left`` (see `leftovers`), the logs' links that kubelet makes in /var/log, and the state folder."""
-    for path in left:
-        if path.name.startswith("cni-") and path.parent.name == "netns":
-            subprocess.run(["ip", "netns", "del", path.name], capture_output=True, check=False)
-        else:
-            path.unlink(missing_ok=True)
-    for link in Path("/var/log/containers").glob("*.log"):
-        if os.readlink(link).startswith(f"{state}/"):
-            link.unlink()
-    shutil.rmtree(state, ignore_errors=True)
+def make_mounts(file: Path) -> None:
+    """A mount namespace for a node, held by ``file``: the machine's files, but shared folders of its own and a BPF file system."""
+    for folder in _OWN:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    file.touch()
+    subprocess.run(["unshare", f"--mount={file}", "--propagation=private", "true"], check=True)
+    own = [f"mount -t tmpfs -o mode=755 own {folder}" for folder in _OWN]
+    # shared, as on a machine that systemd started: kubelet hands mounts on to pods that ask for them (mountPropagation)
+    commands = ["mount --make-rshared /", *own, "mount -t bpf bpf /sys/fs/bpf", "mount --make-shared /sys/fs/bpf"]
+    subprocess.run(["nsenter", f"--mount={file}", "sh", "-ec", "\n".join(commands)], check=True)
+
+
+def make_private(folder: Path) -> None:
+    """A mount point whose own mounts stay here: files that hold mount namespaces must lie in one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+    subprocess.run(["mount", "--make-private", str(folder)], check=True)

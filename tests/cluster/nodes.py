@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -22,11 +23,11 @@ from tests.cluster.machine import (
     CannotStart,
     alive,
     end_all,
-    give_back,
     hierarchies,
     ip,
-    leftovers,
     make_cgroups,
+    make_mounts,
+    make_private,
     remove_cgroup,
     unified,
     unmount_below,
@@ -57,12 +58,16 @@ class Node:
         return f"10.244.{self.number}.0/24"
 
     @property
+    def mounts(self) -> Path:
+        return self.folder.parent / "mounts" / self.namespace
+
+    @property
     def socket(self) -> Path:
         return self.folder / "containerd.sock"
 
     def inside(self, *command: str) -> list[str]:
-        """The command in the node's network (nsenter, because `ip netns exec` hides /sys/fs/cgroup)."""
-        return ["nsenter", f"--net=/run/netns/{self.namespace}", *command]
+        """The command in the node's network and mounts (nsenter, because `ip netns exec` hides /sys/fs/cgroup)."""
+        return ["nsenter", f"--net=/run/netns/{self.namespace}", f"--mount={self.mounts}", f"--wd={self.folder.parent}", *command]
 
 
 class Cluster:
@@ -106,7 +111,6 @@ class Cluster:
 
     def down(self) -> None:
         """End and remove everything; safe to call for what is half there or not there at all."""
-        left = leftovers(self.state)
         for cgroup in self._cgroups():
             end_all(cgroup)
         unmount_below(self.state)
@@ -115,7 +119,7 @@ class Cluster:
         subprocess.run(["ip", "link", "del", self.bridge], capture_output=True, check=False)
         for cgroup in self._cgroups():
             remove_cgroup(cgroup)
-        give_back(self.state, left)
+        shutil.rmtree(self.state, ignore_errors=True)
 
     # --- programs --------------------------------------------------------------------------------------------------------------------
 
@@ -166,7 +170,9 @@ class Cluster:
     def _connect(self) -> None:
         """Bridge, namespaces, addresses, routes between the nodes' pod networks, cgroups."""
         ip(f"link add {self.bridge} type bridge", f"addr add {self.net}.1/24 dev {self.bridge}", f"link set {self.bridge} up")
+        make_private(self.state / "mounts")
         for node in self.nodes:
+            make_mounts(node.mounts)
             ns, up = node.namespace, f"{node.namespace}-up"
             ip(f"netns add {ns}", f"-n {ns} link set lo up", f"link add {up} type veth peer name eth0 netns {ns}")
             ip(f"link set {up} master {self.bridge} up", f"-n {ns} addr add {node.address}/24 dev eth0", f"-n {ns} link set eth0 up")
