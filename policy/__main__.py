@@ -1,4 +1,4 @@
-"""``python -m policy [--source folder:DIR] [--check-config]``: reads the settings, says everything wrong with them, runs the controller."""
+"""``python -m policy [--source SOURCE] [--check-config]``: reads the settings, says everything wrong with them, runs the controller."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from policy.controller import run
 def main(arguments: list[str]) -> int:
     """Exit codes: 0 after SIGTERM or a good ``--check-config``, 1 for settings or sockets that do not do, 2 for usage."""
     parser = argparse.ArgumentParser("python -m policy", epilog=describe(Config), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", help="folder:DIR; overrides PILLION_POLICY_SOURCE")
+    parser.add_argument("--source", help="kubernetes or folder:DIR; overrides PILLION_POLICY_SOURCE")
     parser.add_argument("--check-config", action="store_true", help="report every wrong setting and exit")
     options = parser.parse_args(arguments)
     environment = dict(os.environ, **({"PILLION_POLICY_SOURCE": options.source} if options.source else {}))
@@ -37,15 +37,26 @@ def main(arguments: list[str]) -> int:
         print("ok")
         return 0
     logs.configure(config.log_level, config.log_format)
-    source = FolderSource(Path(config.folder), parse_object)
     try:
-        trio.run(run, config, source, partial(keep_own_certificate, config))
+        if config.folder:
+            trio.run(run, config, FolderSource(Path(config.folder), parse_object), partial(keep_own_certificate, config))
+        else:
+            _run_on_cluster(config)
     except* OSError as group:
         print(f"policy: {group.exceptions[0]}", file=sys.stderr)
         return_code = 1
     else:
         return_code = 0
     return return_code
+
+
+def _run_on_cluster(config: Config) -> None:
+    from policy.cluster import NoCluster, run_on_cluster  # webhook and election: a machine without a cluster does without
+
+    try:
+        trio.run(run_on_cluster, config, partial(keep_own_certificate, config))
+    except NoCluster as error:
+        raise OSError(str(error)) from error
 
 
 async def keep_own_certificate(config: Config, cell: Cell[Credentials | None]) -> None:

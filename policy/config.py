@@ -28,10 +28,12 @@ def _port_list(value: str) -> str:
 
 
 def source(value: str) -> str:
-    """``folder:DIR``; returns DIR."""
+    """``folder:DIR``, returned as DIR, or ``kubernetes``, returned as the empty string."""
     kind, _, path = value.strip().partition(":")
+    if (kind, path) == ("kubernetes", ""):
+        return ""
     if kind != "folder" or not path:
-        raise ValueError("expected folder:DIR")
+        raise ValueError("expected kubernetes or folder:DIR")
     return path
 
 
@@ -39,7 +41,7 @@ def source(value: str) -> str:
 class Config:
     """Every setting; `core.env.load` reads them."""
 
-    folder: str = setting("PILLION_POLICY_SOURCE", source, reason="where API objects come from: folder:DIR, watched for edits")
+    folder: str = setting("PILLION_POLICY_SOURCE", source, reason="where API objects come from: kubernetes, or folder:DIR, watched")
     trust_domain: str = setting("PILLION_TRUST_DOMAIN", text, default=DEFAULT_TRUST_DOMAIN, reason="of all identities")
     control_namespace: str = setting("PILLION_CONTROL_NAMESPACE", text, default="pillion", reason="our own namespace")
     service_account: str = setting("PILLION_SERVICE_ACCOUNT", text, default="pillion-policy", reason="our own service account")
@@ -47,6 +49,24 @@ class Config:
     admin_listen: ListenAddr = setting("PILLION_ADMIN_LISTEN", listen_addr, default="[::]:9990", reason="liveness, readiness, metrics")
     diagnostics_socket: str = setting(
         "PILLION_DIAGNOSTICS_SOCKET", text, default="", reason="Unix socket for pillion diagnostics, authz and check; empty for none"
+    )
+    kubeconfig: str = setting("PILLION_KUBECONFIG", text, default="", reason="for development: not the pod's own service account")
+    pod_name: str = setting("PILLION_POD_NAME", text, default="", reason="our name in the election of who writes statuses; empty: never")
+    webhook_listen: ListenAddr = setting(
+        "PILLION_WEBHOOK_LISTEN", listen_addr, default="[::]:8443", reason="where the API server asks what may be stored, HTTPS"
+    )
+    webhook: str = setting(
+        "PILLION_WEBHOOK_CONFIGURATION",
+        text,
+        default="pillion-policy",
+        reason="the ValidatingWebhookConfiguration that gets our caBundle; empty: no webhook",
+    )
+    service: str = setting("PILLION_POLICY_SERVICE", text, default="pillion-policy", reason="the Service that the API server asks")
+    serving_secret: str = setting(
+        "PILLION_SERVING_SECRET", text, default="pillion-policy-tls", reason="the Secret that all replicas serve from; must exist"
+    )
+    serving_dir: str = setting(
+        "PILLION_SERVING_DIR", text, default="", reason="tls.crt and tls.key that somebody else renews, instead of our Secret"
     )
     identity_addr: HostPort = setting("PILLION_IDENTITY_ADDR", host_port, reason="the identity service")
     token_file: str = setting("PILLION_IDENTITY_TOKEN_FILE", text, reason="our service account token")

@@ -7,6 +7,7 @@ like an address outside the mesh. Called by policy.__main__, and by tests with a
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
 import trio
 
@@ -20,7 +21,7 @@ from core.runtime.watch import Cell
 from policy.config import Config
 from policy.diagnostics import exposition, listen_unix, routes
 from policy.index import Index, IndexSettings, Key
-from policy.index.report import problems
+from policy.index.report import Problem, problems
 from policy.server import PolicyServer
 
 _log = logs.logger("controller")
@@ -28,17 +29,37 @@ _log = logs.logger("controller")
 _REPORT_EVERY_S = 5.0  # looking for conflicts is one pass over everything, so not at every change
 
 
+class Listener(Protocol):
+    """Hears what the controller took and found: whoever writes statuses."""
+
+    def changed(self, events: Sequence[Event]) -> None:
+        """The index has taken these events."""
+
+    def problems(self, problems: Sequence[Problem]) -> None:
+        """What the last look at everything found."""
+
+
 class Controller:
-    """index and server are there for diagnostics and tests. synced: the source has shown its first complete state."""
+    """index and server are there for diagnostics and tests."""
 
     def __init__(self, source: Source, settings: IndexSettings | None = None) -> None:
         self.index = Index(settings)
+        self.listener: Listener | None = None
         self.server = PolicyServer(self.index)
         self.source = source
-        self.synced = False
+        self._synced = trio.Event()
         self._refused: set[str] = set()
         self._conflicts: set[str] = set()
         self._changed = False
+
+    @property
+    def synced(self) -> bool:
+        """Has the source shown its first complete state?"""
+        return self._synced.is_set()
+
+    async def wait_synced(self) -> None:
+        """Until it has."""
+        await self._synced.wait()
 
     def receive(self, events: Sequence[Event]) -> None:
         """Take a batch of events; subscribers hear of all its changes at once."""
@@ -53,12 +74,14 @@ class Controller:
                     changed |= self.index.reset(group, kind, objects)
         self.server.changed(changed)
         self._changed = True
+        if self.listener is not None:
+            self.listener.changed(events)
 
     async def follow(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow the source for ever; started with its first complete state."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self._run_source)
-            self.synced = True
+            self._synced.set()
             _log.info("synced", objects=len(self.index.store.objects))
             nursery.start_soon(self._report)
             task_status.started()
@@ -79,7 +102,10 @@ class Controller:
         self._refused = refused
         if self._changed:
             self._changed = False
-            found = {f"{problem.ref}: {problem.message}" for problem in problems(self.index)}
+            known = problems(self.index)
+            if self.listener is not None:
+                self.listener.problems(known)
+            found = {f"{problem.ref}: {problem.message}" for problem in known}
             for sentence in sorted(found - self._conflicts):
                 _log.warning("object without the effect it was meant to have", detail=sentence)
             self._conflicts = found
@@ -93,19 +119,39 @@ KeepCertified = Callable[[Cell[Credentials | None]], Awaitable[None]]
 """Keeps the cell filled with our newest credentials, for ever."""
 
 
-async def run(config: Config, source: Source, keep_certified: KeepCertified) -> None:
+class Companion(Protocol):
+    """What runs beside the controller where there is an API server: webhook, leader election, statuses."""
+
+    def attach(self, controller: Controller) -> None:
+        """Before the source runs."""
+
+    async def run(self, controller: Controller, drain: Drain) -> None:
+        """For ever."""
+
+    def not_ready(self) -> list[str]:
+        """Why it does not do its work yet, a sentence each."""
+
+    def exposition(self) -> bytes:
+        """Its metrics."""
+
+
+async def run(config: Config, source: Source, keep_certified: KeepCertified, companion: Companion | None = None) -> None:
     """Serve until SIGTERM. Raises CannotListen and OSError when a socket cannot be had."""
     controller = Controller(source, config.index)
+    if companion is not None:
+        companion.attach(controller)
     credentials: Cell[Credentials | None] = Cell(None)
     drain = Drain()
 
     def not_ready() -> list[str]:
         reasons = [f"draining: {drain.reason}"] if drain.started else []
         reasons += [] if credentials.value else ["no certificate yet"]
-        return reasons + ([] if controller.synced else ["the first complete state of the source is missing"])
+        reasons += [] if controller.synced else ["the first complete state of the source is missing", *source.waiting]
+        return reasons + (companion.not_ready() if companion else [])
 
     def metrics() -> bytes:
-        return exposition(controller.index, controller.server.counters, controller.refusals())
+        own = exposition(controller.index, controller.server.counters, controller.refusals())
+        return own + (companion.exposition() if companion else b"")
 
     public = standard_routes(not_ready=not_ready, metrics=metrics, shutdown=drain.start)
     policy_socket, admin_socket = listen(config.listen), listen(config.admin_listen)
@@ -116,6 +162,8 @@ async def run(config: Config, source: Source, keep_certified: KeepCertified) -> 
             private = AdminServer({**public, **routes(controller.index, controller.refusals)})
             await nursery.start(private.serve, [listen_unix(config.diagnostics_socket)])
         nursery.start_soon(keep_certified, credentials)
+        if companion is not None:
+            nursery.start_soon(companion.run, controller, drain)
         await nursery.start(_until_drained, controller, credentials, drain, nursery.cancel_scope)
         _log.info("serving", listen=str(config.listen), identity=config.identity.uri)
         await controller.server.serve([trio_listener(policy_socket)], credentials)

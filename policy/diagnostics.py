@@ -97,7 +97,7 @@ def exposition(index: Index, counters: Counters, refusals: Sequence[Refusal]) ->
     objects: dict[str, int] = {}
     for ref in index.store.objects:
         objects[ref.kind] = objects.get(ref.kind, 0) + 1
-    rows: list[tuple[str, str, str, dict[str, int]]] = [
+    rows: list[Row] = [
         ("pillion_policy_subscribers", "gauge", "Connected peers", {"": counters.connected}),
         ("pillion_policy_subscribers_total", "counter", "Peers admitted", {"": counters.accepted}),
         ("pillion_policy_messages_sent_total", "counter", "States sent to sidecars", {"": counters.messages_sent}),
@@ -111,6 +111,15 @@ def exposition(index: Index, counters: Counters, refusals: Sequence[Refusal]) ->
         ("pillion_policy_objects", "gauge", "Objects in the index", {f'{{kind="{k}"}}': n for k, n in sorted(objects.items())}),
         ("pillion_policy_objects_refused", "gauge", "Manifests that are refused at present", {"": len(refusals)}),
     ]
+    return lines_of(rows)
+
+
+Row = tuple[str, str, str, dict[str, int]]
+"""Name, type, meaning, and the values by their labels as they are written (``{kind="Pod"}``, or nothing)."""
+
+
+def lines_of(rows: Sequence[Row]) -> bytes:
+    """The families in the text format."""
     lines: list[str] = []
     for name, kind, meaning, values in rows:
         lines += [f"# HELP {name} {meaning}.", f"# TYPE {name} {kind}", *(f"{name}{labels} {value}" for labels, value in values.items())]

@@ -29,7 +29,7 @@ from core.refs import Ref
 LOOK_EVERY_S = 0.2
 _SUFFIXES = (".yaml", ".yml", ".json")
 _SETTLED_NS = 50_000_000  # a write within the file system's timestamp granularity of our read would look unchanged
-_CLUSTER_WIDE = ("Namespace",)
+_CLUSTER_WIDE = ("Namespace", "Node")
 
 Signature = tuple[int, int, int]
 _UNREADABLE: Signature = (0, 0, 0)  # of no real file: it is read again, fails, and keeps what it had
@@ -66,6 +66,11 @@ class FolderSource:
                 first, *others = sorted(names)
                 found.extend(Refusal(other, ref, f"also defined in {first}", kept=True) for other in others)
         return (*self._missing, *found)
+
+    @property
+    def waiting(self) -> Sequence[str]:
+        """Nothing that could be named: a folder is read at once."""
+        return ()
 
     async def run(self, emit: Callable[[Sequence[Event]], None], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Look every 200 ms for ever, in a thread because a file system may be slow; one batch of events per look that found any."""

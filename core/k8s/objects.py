@@ -63,6 +63,30 @@ class Namespace(View, frozen=True):
         return Ref("", "Namespace", "", self.metadata.name)
 
 
+class NodeSpec(View, frozen=True):
+    """Node.spec."""
+
+    pod_cidr: str = msgspec.field(default="", name="podCIDR")
+    pod_cidrs: tuple[str, ...] = msgspec.field(default=(), name="podCIDRs")
+
+
+class Node(View, frozen=True):
+    """core/v1 Node."""
+
+    metadata: ObjectMeta
+    spec: NodeSpec = NodeSpec()
+
+    @property
+    def ref(self) -> Ref:
+        """group ""/Node."""
+        return Ref("", "Node", "", self.metadata.name)
+
+    @property
+    def pod_networks(self) -> tuple[str, ...]:
+        """Networks from which its pods get addresses, as far as the Node says so: some network plug-ins do not use these."""
+        return self.spec.pod_cidrs or ((self.spec.pod_cidr,) if self.spec.pod_cidr else ())
+
+
 class ServiceAccount(View, frozen=True):
     """core/v1 ServiceAccount."""
 
@@ -247,10 +271,12 @@ def _canonical(text: str) -> str:
     return str(getattr(ip, "ipv4_mapped", None) or ip)
 
 
-V = TypeVar("V", Namespace, ServiceAccount, Pod, Service, EndpointSlice)
+V = TypeVar("V", Namespace, Node, ServiceAccount, Pod, Service, EndpointSlice)
+CoreObject = Namespace | Node | ServiceAccount | Pod | Service | EndpointSlice
 
-_VIEWS: Mapping[tuple[str, str], type[Namespace | ServiceAccount | Pod | Service | EndpointSlice]] = {
+_VIEWS: Mapping[tuple[str, str], type[CoreObject]] = {
     ("", "Namespace"): Namespace,
+    ("", "Node"): Node,
     ("", "ServiceAccount"): ServiceAccount,
     ("", "Pod"): Pod,
     ("", "Service"): Service,
@@ -258,15 +284,15 @@ _VIEWS: Mapping[tuple[str, str], type[Namespace | ServiceAccount | Pod | Service
 }
 
 
-def read_core_object(raw: Raw) -> Namespace | ServiceAccount | Pod | Service | EndpointSlice | None:
+def read_core_object(raw: Raw) -> CoreObject | None:
     """The view of a core object, None for a kind that nobody here reads; raises InvalidObject."""
     group, kind = group_kind(raw)
     view = _VIEWS.get((group, kind))
     if view is None:
         return None
-    if view is Namespace:
+    if view in (Namespace, Node):
         cluster_wide = dict(raw, metadata=fields.read(raw.get("metadata"), dict, "metadata") | {"namespace": ""})
-        parsed = fields.read(cluster_wide, Namespace)
+        parsed = fields.read(cluster_wide, view)
         fields.object_name("metadata.name", parsed.metadata.name)
         return parsed
     return fields.read(namespaced(raw), view)

@@ -75,5 +75,9 @@ class Source(Protocol):
     def refusals(self) -> Sequence[Refusal]:
         """What is refused at present."""
 
+    @property
+    def waiting(self) -> Sequence[str]:
+        """What the first complete state is waiting for, a sentence each."""
+
     async def run(self, emit: Callable[[Sequence[Event]], None], *, task_status: Started) -> None:
         """Run for ever; ``emit`` gets the events in order, ``task_status.started`` follows the first complete state."""

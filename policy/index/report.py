@@ -8,10 +8,11 @@ for every change.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from ipaddress import ip_network
 
 import msgspec
 
-from core.k8s.objects import Namespace, Object, Pod, Service
+from core.k8s.objects import Namespace, Node, Object, Pod, Service
 from core.refs import Ref
 from policy import wire
 from policy.gateway import InboundRoute
@@ -164,6 +165,8 @@ def _problems_of(index: Index, object_: Object) -> Iterator[Problem]:
             yield from _server_problems(index, object_)
         case Pod() | Namespace() | Service():
             yield from _annotation_problems(index, object_)
+        case Node():
+            yield from _node_problems(index, object_)
 
 
 def _policy_problems(index: Index, policy: AuthorizationPolicy) -> Iterator[Problem]:
@@ -202,6 +205,16 @@ def _server_problems(index: Index, server: Server) -> Iterator[Problem]:
             winner = inbound.servers_for(index.store, pod, port)[0]
             if winner.ref != server.ref:
                 yield Problem(server.ref, "overlap", f"no effect on port {port} of {pod.ref}: the older {winner.ref} selects it too")
+
+
+def _node_problems(index: Index, node: Node) -> Iterator[Problem]:
+    """A pod network that cluster-* policies do not admit locks out pods that they are meant for."""
+    known = [ip_network(network) for network in index.settings.cluster_networks]
+    for text in node.pod_networks:
+        network = ip_network(text, strict=False)
+        if not any(network.version == wide.version and network.subnet_of(wide) for wide in known):  # type: ignore[arg-type]
+            message = f"its pod network {network} is in none of the cluster's networks {', '.join(map(str, known))}: add it to them"
+            yield Problem(node.ref, "outside-cluster-networks", message)
 
 
 def _annotation_problems(index: Index, owner: Pod | Namespace | Service) -> Iterator[Problem]:

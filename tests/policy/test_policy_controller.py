@@ -170,7 +170,7 @@ def test_all_wrong_settings_are_told_at_once() -> None:
     with pytest.raises(InvalidSettings) as wrong:
         load(
             Config,
-            {"PILLION_POLICY_SOURCE": "kubernetes", "PILLION_DEFAULT_INBOUND_POLICY": "open", "PILLION_CLUSTER_NETWORKS": "10.0.0.1/8"},
+            {"PILLION_POLICY_SOURCE": "consul", "PILLION_DEFAULT_INBOUND_POLICY": "open", "PILLION_CLUSTER_NETWORKS": "10.0.0.1/8"},
         )
     assert len(wrong.value.problems) == 6
 
