@@ -24,6 +24,8 @@ _COMMANDS = {
     "inject": ("cli.inject:inject", "Put the workloads of a manifest into the mesh."),
     "install": ("cli.install:install", "Print the manifests of an installation on Kubernetes."),
     "local": ("local.commands:local", "Run a mesh on this machine, without Kubernetes."),
+    "uninstall": ("cli.uninstall:uninstall", "Print what to delete of an installation on Kubernetes."),
+    "upgrade": ("cli.upgrade:upgrade", "Print the manifests of this version for an installation that is there."),
     "uninject": ("cli.inject:uninject", "Take the workloads of a manifest out of the mesh."),
 }
 """Name -> (module:attribute, the line in ``pillion --help``)."""

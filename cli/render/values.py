@@ -160,6 +160,23 @@ def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]
     return whole
 
 
+def retained(found: Mapping[str, Any], known: type[_Values] = Values, place: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Settings of another version: those that exist here, and the names of those that do not."""
+    kept: dict[str, Any] = {}
+    gone: list[str] = []
+    declared = {entry.encode_name: entry.type for entry in msgspec.structs.fields(known)}
+    for name, value in found.items():
+        type_ = declared.get(name)
+        if type_ is None:
+            gone.append(place + name)
+        elif isinstance(type_, type) and issubclass(type_, _Values) and isinstance(value, Mapping):
+            kept[name], below = retained(value, type_, f"{place}{name}.")
+            gone += below
+        else:
+            kept[name] = value
+    return kept, gone
+
+
 def assigned(assignments: Iterable[str]) -> dict[str, Any]:
     """``a.b=1,c={x,y}`` as Helm reads ``--set``; raises InvalidValues."""
     whole: dict[str, Any] = {}
