@@ -282,6 +282,9 @@ class Pods:
                 continue
             try:
                 taken = procs.take_listeners(pid, pod.facts.inbound_port, pod.facts.sidecar_uid, pod.cookie)
+            except PermissionError as error:
+                self._without_listeners(pod, f"pidfd_getfd: {error.strerror}: the agent needs CAP_SYS_PTRACE")
+                return
             except OSError as error:
                 pod.message = f"the sidecar's listener cannot be taken: {error}"
                 continue
@@ -291,6 +294,16 @@ class Pods:
                     pod.listens, pod.message = True, ""
             if pod.listens:
                 return
+
+    def _without_listeners(self, pod: Pod, problem: str) -> None:
+        """Nobody's listener can be taken here: this rung does not work, for this pod and those that come."""
+        self.ability = self.ability._replace(steer=problem)
+        netns = self._open(pod)
+        if netns is not None:
+            try:
+                self._bring(pod, netns, self.lowest)
+            finally:
+                os.close(netns)
 
     # --- the end ---------------------------------------------------------------------------------------------------------
 
