@@ -222,14 +222,22 @@ class PortAuthorizer:
             positions.append(self._positions[one])
         return tuple(positions)
 
-    def _bits(self, client: Client) -> int:
+    def names_network_of(self, ip: str) -> bool:
+        """Whether some authorization of the port is for clients at this address, whatever they would have to prove."""
+        near = self._near(ip)
+        return any(grant.networks in near for grant in self._grants)
+
+    def _near(self, ip: str) -> set[_Networks]:
         try:
-            address = ipaddress.ip_address(client.ip)
+            address = ipaddress.ip_address(ip)
         except ValueError:
-            return 0
+            return set()
         mapped = getattr(address, "ipv4_mapped", None)
         version, number = (4, int(mapped)) if mapped else (address.version, int(address))
-        near = {networks for networks in self._networks.values() if networks.holds(version, number)}
+        return {networks for networks in self._networks.values() if networks.holds(version, number)}
+
+    def _bits(self, client: Client) -> int:
+        near = self._near(client.ip)
         return sum(1 << at for at, one in enumerate(self._grants) if one.networks in near and one.authenticates(client.identity))
 
     def shape(self) -> tuple[bool, bool, bool]:
@@ -316,6 +324,13 @@ class ClientAuthorizer:
     def connection(self) -> Permit | Denied:
         """May the connection be used as opaque bytes? Never on a port with routes: what is in the bytes could be what routes deny."""
         return self._server
+
+    def some_request(self) -> bool:
+        """May there be a request that passes?"""
+        if self._constant is not None:
+            return isinstance(self._constant, Permit)
+        bits = self._answers.bits
+        return any(bits >> at & 1 for grants in self._port.of_routes for at in grants)
 
     def request(self, method: bytes, target: bytes, authority: bytes, headers: tuple[bytes | None, ...]) -> Decision:
         """May this request pass? target: origin-form as received. headers: first values of `PortAuthorizer.header_names`."""

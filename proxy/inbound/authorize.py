@@ -53,6 +53,10 @@ class Authorization:
         """Decide about the connection as opaque bytes."""
         return self._current().connection()
 
+    def some_request(self) -> bool:
+        """Whether this client may make requests of some kind."""
+        return self._current().some_request()
+
 
 def cause_of(decision: Denied | NoRoute | BadTarget) -> Cause:
     """What rescue.py is to answer."""

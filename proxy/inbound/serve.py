@@ -26,7 +26,7 @@ from proxy.inbound.forward import Forwarder
 from proxy.inbound.gate import InboundGate
 from proxy.live import Live
 from proxy.protocol.client_hello import ClientHello
-from proxy.protocol.detect import Detected
+from proxy.protocol.detect import Detected, FirstLine
 from proxy.protocol.http1 import Http1Client, Http1Limits
 from proxy.protocol.http2 import Http2Client, Http2Limits
 from proxy.rescue import Cause, Failure
@@ -42,6 +42,7 @@ from proxy.transport.tls_bio import Records
 _INSIDE = {alpn.HTTP1: Detected.HTTP1, alpn.HTTP2: Detected.HTTP2, alpn.OPAQUE: Detected.OPAQUE}
 _DECLARED = {"http1": Detected.HTTP1, "http2": Detected.HTTP2, "grpc": Detected.HTTP2, "opaque": Detected.OPAQUE, "tls": Detected.OPAQUE}
 _HTTP = (Detected.HTTP1, Detected.HTTP2)
+_SILENT = Sniffed(b"", Detected.OPAQUE)
 
 
 class Heard(NamedTuple):
@@ -106,7 +107,8 @@ class Inbound:
         """The client's first words, or, when it stays silent, whoever speaks first.
 
         A silent client may be waiting for the app (SMTP, MySQL). Only a client that may use the port as opaque bytes gets the app
-        connected for it; everybody else has to speak before anything happens.
+        connected for it. One whose requests may pass has the time of an idle connection to make one; one that must prove who it is, that
+        of a handshake to begin; and one whom no policy could let in is told at once.
         """
         config = self.config
         sniffed = await sniff(accepted.stream, config.detect_silence_s, config.detect_timeout_s)
@@ -114,13 +116,19 @@ class Inbound:
             return Heard(sniffed)
         authorization = Authorization(port, Client(accepted.client.ip, None, "plaintext"))
         permit = authorization.connection()
-        if _declared(port) in _HTTP or not isinstance(permit, Permit):
+        if authorization.some_request() and (_declared(port) in _HTTP or not isinstance(permit, Permit)):
             return Heard(await self._wait_words(accepted))
+        if not isinstance(permit, Permit):
+            assert port.authorizer is not None
+            if not port.authorizer.names_network_of(accepted.client.ip):
+                return Heard(_SILENT)
+            sniffed = await sniff(accepted.stream, self.config.handshake_timeout_s, self.config.detect_timeout_s)
+            return Heard(_SILENT if sniffed.protocol is None else sniffed)
         to_app = await self._forwarder(accepted).open(permit)
         try:
             with trio.fail_after(config.opaque_idle_timeout_s):
                 if await who_speaks_first(accepted.stream, to_app) != "client":
-                    return Heard(Sniffed(b"", Detected.OPAQUE), to_app)
+                    return Heard(_SILENT, to_app)
             return Heard(await self._wait_words(accepted), to_app)
         except BaseException:
             to_app.close()
@@ -183,11 +191,14 @@ class Inbound:
         to_app: Dialled | None,
     ) -> None:
         """Join the connection with the app; cut it when a later policy takes the permit back."""
+        screened = _declared(port) is not Detected.OPAQUE
         try:
-            app = await self._open_opaque(authorization, forwarder, record, to_app)
+            app = await self._open_opaque(authorization, forwarder, record, to_app, peer.data if screened else b"")
         except BaseException as error:
             if isinstance(error, Failure):
                 record.failed(error.cause)
+                if error.cause is Cause.DENIED and not authorization.some_request():
+                    await _say_no(accepted, peer.records)
             record.closed(0, 0)
             raise
 
@@ -195,29 +206,40 @@ class Inbound:
             port.changed.discard(recheck)
             record.ended(cause)
 
-        link, splice = join(self.relay, accepted.stream, peer.records, peer.data, app, finished, self.config.opaque_idle_timeout_s)
-        self.live.add(link, None, lambda: record.closed(link.read_bytes, link.written_bytes))
-
         def recheck() -> None:
             now = authorization.connection()
             if isinstance(now, Denied):
                 record.terminated(now)
                 splice.cut("denied")
 
-        port.changed.add(recheck)
-        recheck()  # the policy may have changed while the app was dialled
+        idle_s = self.config.opaque_idle_timeout_s
+        with self.relay.batch():  # nothing of it ends before it is counted
+            link, splice = join(self.relay, accepted.stream, peer.records, peer.data, app, finished, idle_s, screened=screened)
+            self.live.add(link, None, lambda: record.closed(link.read_bytes, link.written_bytes))
+            port.changed.add(recheck)
+            recheck()  # the policy may have changed while the app was dialled
 
     async def _open_opaque(
-        self, authorization: Authorization, forwarder: Forwarder, record: InboundRecord, to_app: Dialled | None
+        self, authorization: Authorization, forwarder: Forwarder, record: InboundRecord, to_app: Dialled | None, said: bytes
     ) -> Dialled:
-        """The connection to the app, for a client that may use it as opaque bytes; raises Failure."""
+        """The connection to the app, for a client that may use it as opaque bytes; raises Failure. said: what may not be HTTP."""
         decision = authorization.connection()
         record.connection(decision)
-        if not isinstance(decision, Permit):
-            if to_app is not None:
-                to_app.close()
-            raise Failure(Cause.DENIED, decision.reason)
-        return to_app or await forwarder.open(decision)
+        if isinstance(decision, Permit) and not (said and FirstLine().is_http_untrusted(said)):
+            return to_app or await forwarder.open(decision)
+        if to_app is not None:
+            to_app.close()
+        if isinstance(decision, Permit):
+            raise Failure(Cause.BAD_REQUEST, "a request that no usual client would send, among opaque bytes")
+        raise Failure(Cause.DENIED, decision.reason)
+
+
+async def _say_no(accepted: Accepted, records: Records | None) -> None:
+    """Tell a meshed peer that nothing its client could say would help, before its connection is reset: what is only reset while its
+    client is silent, the peer takes for a port of requests (outbound.serve)."""
+    if records is not None:
+        with trio.move_on_after(1):
+            await accepted.stream.send_all(records.close_notify())
 
 
 def _declared(port: PortState) -> Detected | None:

@@ -180,7 +180,6 @@ class Outbound:
     def _join(self, accepted: Accepted, sniffed: Sniffed, chosen: Chosen, state: DestinationState, record: OutboundRecord) -> None:
         load, dialled = chosen
         relay, idle_s = self.services.relay, self.config.opaque_idle_timeout_s
-        link, splice = join(relay, accepted.stream, None, sniffed.data, dialled, record.ended, idle_s)
         secured = dialled.records is not None
 
         def recheck() -> None:
@@ -188,15 +187,16 @@ class Outbound:
             if not secured and _must_be_secured(state, load.endpoint, self.config.pod_ips):
                 splice.cut("now-meshed")
 
-        state.changed.add(recheck)
-
         def closed() -> None:
             state.changed.discard(recheck)
             load.active -= 1
             state.release(self.services.now())
             record.closed(link.read_bytes, link.written_bytes)
 
-        self.live.add(link, None, closed)
+        with relay.batch():  # nothing of it ends before it is counted
+            link, splice = join(relay, accepted.stream, None, sniffed.data, dialled, record.ended, idle_s)
+            state.changed.add(recheck)
+            self.live.add(link, None, closed)
 
 
 def _discard(chosen: Chosen) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from proxy.protocol.detect import FirstLine
 from proxy.protocol.sides import Sink
 
 
@@ -51,14 +52,54 @@ class Half:
         self._splice.cut("idle")
 
 
+class ScreenedHalf(Half):
+    """A client's half that is cut when its bytes turn out to be HTTP: as opaque bytes, requests would carry to the app what is removed
+    from them otherwise, a client's claim to another identity for one. Of such a request, at most a part of its first line got through.
+    A server that speaks first is none of HTTP, and may be told what it likes."""
+
+    __slots__ = ("_line",)
+
+    def __init__(self, splice: Splice, sink: Sink) -> None:
+        Half.__init__(self, splice, sink)
+        self._line: FirstLine | None = FirstLine()
+
+    def received(self, data: bytes) -> None:
+        """Pass on what is not HTTP."""
+        if self._line is not None:
+            http = self._line.is_http_untrusted(data)
+            if http:
+                return self._splice.cut("http")
+            if http is False:
+                self._line = None
+        return Half.received(self, data)
+
+
+class ScreenedAnswer(Half):
+    """The upstream's half opposite to it."""
+
+    __slots__ = ()
+
+    def received(self, data: bytes) -> None:
+        """Pass on."""
+        client = self.peer
+        assert isinstance(client, ScreenedHalf)
+        client._line = None
+        Half.received(self, data)
+
+
 class Splice:
-    """Two joined connections. on_finished is called exactly once, with ``""`` for an orderly end or the cause."""
+    """Two joined connections. on_finished is called exactly once, with ``""`` for an orderly end or the cause.
+
+    screened: whether the client's bytes may not be HTTP.
+    """
 
     __slots__ = ("_done", "_idle_s", "_on_finished", "client", "upstream")
 
-    def __init__(self, client: Sink, upstream: Sink, on_finished: Callable[[str], None], idle_s: float | None = None) -> None:
-        self.client = Half(self, client)
-        self.upstream = Half(self, upstream)
+    def __init__(
+        self, client: Sink, upstream: Sink, on_finished: Callable[[str], None], idle_s: float | None = None, *, screened: bool = False
+    ) -> None:
+        self.client = ScreenedHalf(self, client) if screened else Half(self, client)
+        self.upstream = ScreenedAnswer(self, upstream) if screened else Half(self, upstream)
         self.client.peer, self.upstream.peer = self.upstream, self.client
         self._on_finished = on_finished
         self._idle_s = idle_s

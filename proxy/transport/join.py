@@ -59,11 +59,13 @@ def join(
     upstream: Dialled,
     finished: Callable[[str], None],
     idle_s: float,
+    *,
+    screened: bool = False,
 ) -> tuple[Link, Splice]:
-    """Hand both connections to the relay as one splice, with what was already received from either side first."""
+    """Hand both connections to the relay as one splice, with what was already received from either side first; screened: see Splice."""
     client_link = relay.adopt(client.release(), NOBODY, records)
     upstream_link = relay.adopt(upstream.sock, NOBODY, upstream.records)
-    splice = Splice(client_link, upstream_link, finished, idle_s)
+    splice = Splice(client_link, upstream_link, finished, idle_s, screened=screened)
     client_link.receiver, upstream_link.receiver = splice.client, splice.upstream
     with relay.batch():
         if received:

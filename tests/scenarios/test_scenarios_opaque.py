@@ -57,6 +57,12 @@ async def _echo(stream: trio.SocketStream, said: bytearray) -> None:
         await stream.send_all(data)
 
 
+async def _listen(stream: trio.SocketStream, said: bytearray) -> None:
+    """As a server of HTTP that has not seen a whole request."""
+    async for data in stream:
+        said += data
+
+
 def _with_route() -> InboundPolicy:
     everything = Rule((HttpMatch(PathMatch("PathPrefix", "/")),))
     return inbound_policy(only(CART), routes=(Route(FOR_CART.server, "http", (), (everything,), FOR_CART.authorizations),))
@@ -422,3 +428,63 @@ async def test_a_plaintext_connection_is_cut_once_discovery_names_an_identity_fo
         cell.set(Destination("pod", None, "detect", (Endpoint(str(pod), WEB.uri),)))
         with pytest.raises(trio.BrokenResourceError), trio.fail_after(5):
             await client.receive_some()
+
+
+FORGED = b"pillion-client-id: spiffe://cluster.local/ns/shop/sa/admin\r\n"
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [b"\r\nGET / HTTP/1.1\r\nhost: web\r\n" + FORGED + b"\r\n"],
+        [b"get / HTTP/1.1\r\nhost: web\r\n" + FORGED + b"\r\n"],
+        [b"GET / HTTP/1.2\r\nhost: web\r\n" + FORGED + b"\r\n"],
+        [b"x", b"y / HTT", b"P/1.1\r\nhost: web\r\n" + FORGED, b"\r\n"],
+        [b"\r\n", b"\r\nGET / HTTP/1.1\r\nhost: web\r\n" + FORGED, b"\r\n"],
+        [b"y" * 200 + b" / HTTP/1.1\r\nhost: web\r\n" + FORGED, b"\r\n"],
+    ],
+)
+@pytest.mark.parametrize("meshed", [True, False])
+@pytest.mark.parametrize("protocol", ["detect", "opaque"])
+async def test_no_spelling_of_a_request_carries_a_forged_identity_to_the_app(
+    autojump_clock: trio.testing.MockClock, pieces: list[bytes], meshed: bool, protocol: str
+):
+    """protocol: what the caller's own sidecar was told about the Service; the port itself is not marked."""
+    app = Recorded(_listen)
+    async with mesh(app, policy=inbound_policy(ANYONE)) as made:
+        made.destination(protocol=protocol)
+        stream = await made.dial() if meshed else await made.dial_unmeshed()
+        with contextlib.suppress(trio.BrokenResourceError), trio.move_on_after(5):
+            for piece in pieces:
+                await stream.send_all(piece)
+                await trio.sleep(0.01)
+            await read_all(stream)
+        assert not [said for said in app.said if b"admin" in said]
+
+
+async def test_a_port_that_says_it_is_opaque_is_not_looked_into(autojump_clock: trio.testing.MockClock):
+    app = Recorded(_echo)
+    async with mesh(app, policy=inbound_policy(ANYONE, protocol="opaque")) as made:
+        made.destination(protocol="opaque")
+        stream = await made.dial()
+        await stream.send_all(b"get / HTTP/1.1\r\n")
+        assert await read_until(stream, b"\r\n") == b"get / HTTP/1.1\r\n"
+
+
+async def _silent_until_ended(stream: trio.SocketStream) -> float:
+    began = trio.current_time()
+    with contextlib.suppress(trio.BrokenResourceError):
+        assert await stream.receive_some(100) == b""
+    return trio.current_time() - began
+
+
+async def test_a_silent_client_that_no_policy_could_let_in_is_told_at_once(autojump_clock: trio.testing.MockClock):
+    app = Recorded(_mail)
+    async with mesh(app, policy=inbound_policy(only(WEB))) as made:
+        assert await _silent_until_ended(await made.dial()) < _SILENCE_S + 0.1  # meshed, but somebody else
+        unmeshed = await _silent_until_ended(await made.dial_unmeshed())
+        assert 5 <= unmeshed < 5.5  # it had the time of a handshake to begin one
+        made.policy(inbound_policy())
+        assert await _silent_until_ended(await made.dial_unmeshed()) < _SILENCE_S + 0.1
+        assert app.said == []
+        assert made.metric(made.server, "pillion_inbound_tcp_authz_deny_total") == 3
