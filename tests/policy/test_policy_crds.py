@@ -10,7 +10,7 @@ import yaml
 
 from policy import model
 
-CRDS = sorted((Path(__file__).parents[2] / "manifests" / "crds").glob("*.yaml"))
+CRDS = sorted((Path(__file__).parents[2] / "manifests" / "helm" / "templates" / "crds").glob("*.yaml"))
 SPECS = {
     "Server": model._ServerSpec,
     "AuthorizationPolicy": model._AuthorizationPolicySpec,
