@@ -6,8 +6,7 @@ import click
 
 from cli.output import mesh_options, output_option, print_json, print_table, ref_text
 from cli.reach import LocalMesh
-from injector.probes import ADMIN_PORT
-from injector.sidecar import INBOUND_PORT, OUTBOUND_PORT
+from injector.fixed import ADMIN_PORT, INBOUND_PORT, OUTBOUND_PORT
 
 _OWN_PORTS = frozenset({OUTBOUND_PORT, INBOUND_PORT, ADMIN_PORT})
 """The sidecar's, which it declares as every container does; no policy of the workload applies to them."""

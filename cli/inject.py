@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,12 @@ import yaml
 
 from cli.output import CommandFailed
 from core.k8s.manifests import InvalidManifest, read_manifests
-from injector.decide import INJECT, SIDECAR_NAME, STATUS, Refuse, Skip
+from injector.decide import Refuse, Skip
+from injector.mark import mark, unmark, wish_of
+from injector.mesh import DEFAULT_MESH, InvalidMesh, Mesh, read_mesh
 from injector.patch import apply_patch, review
+from injector.undo import is_injected
+from injector.undo import uninject as taken_out
 
 _TEMPLATES = {
     "Deployment": ("spec", "template"),
@@ -24,57 +28,71 @@ _TEMPLATES = {
     "Job": ("spec", "template"),
     "CronJob": ("spec", "jobTemplate", "spec", "template"),
     "Pod": (),
+    "Namespace": (),
 }
-"""Where the pod (template) of each kind stands."""
+"""Where the pod (template), or what is annotated in its place, stands in each kind."""
+
+_FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
 
 
 @click.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.argument("file", type=_FILE)
 @click.option("--manual", is_flag=True, help="Write the sidecar itself, as the webhook would, instead of asking the webhook for it.")
-def inject(file: str, manual: bool) -> None:
+@click.option("--mesh", "mesh_file", type=_FILE, help="Mesh settings for --manual: mesh.yaml of the ConfigMap pillion-config.")
+def inject(file: str, manual: bool, mesh_file: str | None) -> None:
     """Print the manifests of FILE (``-`` for standard input) with their workloads in the mesh; comments are lost."""
+    if mesh_file and not manual:
+        raise click.UsageError("--mesh is for --manual: otherwise the webhook uses its own settings")
+    mesh = _mesh(mesh_file)
     documents = _read(file)
+    namespaces = _namespace_annotations(documents)
     for document, keys in _workloads(documents):
         pod = _pod(document, keys)
-        pod.setdefault("metadata", {})
-        annotations = dict(pod["metadata"].get("annotations") or {})
-        pod["metadata"]["annotations"] = {**annotations, INJECT: "enabled"}
-        if manual:
-            _replace(document, keys, _with_sidecar(document, pod))
+        if wish_of(pod) == "disabled":
+            click.echo(f"{_name(document)}: left as it is: it is disabled by its annotation", err=True)
+            continue
+        if wish_of(pod) != "enabled":
+            try:
+                pod = mark(pod)
+            except ValueError as error:
+                raise CommandFailed(f"{_name(document)}: {error}") from None
+        if manual and document["kind"] != "Namespace":
+            pod = _with_sidecar(document, pod, namespaces.get(_namespace(document), {}), mesh)
+        _replace(document, keys, pod)
     _write(documents)
 
 
 @click.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.argument("file", type=_FILE)
 def uninject(file: str) -> None:
     """Print the manifests of FILE (``-`` for standard input) with their workloads out of the mesh; comments are lost."""
     documents = _read(file)
     for document, keys in _workloads(documents):
         pod = _pod(document, keys)
-        spec = pod.get("spec") or {}
-        containers = [*(spec.get("initContainers") or []), *(spec.get("containers") or [])]
-        metadata = pod.get("metadata") or {}
-        annotations = dict(metadata.get("annotations") or {})
-        if STATUS in annotations or any(container.get("name") == SIDECAR_NAME for container in containers):
-            raise CommandFailed(
-                f"{_name(document)} holds the sidecar itself", "go back to the manifest from before `pillion inject --manual`"
-            )
-        if annotations.pop(INJECT, None) is not None:
-            click.echo(f"{_name(document)}: {INJECT} removed", err=True)
-            metadata["annotations"] = annotations
-            if not annotations:
-                del metadata["annotations"]
+        found = unmark(taken_out(pod))
+        if found != pod:
+            what = "the sidecar is taken out" if is_injected(pod) else "the annotation is taken away"
+            click.echo(f"{_name(document)}: {what}", err=True)
+            _replace(document, keys, found)
     _write(documents)
 
 
-def _with_sidecar(document: dict[str, Any], pod: dict[str, Any]) -> dict[str, Any]:
-    decision, patch = review(pod, {})
+def _with_sidecar(document: Mapping[str, Any], pod: Mapping[str, Any], namespace: Mapping[str, str], mesh: Mesh) -> dict[str, Any]:
+    decision, patch = review(pod, namespace, mesh)
     if isinstance(decision, Refuse):
         raise CommandFailed(f"{_name(document)}: {decision.sentence}")
     if isinstance(decision, Skip):
         click.echo(f"{_name(document)}: left as it is: {decision.sentence}", err=True)
-        return pod
     return apply_patch(pod, patch)
+
+
+def _mesh(file: str | None) -> Mesh:
+    if file is None:
+        return DEFAULT_MESH
+    try:
+        return read_mesh(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes())
+    except InvalidMesh as error:
+        raise CommandFailed(f"{file}: {error}") from None
 
 
 def _read(file: str) -> list[dict[str, Any]]:
@@ -83,6 +101,24 @@ def _read(file: str) -> list[dict[str, Any]]:
         return read_manifests(data, is_json=file.endswith(".json"))
     except InvalidManifest as error:
         raise CommandFailed(f"{file}: {error}") from None
+
+
+def _namespace_annotations(documents: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Of the Namespaces that are among the documents; what is wrong with others is said where they are used."""
+    found = {}
+    for document in documents:
+        metadata = document.get("metadata")
+        if document.get("kind") == "Namespace" and isinstance(metadata, dict):
+            annotations = metadata.get("annotations")
+            found[str(metadata.get("name"))] = {
+                str(key): str(value) for key, value in (annotations if isinstance(annotations, dict) else {}).items()
+            }
+    return found
+
+
+def _namespace(document: Mapping[str, Any]) -> str:
+    metadata = document.get("metadata")
+    return str(metadata.get("namespace") or "default") if isinstance(metadata, dict) else "default"
 
 
 def _workloads(documents: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
@@ -96,22 +132,22 @@ def _pod(document: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     place: Any = document
     for key in keys:
         place = place.get(key) if isinstance(place, dict) else None
-    if not isinstance(place, dict) or not isinstance(place.get("metadata", {}), dict):
+    if not isinstance(place, dict) or not isinstance(place.get("metadata"), dict | None):
         raise CommandFailed(f"{_name(document)}: expected an object at {'.'.join(keys) or 'the top'}")
     return place
 
 
-def _replace(document: dict[str, Any], keys: tuple[str, ...], pod: dict[str, Any]) -> None:
-    if not keys:
-        document.update(pod)
-        return
+def _replace(document: dict[str, Any], keys: tuple[str, ...], pod: Mapping[str, Any]) -> None:
     place: Any = document
-    for key in keys[:-1]:
+    for key in keys:
         place = place[key]
-    place[keys[-1]] = pod
+    order = [*(key for key in place if key in pod), *(key for key in pod if key not in place)]
+    new = {key: pod[key] for key in order}
+    place.clear()
+    place.update(new)
 
 
-def _name(document: dict[str, Any]) -> str:
+def _name(document: Mapping[str, Any]) -> str:
     metadata = document.get("metadata")
     return f"{str(document.get('kind')).lower()} {metadata.get('name') if isinstance(metadata, dict) else None}"
 

@@ -11,13 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from injector.options import InvalidOption, Options, read_options
+from injector.fixed import CAPTURE_NAME, INJECT, INJECTED, SIDECAR_NAME, SIDECAR_UID, STATUS
+from injector.options import PREFIX, InvalidOption, Options, read_options
 
-INJECT = "pillion.dev/inject"
-STATUS = "pillion.dev/status"
-INJECTED = "injected"
-SIDECAR_NAME = "pillion-proxy"
-SIDECAR_UID = 2102
+GRACE_S = 30  # Kubernetes: terminationGracePeriodSeconds of a pod that does not say
 
 _FOREIGN_NAMES = {"linkerd-proxy": "Linkerd", "linkerd-init": "Linkerd", "istio-proxy": "Istio", "istio-init": "Istio"}
 _FOREIGN_IMAGES = {
@@ -57,8 +54,8 @@ class Refuse:
 Decision = Inject | Skip | Refuse
 
 
-def decide(pod: Mapping[str, Any], namespace_annotations: Mapping[str, str]) -> Decision:
-    """What happens to a pod (a core/v1 Pod as JSON) in a namespace with these annotations."""
+def decide(pod: Mapping[str, Any], namespace_annotations: Mapping[str, str], defaults: Mapping[str, str] | None = None) -> Decision:
+    """What happens to a pod (a core/v1 Pod as JSON) in a namespace with these annotations. defaults: of the mesh, option -> text."""
     annotations = (pod.get("metadata") or {}).get("annotations") or {}
     spec = pod.get("spec") or {}
     wish = _wish(annotations, namespace_annotations)
@@ -69,16 +66,29 @@ def decide(pod: Mapping[str, Any], namespace_annotations: Mapping[str, str]) -> 
     if (spec.get("os") or {}).get("name") == "windows":
         return Skip("unsupported-os", "the pod runs on Windows, for which there is no sidecar")
     for container in containers(pod):
-        if container.get("name") == SIDECAR_NAME:
-            return Skip("already-injected", f"the pod has a container named {SIDECAR_NAME} already")
         if mesh := _foreign_mesh(container):
             return Skip("foreign-sidecar", f"the pod has a sidecar of {mesh} already: container {container.get('name')}")
+    # before the next: what another webhook adds to an injected pod is looked at too
     if problem := _uid_problem(pod):
         return Refuse("sidecar-uid", problem)
+    for container in containers(pod):
+        if container.get("name") in (SIDECAR_NAME, CAPTURE_NAME):
+            return Skip("already-injected", f"the pod has a container named {container['name']} already")
     try:
-        return Inject(read_options(annotations, namespace_annotations, declared_ports(pod)))
+        options = read_options(annotations, namespace_annotations, declared_ports(pod), defaults)
     except InvalidOption as error:
         return Refuse("invalid-option", str(error))
+    grace_s = spec.get("terminationGracePeriodSeconds", GRACE_S)
+    if options.wait_before_exit_s and options.wait_before_exit_s >= grace_s:
+        sentence = f"annotation {PREFIX}wait-before-exit is {options.wait_before_exit_s} s: expected less than the pod's "
+        return Refuse("invalid-option", f"{sentence}terminationGracePeriodSeconds, which is {grace_s}")
+    return Inject(options)
+
+
+def wants(pod: Mapping[str, Any], namespace_annotations: Mapping[str, str]) -> bool:
+    """Somebody wants this pod in the mesh, whatever stands against it."""
+    annotations = (pod.get("metadata") or {}).get("annotations") or {}
+    return _wish(annotations, namespace_annotations) is None
 
 
 def _wish(annotations: Mapping[str, str], namespace_annotations: Mapping[str, str]) -> Skip | Refuse | None:
@@ -126,7 +136,24 @@ def _uid_problem(pod: Mapping[str, Any]) -> str:
     if (spec.get("securityContext") or {}).get("runAsUser") == SIDECAR_UID:
         return f"spec.securityContext.runAsUser is {SIDECAR_UID}: that uid is the sidecar's and passes capture; expected another one"
     for container in containers(pod):
-        if (container.get("securityContext") or {}).get("runAsUser") == SIDECAR_UID:
+        if container.get("name") != SIDECAR_NAME and (container.get("securityContext") or {}).get("runAsUser") == SIDECAR_UID:
             name = container.get("name")
             return f"container {name} runs as uid {SIDECAR_UID}: that uid is the sidecar's and passes capture; expected another one"
     return ""
+
+
+__all__ = [
+    "INJECT",
+    "INJECTED",
+    "SIDECAR_NAME",
+    "SIDECAR_UID",
+    "STATUS",
+    "Decision",
+    "Inject",
+    "Refuse",
+    "Skip",
+    "containers",
+    "decide",
+    "declared_ports",
+    "wants",
+]

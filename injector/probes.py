@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from injector.decide import SIDECAR_NAME
+from injector.fixed import ADMIN_PORT, SIDECAR_NAME
 
-ADMIN_PORT = 4191
 KINDS = ("startupProbe", "readinessProbe", "livenessProbe")
 _ACTIONS = ("httpGet", "tcpSocket", "grpc")
 _GRACE_S = 1  # the sidecar must be able to report its own timeout before the kubelet's
@@ -23,8 +22,13 @@ class UnknownPort(ValueError):
 
 @dataclass(frozen=True)
 class Rewritten:
-    """One probe. path: JSON pointer to it. probe: what stands there now. key, original: the entry of PILLION_PROBES."""
+    """One probe. path: JSON pointer to it. probe: what stands there now. key, original: the entry of PILLION_PROBES.
 
+    container, kind: which probe of which container it is.
+    """
+
+    container: str
+    kind: str
     path: str
     probe: Mapping[str, Any]
     key: str
@@ -51,11 +55,13 @@ def _rewrite(path: str, container: Mapping[str, Any], kind: str, probe: Mapping[
     if action is None or probe[action].get("host"):
         return None  # exec, or a probe of some other host: neither reaches an app port of this pod
     key = f"/pillion-probe/{container['name']}/{kind}"
+    if action == "httpGet" and (probe[action].get("path"), probe[action].get("port")) == (key, ADMIN_PORT):
+        return None  # rewritten already
     timeout_s = probe.get("timeoutSeconds") or 1
     target = dict(probe[action], port=_number(probe[action].get("port"), container, kind))
     asked = {name: value for name, value in probe.items() if name not in _ACTIONS}
     asked |= {"httpGet": {"path": key, "port": ADMIN_PORT}, "timeoutSeconds": timeout_s + _GRACE_S}
-    return Rewritten(path, asked, key, {action: target, "timeoutSeconds": timeout_s})
+    return Rewritten(container["name"], kind, path, asked, key, {action: target, "timeoutSeconds": timeout_s})
 
 
 def _number(port: object, container: Mapping[str, Any], kind: str) -> int:
@@ -69,3 +75,6 @@ def _number(port: object, container: Mapping[str, Any], kind: str) -> int:
     raise UnknownPort(
         f"{kind} of container {container.get('name')} names the port {port!r}: expected a number or a port the container declares"
     )
+
+
+__all__ = ["ADMIN_PORT", "KINDS", "Rewritten", "UnknownPort", "rewrite_probes"]

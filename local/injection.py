@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from injector.decide import INJECTED, SIDECAR_NAME, STATUS, Inject, Refuse, declared_ports
-from injector.options import InvalidOption, read_options
+from injector.decide import INJECTED, STATUS, Inject, Refuse, containers
+from injector.fixed import INJECT, SIDECAR_NAME
+from injector.mesh import Mesh
+from injector.options import PREFIX
 from injector.patch import apply_patch, review
-from injector.sidecar import Mesh
+from injector.undo import uninject
 
 Ranges = Sequence[tuple[int, int]]
 
@@ -29,19 +31,16 @@ class Injected:
 def inject(pod: Mapping[str, Any], namespace_annotations: Mapping[str, str], mesh: Mesh) -> Injected | str:
     """The pod as it will run, or a sentence about why it must not.
 
-    A pod that was injected before (`pillion inject --manual`) is meshed as it is: only capture is added.
+    A pod that was injected before (`pillion inject --manual`) is injected anew: what a cluster needs for it is not what this machine needs.
     """
+    annotations = (pod.get("metadata") or {}).get("annotations") or {}
+    if annotations.get(STATUS) == INJECTED and any(container.get("name") == SIDECAR_NAME for container in containers(pod)):
+        # its own word, and what was settled when it was injected
+        said = {key: value for key, value in annotations.items() if key.startswith(PREFIX)}
+        pod, namespace_annotations = uninject(pod), {**namespace_annotations, **said, INJECT: "enabled"}
     decision, patch = review(pod, namespace_annotations, mesh)
     if isinstance(decision, Refuse):
         return decision.sentence
     if isinstance(decision, Inject):
         return Injected(apply_patch(pod, patch), (decision.options.skip_inbound_ports, decision.options.skip_outbound_ports))
-    annotations = pod["metadata"].get("annotations") or {}
-    sidecars = [container for container in pod["spec"].get("initContainers") or [] if container.get("name") == SIDECAR_NAME]
-    if sidecars and annotations.get(STATUS) == INJECTED:
-        try:
-            options = read_options(annotations, namespace_annotations, declared_ports(pod))
-        except InvalidOption as error:
-            return str(error)
-        return Injected(pod, (options.skip_inbound_ports, options.skip_outbound_ports))
     return Injected(pod, None, decision.sentence)

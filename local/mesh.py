@@ -20,7 +20,8 @@ from core.k8s.objects import Service, read_core_object
 from core.refs import Ref
 from ebpf import redirect
 from injector.decide import STATUS
-from injector.sidecar import DEFAULT_MESH
+from injector.mesh import LOCAL_MESH
+from injector.sidecar import BUNDLE_CONFIG_MAP, BUNDLE_KEY
 from local import rules, services, volumes, workloads
 from local.injection import inject
 from local.network import POD_CIDR4, POD_CIDR6, SERVICE_CIDR4, SERVICE_CIDR6, Addresses, AddressPool, OutOfAddresses
@@ -92,7 +93,7 @@ class Mesh:
         return known
 
     def set_bundle(self, pem: str) -> None:
-        """The trust bundle that the identity service publishes: the ConfigMap ``pillion-trust-bundle`` of every namespace."""
+        """The trust bundle that the identity service publishes: the ConfigMap ``pillion-trust-anchors`` of every namespace."""
         self._bundle = pem
         self.changed()
 
@@ -179,7 +180,7 @@ class Mesh:
     def _start(self, plan: PodPlan, nursery: trio.Nursery) -> None:
         namespace = self.manifests.get(Ref("", "Namespace", "", plan.ref.namespace))
         annotations = namespace.metadata.annotations if namespace else {}
-        result = inject(plan.raw, annotations, DEFAULT_MESH)
+        result = inject(plan.raw, annotations, LOCAL_MESH)
         if isinstance(result, str):
             self.refused[plan.owner] = result
             return
@@ -219,8 +220,8 @@ class Mesh:
 
     def _lookup_in(self, namespace: str) -> Callable[[str, str], Mapping[str, Any] | None]:
         def lookup(kind: str, name: str) -> Mapping[str, Any] | None:
-            if kind == "ConfigMap" and name == "pillion-trust-bundle" and self._bundle:
-                return {"data": {"ca.crt": self._bundle}}
+            if kind == "ConfigMap" and name == BUNDLE_CONFIG_MAP and self._bundle:
+                return {"data": {BUNDLE_KEY: self._bundle}}
             found = self.manifests.get(Ref("", kind, namespace, name))
             return found.raw if found else None
 

@@ -14,7 +14,8 @@ from core.k8s import fields
 from core.k8s.fields import InvalidObject, shown
 from core.k8s.objects import ObjectMeta, group_kind, namespaced, read_meta
 from core.refs import Ref
-from injector.decide import SIDECAR_NAME, SIDECAR_UID
+from injector.fixed import SIDECAR_UID
+from injector.undo import uninject
 from local import shapes
 from policy.admission import parse_object
 
@@ -118,6 +119,7 @@ def _check_selector(spec: Mapping[str, Any], template: Mapping[str, Any]) -> Non
 
 def check_pod(template: Mapping[str, Any], path: str) -> None:
     """Refuse what would fail later; raises InvalidObject naming the field. path: of the template inside its object."""
+    template = uninject(template)  # what was injected by hand is injected anew: local.injection
     fields.read(template.get("metadata") or {}, shapes.Meta, fields.join(path, "metadata"))
     where = fields.join(path, "spec")
     spec = template.get("spec")
@@ -138,12 +140,11 @@ def _check_user(security: shapes.Security | None, path: str) -> None:
 
 
 def _check_container(container: shapes.Container, path: str, names: set[str], volumes: set[str]) -> None:
-    if container.name != SIDECAR_NAME or getattr(container.security_context, "run_as_user", None) != SIDECAR_UID:
-        _check_user(container.security_context, path)
+    _check_user(container.security_context, path)
     if container.name in names:
         raise InvalidObject(f"{path}.name", "a name that no other container of the pod has", shown(container.name))
     names.add(container.name)
-    if not container.command and container.name != SIDECAR_NAME:
+    if not container.command:
         expected = "the program to run: the local runner has no images and cannot know an entrypoint"
         raise InvalidObject(f"{path}.command", expected, "nothing")
     for number, mount in enumerate(container.volume_mounts or ()):

@@ -374,16 +374,17 @@ def test_inject_annotates_workloads_and_uninject_takes_it_back() -> None:
     assert list(yaml.safe_load_all(run("uninject", "-", stdin=injected.stdout).stdout)) == original
 
 
-def test_manual_injection_writes_the_sidecar_and_cannot_be_taken_back() -> None:
+def test_manual_injection_writes_the_sidecar_and_uninject_takes_it_out_again() -> None:
     import yaml
 
     manual = run("inject", "--manual", "-", stdin=DEPLOYMENT)
     assert manual.exit_code == 0, manual.output
     template = next(yaml.safe_load_all(manual.stdout))["spec"]["template"]
-    assert template["spec"]["initContainers"][0]["name"] == "pillion-proxy"
+    assert [container["name"] for container in template["spec"]["initContainers"]] == ["pillion-capture", "pillion-proxy"]
+    assert run("inject", "--manual", "-", stdin=manual.stdout).stdout == manual.stdout
     result = run("uninject", "-", stdin=manual.stdout)
-    assert result.exit_code == 1
-    assert "deployment cart holds the sidecar itself" in result.stderr
+    assert "deployment cart: the sidecar is taken out" in result.stderr
+    assert list(yaml.safe_load_all(result.stdout)) == list(yaml.safe_load_all(DEPLOYMENT))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from injector.decide import Inject, Refuse, Skip, decide
-from injector.options import InvalidOption, Options, read_options
+from injector.options import FIXED_ENV, NAMES, InvalidOption, Options, check_defaults, quantity, read_options
 
 ENABLED = {"pillion.dev/inject": "enabled"}
 
@@ -110,6 +110,27 @@ def test_a_wrong_option_is_refused_with_annotation_value_and_what_was_expected()
         ("shutdown-grace", "3601"),
         ("accelerate", ""),
         ("image", "bad image"),
+        ("image-pull-policy", "always"),
+        ("require-identity-ports", "http api"),
+        ("unaccelerated-ports", "-1"),
+        ("real-caller", "no"),
+        ("log-format", "plain"),
+        ("wait-before-exit", "1h"),
+        ("shutdown-endpoint", "off"),
+        ("await", "enabled"),
+        ("native-sidecar", "1"),
+        ("connect-timeout", "9ms"),
+        ("detect-timeout", "11m"),
+        ("cpu-request", "lots"),
+        ("cpu-limit", "1 core"),
+        ("memory-request", "64MB"),
+        ("memory-limit", "-1"),
+        ("ephemeral-storage-request", "1e3"),
+        ("ephemeral-storage-limit", "."),
+        ("env", "PILLION_X=1"),
+        ("env", '{"PATH": "/tmp"}'),
+        ("env", '{"PILLION_MAX_CONNECTIONS": 1}'),
+        ("env", '{"PILLION_IDENTITY_ADDR": "evil:1"}'),
         ("no-such-option", "x"),
     ],
 )
@@ -131,11 +152,68 @@ def test_options_are_read_and_the_pods_win() -> None:
     assert options.skip_outbound_ports == ((25, 25), (6000, 6010), (5432, 5432))
     assert options.skip_inbound_ports == ((9000, 9000),)
     assert (options.shutdown_grace_s, options.access_log, options.keep_probes) == (5, "all", True)
-    assert options.inherited == {prefix + "skip-inbound-ports": "9000"}
+    assert options.settled == {prefix + "skip-inbound-ports": "9000"}
 
 
 def test_without_annotations_the_defaults_hold() -> None:
     assert read_options({}, {}, {}) == Options()
+
+
+def test_every_option_is_tried_above() -> None:
+    marks = test_every_option_has_values_that_are_wrong.pytestmark  # type: ignore[attr-defined]
+    tried = {name for mark in marks for name, *_ in mark.args[1] if mark.args[0] == ("name", "value")}
+    assert tried >= set(NAMES)
+
+
+def test_the_meshs_defaults_are_the_weakest_and_what_capture_follows_becomes_the_pods_own() -> None:
+    prefix = "config.pillion.dev/"
+    mesh = {"skip-outbound-ports": "25", "log-level": "warning", "accelerate": "false"}
+    options = read_options({prefix + "log-level": "debug"}, {prefix + "accelerate": "true"}, {}, mesh)
+    assert (options.log_level, options.accelerate, options.skip_outbound_ports) == ("debug", True, ((25, 25),))
+    assert options.settled == {prefix + "skip-outbound-ports": "25", prefix + "accelerate": "true"}
+
+
+def test_a_default_that_only_the_policy_controller_knows_is_refused() -> None:
+    with pytest.raises(InvalidOption, match="mesh settings"):
+        check_defaults({"opaque-ports": "25"})
+    check_defaults({"memory-request": "40Mi"})
+
+
+def test_resources_are_read_as_kubernetes_does_and_a_request_is_at_most_its_limit() -> None:
+    prefix = "config.pillion.dev/"
+    options = read_options({prefix + "cpu-request": "100m", prefix + "cpu-limit": "0.5", prefix + "memory-request": "64Mi"}, {}, {})
+    assert options.resources == {"requests": {"cpu": "100m", "memory": "64Mi"}, "limits": {"cpu": "0.5"}}
+    with pytest.raises(InvalidOption, match="at most memory-limit, which is 64M"):
+        read_options({prefix + "memory-request": "64Mi", prefix + "memory-limit": "64M"}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("small", "large"), [("999m", "1"), ("1", "1001m"), ("1k", "1Ki"), ("1023Ki", "1Mi"), ("1M", "1Mi"), ("1Gi", "1.1Gi"), ("1G", "1Ti")]
+)
+def test_quantities_are_ordered(small: str, large: str) -> None:
+    assert quantity(small) < quantity(large)
+
+
+def test_a_wait_before_exit_must_fit_into_the_grace_period() -> None:
+    annotations = {**ENABLED, "config.pillion.dev/wait-before-exit": "30"}
+    assert "terminationGracePeriodSeconds, which is 30" in refused(decide(pod(annotations), {}))
+    assert isinstance(decide(pod(annotations, terminationGracePeriodSeconds=31), {}), Inject)
+
+
+def test_an_app_with_the_sidecars_uid_is_refused_also_in_a_pod_that_was_injected_before() -> None:
+    added = {"name": "late", "securityContext": {"runAsUser": 2102}}
+    ours = {"name": "pillion-proxy", "securityContext": {"runAsUser": 2102}}
+    assert "late" in refused(decide(pod(ENABLED, containers=[{"name": "app"}, added], initContainers=[ours]), {}))
+    assert skipped(decide(pod(ENABLED, containers=[{"name": "app"}], initContainers=[ours]), {})) == "already-injected"
+
+
+def test_what_the_injector_sets_is_what_no_annotation_may() -> None:
+    from injector.mesh import Mesh
+    from injector.sidecar import environment
+
+    found = {entry["name"] for entry in environment(pod(), Options(), [], Mesh())}
+    tunable = {f"PILLION_{name}" for name in ("LOG_LEVEL", "LOG_FORMAT", "ACCESS_LOG", "SHUTDOWN_GRACE_S", "SHUTDOWN_ENDPOINT")}
+    assert found - tunable == FIXED_ENV
 
 
 def test_the_list_of_inbound_policies_is_the_controllers() -> None:

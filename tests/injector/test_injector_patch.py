@@ -11,11 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from injector.decide import Inject, Refuse, Skip
+from injector.mesh import DEFAULT_MESH, LOCAL_MESH, Mesh
 from injector.patch import PatchFailed, apply_patch, escape, review
-from injector.sidecar import Mesh
+from injector.undo import uninject
 from proxy.config import load_config
 
 ENABLED = {"pillion.dev/inject": "enabled"}
+WORDS = (
+    *("metadata", "annotations", "spec", "containers", "initContainers", "volumes", "name", "ports", "containerPort", "protocol"),
+    *("livenessProbe", "httpGet", "tcpSocket", "port", "path", "securityContext", "runAsUser", "hostNetwork", "os", "env", "value"),
+    *("pillion.dev/status", "pillion.dev/before", "pillion-proxy", "restartPolicy", "timeoutSeconds", "terminationGracePeriodSeconds"),
+)
 
 
 def pod(**app: Any) -> dict[str, Any]:
@@ -34,7 +40,7 @@ def pod(**app: Any) -> dict[str, Any]:
 
 def injected(found: dict[str, Any], namespace: dict[str, str] | None = None) -> dict[str, Any]:
     before = copy.deepcopy(found)
-    decision, patch = review(found, {**ENABLED, **(namespace or {})})
+    decision, patch = review(found, {**ENABLED, **(namespace or {})}, LOCAL_MESH)
     assert isinstance(decision, Inject), decision
     assert found == before, "reviewing must not change the pod"
     json.dumps(patch)
@@ -80,13 +86,13 @@ def test_the_token_is_for_our_audience_only_and_mounted_into_the_sidecar_only() 
     volumes = {volume["name"]: volume for volume in found["spec"]["volumes"]}
     (source,) = volumes["pillion-identity-token"]["projected"]["sources"]
     assert source["serviceAccountToken"]["audience"] == "identity.pillion.dev"
-    assert volumes["pillion-trust-bundle"]["configMap"]["name"] == "pillion-trust-bundle"
+    assert volumes["pillion-trust-anchors"]["configMap"]["name"] == "pillion-trust-anchors"
     assert "volumeMounts" not in found["spec"]["containers"][0]
     assert {mount["name"] for mount in found["spec"]["initContainers"][0]["volumeMounts"]} == set(volumes)
     env = sidecar_env(found)
     mounts = {mount["name"]: mount["mountPath"] for mount in found["spec"]["initContainers"][0]["volumeMounts"]}
     assert env["PILLION_IDENTITY_TOKEN_FILE"] == mounts["pillion-identity-token"] + "/token"
-    assert env["PILLION_TRUST_ANCHORS_FILE"] == mounts["pillion-trust-bundle"] + "/ca.crt"
+    assert env["PILLION_TRUST_ANCHORS_FILE"] == mounts["pillion-trust-anchors"] + "/ca-bundle.crt"
 
 
 def test_injecting_twice_changes_nothing() -> None:
@@ -94,6 +100,164 @@ def test_injecting_twice_changes_nothing() -> None:
     assert once["metadata"]["annotations"]["pillion.dev/status"] == "injected"
     decision, patch = review(once, ENABLED)
     assert isinstance(decision, Skip) and decision.reason == "already-injected" and patch == []
+
+
+# --- the sidecar's kinds ---------------------------------------------------------------------------------------------
+
+
+def meshed(found: dict[str, Any], mesh: Mesh = DEFAULT_MESH, **annotations: str) -> dict[str, Any]:
+    found = copy.deepcopy(found)
+    prefixed = {f"config.pillion.dev/{name.replace('_', '-')}": value for name, value in annotations.items()}
+    found["metadata"]["annotations"] = {**ENABLED, **prefixed}
+    decision, patch = review(found, {}, mesh)
+    assert isinstance(decision, Inject), decision
+    return apply_patch(found, patch)
+
+
+def names(containers: list[dict[str, Any]]) -> list[str]:
+    return [container["name"] for container in containers]
+
+
+def test_without_an_agent_an_init_container_captures_before_everything_else() -> None:
+    found = pod()
+    found["spec"]["initContainers"] = [{"name": "migrate"}]
+    after = meshed(found, skip_inbound_ports="9000", skip_outbound_ports="25,8000-8010")["spec"]
+    assert names(after["initContainers"]) == ["pillion-capture", "pillion-proxy", "migrate"]
+    capture = after["initContainers"][0]
+    assert capture["command"] == ["python", "-m", "ebpf.redirect_self", "--skip-inbound=9000", "--skip-outbound=25,8000-8010"]
+    assert capture["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
+    assert "restartPolicy" not in capture
+
+
+def test_the_capture_program_takes_what_the_injector_writes(capsys: pytest.CaptureFixture[str]) -> None:
+    from ebpf.redirect import capture
+    from ebpf.redirect_self import main
+
+    command = meshed(pod(), skip_inbound_ports="http,9000", skip_outbound_ports="25")["spec"]["initContainers"][0]["command"]
+    assert main([*command[3:], "--print"]) == 0
+    assert capsys.readouterr().out == capture([(8080, 8080), (9000, 9000)], [(25, 25)])
+
+
+RESTRICTED_VOLUMES = {"configMap", "projected"}
+
+
+def test_with_the_agent_the_pod_passes_the_restricted_level() -> None:
+    """Kubernetes' Pod Security Standards, level restricted, v1.34: the controls that concern what we add."""
+    after = meshed(pod(), Mesh(capture="agent"))["spec"]
+    capture, proxy = after["initContainers"]
+    assert (capture["name"], proxy["name"]) == ("pillion-capture", "pillion-proxy")
+    assert capture["command"] == ["python", "-m", "ebpf.validator"]
+    for container in (capture, proxy):
+        context = container["securityContext"]
+        assert context["allowPrivilegeEscalation"] is False and context["runAsNonRoot"] is True and context["runAsUser"] > 0
+        assert context["capabilities"] == {"drop": ["ALL"]} and context["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert context["readOnlyRootFilesystem"] is True
+        assert not {"privileged", "procMount"} & context.keys()
+        assert all("hostPort" not in port for port in container.get("ports", []))
+    assert capture["securityContext"]["runAsUser"] != 2102, "the sidecar's uid passes capture and would prove nothing"
+    assert {next(key for key in volume if key != "name") for volume in after["volumes"]} <= RESTRICTED_VOLUMES
+    assert after.keys() <= {"initContainers", "containers", "volumes"}
+
+
+def test_a_classic_sidecar_is_ready_before_the_others_start_and_stays_a_while_when_they_end() -> None:
+    found = pod()
+    found["spec"]["initContainers"] = [{"name": "migrate"}]
+    after = meshed(found, Mesh(native_sidecar=False))
+    assert names(after["spec"]["initContainers"]) == ["pillion-capture", "migrate"]
+    proxy, app = after["spec"]["containers"]
+    assert (proxy["name"], app["name"]) == ("pillion-proxy", "app")
+    assert "restartPolicy" not in proxy and "startupProbe" not in proxy
+    assert proxy["lifecycle"] == {
+        "postStart": {"exec": {"command": ["python", "-m", "injector.hold"]}},
+        "preStop": {"exec": {"command": ["sleep", "5"]}},
+    }
+    assert after["metadata"]["annotations"]["kubectl.kubernetes.io/default-container"] == "app"
+
+
+def test_a_classic_sidecar_that_nobody_waits_for_comes_last() -> None:
+    after = meshed(pod(), native_sidecar="false", wait_before_exit="0", **{"await": "false"})
+    app, proxy = after["spec"]["containers"]
+    assert (app["name"], proxy["name"]) == ("app", "pillion-proxy") and "lifecycle" not in proxy
+
+
+def test_probes_are_rewritten_where_they_are_also_when_a_classic_sidecar_comes_first() -> None:
+    after = meshed(pod(livenessProbe={"tcpSocket": {"port": 1}}), native_sidecar="false")
+    assert after["spec"]["containers"][1]["livenessProbe"]["httpGet"]["port"] == 4191
+
+
+def test_resources_image_and_waiting_follow_the_annotations() -> None:
+    after = meshed(
+        pod(),
+        cpu_request="10m",
+        memory_limit="128Mi",
+        image="mine:1",
+        image_pull_policy="Never",
+        wait_before_exit="7",
+        connect_timeout="1500ms",
+        detect_timeout="2s",
+        env='{"PILLION_MAX_CONNECTIONS": "7", "PILLION_X": "$(HOME)"}',
+    )
+    for container in after["spec"]["initContainers"]:
+        assert container["resources"] == {"requests": {"cpu": "10m"}, "limits": {"memory": "128Mi"}}
+        assert (container["image"], container["imagePullPolicy"]) == ("mine:1", "Never")
+    proxy = after["spec"]["initContainers"][1]
+    assert proxy["lifecycle"] == {"preStop": {"exec": {"command": ["sleep", "7"]}}}
+    env = {entry["name"]: entry.get("value") for entry in proxy["env"]}
+    assert (env["PILLION_CONNECT_TIMEOUT_MS"], env["PILLION_DETECT_TIMEOUT_S"]) == ("1500", "2")
+    assert (env["PILLION_MAX_CONNECTIONS"], env["PILLION_X"]) == ("7", "$$(HOME)")
+
+
+# --- a second look ---------------------------------------------------------------------------------------------------
+
+
+def test_what_another_webhook_adds_afterwards_is_taken_in() -> None:
+    once = meshed(pod(livenessProbe={"tcpSocket": {"port": 8080}}))
+    late = copy.deepcopy(once)
+    added = {"name": "late", "ports": [{"containerPort": 9100}], "readinessProbe": {"httpGet": {"port": 9100, "path": "/r"}}}
+    late["spec"]["containers"].insert(0, added)
+    late["spec"]["initContainers"][1]["terminationMessagePath"] = "/dev/termination-log"  # the API server fills in defaults meanwhile
+    decision, patch = review(late, ENABLED)
+    assert isinstance(decision, Skip) and decision.reason == "already-injected"
+    after = apply_patch(late, patch)
+    assert after["spec"]["containers"][0]["readinessProbe"]["httpGet"]["path"] == "/pillion-probe/late/readinessProbe"
+    env = {entry["name"]: entry.get("value") for entry in after["spec"]["initContainers"][1]["env"]}
+    assert set(json.loads(env["PILLION_PROBES"])) == {"/pillion-probe/app/livenessProbe", "/pillion-probe/late/readinessProbe"}
+    assert env["PILLION_INBOUND_PORTS"] == "8080,9100"
+    assert review(after, ENABLED)[1] == []
+    assert uninject(after)["spec"]["containers"] == [added, *pod(livenessProbe={"tcpSocket": {"port": 8080}})["spec"]["containers"]]
+
+
+# --- what is no pod --------------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 70000) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=3), inner, max_size=6),
+    max_leaves=30,
+)
+
+
+@given(JSON)
+def test_anything_gives_a_decision(found: Any) -> None:
+    decision, patch = review(found, ENABLED)
+    assert isinstance(decision, Inject | Skip | Refuse)
+    if patch:
+        apply_patch(found, patch)
+
+
+@pytest.mark.parametrize(
+    ("found", "where"),
+    [
+        ({}, "spec"),
+        ([], "a pod"),
+        ({"spec": {}}, "spec.containers"),
+        ({"spec": {"containers": [{"name": "a", "ports": [{"containerPort": "x"}]}]}}, "spec.containers[0].ports[0].containerPort"),
+        ({"spec": {"containers": [{"name": "a"}, {"name": "a"}]}}, "spec.containers[1].name"),
+        ({"metadata": {"annotations": {"a": 1}}, "spec": {"containers": []}}, "metadata.annotations"),
+    ],
+)
+def test_what_is_no_pod_is_refused_at_its_field(found: Any, where: str) -> None:
+    decision, patch = review(found, ENABLED)
+    assert isinstance(decision, Refuse) and decision.reason == "invalid-pod" and where in decision.sentence and patch == []
 
 
 def test_what_the_author_wrote_stays() -> None:
@@ -183,7 +347,7 @@ def test_a_probe_of_a_port_nobody_declared_is_refused() -> None:
 
 
 def test_another_installation_has_other_addresses() -> None:
-    decision, patch = review(pod(), ENABLED, Mesh(trust_domain="example.org", control_namespace="mesh"))
+    decision, patch = review(pod(), ENABLED, Mesh(trust_domain="example.org", control_namespace="mesh", capture="none"))
     env = sidecar_env(apply_patch(pod(), patch))
     assert isinstance(decision, Inject)
     assert env["PILLION_TRUST_DOMAIN"] == "example.org" and env["PILLION_IDENTITY_ADDR"].startswith("pillion-identity.mesh.svc")

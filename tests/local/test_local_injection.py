@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from injector.sidecar import DEFAULT_MESH
+from injector.mesh import DEFAULT_MESH, LOCAL_MESH
+from injector.patch import apply_patch, review
 from local.injection import Injected, inject
 
 ENABLED = {"pillion.dev/inject": "enabled"}
@@ -17,7 +18,7 @@ def pod(**annotations: str) -> dict[str, Any]:
 
 
 def injected(raw: dict[str, Any], namespace: dict[str, str]) -> Injected:
-    found = inject(raw, namespace, DEFAULT_MESH)
+    found = inject(raw, namespace, LOCAL_MESH)
     assert isinstance(found, Injected), found
     return found
 
@@ -37,7 +38,16 @@ def test_an_unmeshed_pod_is_left_alone_with_the_reason() -> None:
 def test_a_pod_injected_by_hand_is_captured_too() -> None:
     by_hand = injected(pod(), {**ENABLED, SKIP: "25"}).pod
     again = injected(dict(by_hand), {})
-    assert again.pod == by_hand and again.skips == ((), ((25, 25),))
+    assert again.pod["spec"] == by_hand["spec"] and again.skips == ((), ((25, 25),))
+
+
+def test_what_a_cluster_needs_of_a_pod_injected_by_hand_is_not_run_here() -> None:
+    raw = pod()
+    raw["metadata"]["annotations"] = dict(ENABLED)
+    _, patch = review(raw, {SKIP: "25"}, DEFAULT_MESH)
+    found = injected(apply_patch(raw, patch), {})
+    assert [container["name"] for container in found.pod["spec"]["initContainers"]] == ["pillion-proxy"]
+    assert "command" not in found.pod["spec"]["initContainers"][0] and found.skips == ((), ((25, 25),))
 
 
 def test_only_the_injectors_word_makes_a_pod_meshed() -> None:
@@ -48,4 +58,4 @@ def test_only_the_injectors_word_makes_a_pod_meshed() -> None:
 
 
 def test_a_refusal_is_a_sentence() -> None:
-    assert "expected enabled or disabled" in str(inject(pod(), {"pillion.dev/inject": "on"}, DEFAULT_MESH))
+    assert "expected enabled or disabled" in str(inject(pod(), {"pillion.dev/inject": "on"}, LOCAL_MESH))

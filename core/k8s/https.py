@@ -1,0 +1,150 @@
+"""The HTTPS front of a webhook: bounded connections, one TLS context whose certificate may change, hypercorn's HTTP/1.1 on trio.
+
+Whoever can reach the port may say anything: a connection that breaks a rule ends alone, and one client cannot keep the others out.
+Moves requests to a starlette application; decides nothing about them. Called by the app modules of injector and policy controller.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from functools import partial
+from typing import Any
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+from hypercorn.utils import wrap_app
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+
+from core.runtime import logs
+
+_CONNECTIONS_MAX = 256
+_BODY_TIMEOUT_S = 5.0
+_GRACE_S = 2.0
+
+log = logs.logger("https")
+
+
+class BadBody(Exception):
+    """A body that is too long, too slow or not whole. status: what to answer."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+def server_context() -> ssl.SSLContext:
+    """TLS 1.3, HTTP/1.1, no resumption, clients unauthenticated (kube-apiserver shows no certificate). It has no certificate yet."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
+    context.num_tickets = 0
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+async def read_body(request: Request, most_bytes: int) -> bytes:
+    """The whole body; raises BadBody."""
+    body = bytearray()
+    try:
+        with trio.fail_after(_BODY_TIMEOUT_S):
+            async with aclosing(request.stream()) as chunks:
+                async for chunk in chunks:
+                    body += chunk
+                    if len(body) > most_bytes:
+                        raise BadBody(413, f"the body is longer than {most_bytes} bytes")
+    except trio.TooSlowError:
+        raise BadBody(408, f"the body did not arrive within {_BODY_TIMEOUT_S:g} s") from None
+    except ClientDisconnect:
+        raise BadBody(400, "the connection ended before the body") from None
+    return bytes(body)
+
+
+class _Config(Config):
+    """Hypercorn's settings."""
+
+    def __init__(self) -> None:
+        self.accesslog = None
+        self.errorlog = None
+        self.include_server_header = False
+        self.h11_max_incomplete_size = 16 * 1024
+        self.keep_alive_timeout = 100.0  # Go closes idle connections after 90 s: the client goes first, so no request meets a closed one
+        self.read_timeout = 120
+        self.ssl_handshake_timeout = 5.0
+        self.graceful_timeout = _GRACE_S
+        self.websocket_max_message_size = 1024
+
+
+class _Rooms:
+    """Which connections are open. When there are too many, the oldest of the client that holds most is cut."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._opened = 0
+        self._open: dict[int, tuple[str, trio.CancelScope]] = {}
+
+    @contextmanager
+    def one(self, ip: str) -> Iterator[None]:
+        if len(self._open) >= self._most:
+            held = Counter(holder for holder, _ in self._open.values())
+            greedy = max(held, key=held.__getitem__)
+            oldest = next(number for number, (holder, _) in self._open.items() if holder == greedy)
+            self._open.pop(oldest)[1].cancel()
+        self._opened += 1
+        number = self._opened
+        with trio.CancelScope() as scope:
+            self._open[number] = ip, scope
+            try:
+                yield
+            finally:
+                self._open.pop(number, None)
+
+
+async def serve_https(
+    application: Starlette,
+    context: ssl.SSLContext,
+    sockets: Sequence[socket.socket],
+    shutdown: Callable[[], Awaitable[None]],
+    *,
+    connections_max: int = _CONNECTIONS_MAX,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve on listening sockets until ``shutdown`` returns, then finish what is in work within two seconds."""
+    config, worker, rooms = _Config(), WorkerContext(None), _Rooms(connections_max)
+    app: Any = wrap_app(application, config.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
+
+    async def handle(stream: trio.SSLStream[trio.SocketStream]) -> None:
+        try:
+            with rooms.one(_ip_of(stream)):
+                await TCPServer(app, config, worker, ConnectionState({}), stream)
+        except Exception as error:  # what a stranger sends, or does not, must never end the server
+            log.warning("connection failed", error=repr(error)[:300])
+        finally:
+            await trio.aclose_forcefully(stream)
+
+    listeners = [
+        trio.SSLListener(trio.SocketListener(trio.socket.from_stdlib_socket(sock)), context, https_compatible=True) for sock in sockets
+    ]
+    async with trio.open_nursery() as handlers:
+        async with trio.open_nursery() as accepting:
+            accepting.start_soon(partial(trio.serve_listeners, handle, listeners, handler_nursery=handlers))
+            task_status.started()
+            await shutdown()
+            accepting.cancel_scope.cancel()
+        await worker.terminated.set()
+        handlers.cancel_scope.deadline = trio.current_time() + _GRACE_S
+
+
+def _ip_of(stream: trio.SSLStream[trio.SocketStream]) -> str:
+    try:
+        return str(stream.transport_stream.socket.getpeername()[0])
+    except OSError:
+        return ""
