@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import msgspec
 
-from cli.output import CommandFailed, mesh_options, output_option, print_json, print_table
-from cli.reach import LocalMesh
-from identity.admin_client import AdminRefused
+from cli.output import CommandFailed, output_option, print_json, print_table
+from cli.pods import CONTROL_NAMESPACE, ClusterMesh, configured
+from cli.reach import SIDECAR, LocalMesh
+from identity.admin_client import AdminRefused, IdentityAdmin
 from identity.admin_wire import Status
+from local.state import state_folder
+
+F = TypeVar("F", bound=Callable[..., Any])
+_DEFAULT = "default"
 
 
 class _WorkloadOrCommand(click.Group):
@@ -30,16 +37,75 @@ def identity() -> None:
     """Show a workload's certificates (``pillion identity WORKLOAD``), or look at and rotate what signs them."""
 
 
+@dataclass(frozen=True)
+class _Where:
+    """A local mesh by name, or the cluster of a kubeconfig."""
+
+    mesh: str
+    kubeconfig: str
+    context: str
+    control: str
+
+    @property
+    def local(self) -> bool:
+        """Which of both is meant; raises CommandFailed when that is open, because a rotation of the wrong mesh cannot be undone."""
+        if self.mesh:
+            return True
+        if self.kubeconfig or self.context:
+            return False
+        runs, cluster = (state_folder(_DEFAULT) / "identity" / "admin.sock").exists(), configured()
+        if runs and cluster:
+            text = "a local mesh runs on this machine, and there is a kubeconfig: which one is meant?"
+            raise CommandFailed(text, "--name default for the local mesh, --context NAME or --kubeconfig FILE for the cluster")
+        return runs or not cluster
+
+    def admin(self) -> IdentityAdmin:
+        """The operator's way to the identity service."""
+        return LocalMesh(self.mesh or _DEFAULT).identity() if self.local else self.cluster().identity()
+
+    def cluster(self) -> ClusterMesh:
+        """The cluster's mesh."""
+        return ClusterMesh(self.kubeconfig, self.context, self.control)
+
+    def certificates(self, namespace: str, workload: str) -> dict[str, Any]:
+        """What ``/certs`` of each sidecar says, by ``namespace/pod``."""
+        if self.local:
+            running = LocalMesh(self.mesh or _DEFAULT)
+            answers = {f"{pod.namespace}/{pod.name}": running.sidecar(pod, "/certs") for pod in running.pods(namespace, workload)}
+        else:
+            cluster = self.cluster()
+            answers = {f"{pod.namespace}/{pod.name}": cluster.sidecar(pod, "/certs") for pod in cluster.pods(namespace, workload)}
+        return {name: msgspec.json.decode(answer) for name, answer in answers.items()}
+
+    def __str__(self) -> str:
+        return f"mesh {self.mesh or _DEFAULT!r}" if self.local else "the cluster"
+
+
+def _where_options(command: F) -> F:
+    """``--name``, or ``--kubeconfig --context --control-namespace``, passed as ``where``."""
+
+    @functools.wraps(command)
+    def wrapped(mesh: str, kubeconfig: str, context: str, control: str, **options: Any) -> Any:
+        return command(where=_Where(mesh, kubeconfig, context, control), **options)
+
+    for option in (
+        click.option("--control-namespace", "control", default=CONTROL_NAMESPACE, show_default=True, help="Where Pillion is installed."),
+        click.option("--context", default="", help="Of the kubeconfig."),
+        click.option("--kubeconfig", default="", help="Default: KUBECONFIG, else ~/.kube/config."),
+        click.option("--name", "mesh", default="", help="A local mesh; without this, the one that runs here, or the cluster."),
+    ):
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[return-value]  # click commands are built from any callable
+
+
 @identity.command()
 @click.argument("workload")
-@mesh_options
+@click.option("-n", "--namespace", default="default", show_default=True, help="The workload's namespace.")
+@_where_options
 @output_option
-def show(workload: str, namespace: str, mesh: str, output: str) -> None:
+def show(workload: str, namespace: str, where: _Where, output: str) -> None:
     """Show the certificates and trust anchors of every pod of WORKLOAD."""
-    running = LocalMesh(mesh)
-    found: dict[str, Any] = {}
-    for pod in running.pods(namespace, workload):
-        found[f"{pod.namespace}/{pod.name}"] = msgspec.json.decode(running.sidecar(pod, "/certs"))
+    found = where.certificates(namespace, workload)
     if output == "json":
         print_json(found)
     else:
@@ -48,7 +114,8 @@ def show(workload: str, namespace: str, mesh: str, output: str) -> None:
         )
     missing = [name for name, certs in found.items() if certs is None]
     if missing:
-        raise CommandFailed(f"not certified: {', '.join(missing)}", "pillion local logs POD -c pillion-proxy")
+        logs = "pillion local logs" if where.local else f"kubectl logs -n {namespace}"
+        raise CommandFailed(f"not certified: {', '.join(missing)}", f"{logs} POD -c {SIDECAR}")
 
 
 def _row(name: str, certs: dict[str, Any] | None) -> tuple[str, ...]:
@@ -59,12 +126,12 @@ def _row(name: str, certs: dict[str, Any] | None) -> tuple[str, ...]:
 
 
 @identity.command()
-@click.option("--name", "mesh", default="default", show_default=True, help="Which local mesh.")
+@_where_options
 @output_option
-def status(mesh: str, output: str) -> None:
+def status(where: _Where, output: str) -> None:
     """Show trust anchors, issuer, the step of a rotation that is due, and who has picked up what."""
-    with _asking(mesh):
-        found = LocalMesh(mesh).identity().status()
+    with _asking(where):
+        found = where.admin().status()
     _print_status(found, output)
 
 
@@ -74,17 +141,17 @@ def status(mesh: str, output: str) -> None:
 @click.option("--wait", "wait_s", default=120.0, show_default=True, help="With --through: seconds to wait for workloads at each step.")
 @click.option("--ignore-absent", is_flag=True, help="Do not wait for workloads that are no longer heard of.")
 @click.option("--force", is_flag=True, help="Do the step even if it breaks workloads that have not picked up the last one.")
-@click.option("--name", "mesh", default="default", show_default=True, help="Which local mesh.")
+@_where_options
 @output_option
-def rotate(step: str | None, through: bool, wait_s: float, ignore_absent: bool, force: bool, mesh: str, output: str) -> None:
+def rotate(step: str | None, through: bool, wait_s: float, ignore_absent: bool, force: bool, where: _Where, output: str) -> None:
     """Rotate the trust anchor: add the new one, switch the issuer, drop the old one.
 
     Each call does one step. A step that would break a workload that has not picked up the last one is refused.
     """
     if through and (step or force):
         raise click.UsageError("--through does every step in turn and forces none: leave out --step and --force")
-    admin = LocalMesh(mesh).identity()
-    with _asking(mesh):
+    with _asking(where):
+        admin = where.admin()
         if through:
             found = admin.rotate_through(ignore_absent=ignore_absent, wait_s=wait_s, told=lambda line: click.echo(line, err=True))
         else:
@@ -94,7 +161,7 @@ def rotate(step: str | None, through: bool, wait_s: float, ignore_absent: bool, 
 
 
 @contextlib.contextmanager
-def _asking(mesh: str) -> Iterator[None]:
+def _asking(where: _Where) -> Iterator[None]:
     """Turn the service's refusals, and its absence, into errors of the command."""
     try:
         yield
@@ -102,8 +169,8 @@ def _asking(mesh: str) -> Iterator[None]:
         blocking = "".join(f"\n  waits for {who}" for who in refused.blocking)
         raise CommandFailed(refused.sentence + blocking, "pillion identity status") from None
     except OSError as error:
-        text = f"the identity service of mesh {mesh!r} does not answer ({error.strerror or error})"
-        raise CommandFailed(text, "pillion local status") from None
+        text = f"the identity service of {where} does not answer ({error.strerror or error})"
+        raise CommandFailed(text, "pillion local status" if where.local else "pillion check") from None
 
 
 def _print_status(found: Status, output: str) -> None:

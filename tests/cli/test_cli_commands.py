@@ -174,7 +174,7 @@ STATUS = Status(
 
 
 def run(*words: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(cli, list(words), input=stdin, prog_name="pillion")
+    return CliRunner(env={"KUBECONFIG": "", "HOME": "/nonexistent"}).invoke(cli, list(words), input=stdin, prog_name="pillion")
 
 
 def test_every_command_is_there_and_explains_itself() -> None:
