@@ -139,6 +139,7 @@ class Sidecar:
 
     async def take(self, direction: Direction, serve: Callable[[Accepted], Awaitable[None]], accepted: Accepted) -> None:
         """Serve one connection; whatever goes wrong ends this connection only."""
+        self.live.arrived()
         try:
             await serve(accepted)
             return
@@ -151,6 +152,8 @@ class Sidecar:
         except Exception as error:
             self.metrics.error(direction, Cause.INTERNAL.value)
             _report_crash(error)
+        finally:
+            self.live.settled()
         accepted.stream.abort()
 
 

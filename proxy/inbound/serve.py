@@ -117,19 +117,18 @@ class Inbound:
         authorization = Authorization(port, Client(accepted.client.ip, None, "plaintext"))
         permit = authorization.connection()
         if authorization.some_request() and (_declared(port) in _HTTP or not isinstance(permit, Permit)):
-            return Heard(await self._wait_words(accepted))
+            return Heard(await self._wait_words(accepted, self.config.idle_timeout_s))
         if not isinstance(permit, Permit):
             assert port.authorizer is not None
             if not port.authorizer.names_network_of(accepted.client.ip):
                 return Heard(_SILENT)
-            sniffed = await sniff(accepted.stream, self.config.handshake_timeout_s, self.config.detect_timeout_s)
-            return Heard(_SILENT if sniffed.protocol is None else sniffed)
+            return Heard(await self._wait_words(accepted, self.config.handshake_timeout_s, _SILENT))
         to_app = await self._forwarder(accepted).open(permit)
         try:
-            with trio.fail_after(config.opaque_idle_timeout_s):
+            with trio.fail_after(config.opaque_idle_timeout_s), self.live.silent():
                 if await who_speaks_first(accepted.stream, to_app) != "client":
                     return Heard(_SILENT, to_app)
-            return Heard(await self._wait_words(accepted), to_app)
+            return Heard(await self._wait_words(accepted, config.idle_timeout_s), to_app)
         except BaseException:
             to_app.close()
             raise
@@ -137,11 +136,14 @@ class Inbound:
     def _forwarder(self, accepted: Accepted) -> Forwarder:
         return Forwarder(self.relay, self.dialer, accepted.dst, accepted.client, self.http2_limits)
 
-    async def _wait_words(self, accepted: Accepted) -> Sniffed:
-        sniffed = await sniff(accepted.stream, self.config.idle_timeout_s, self.config.detect_timeout_s)
-        if sniffed.protocol is None:
-            raise Failure(Cause.HEAD_TIMEOUT, f"the client said nothing for {self.config.idle_timeout_s:g} s")
-        return sniffed
+    async def _wait_words(self, accepted: Accepted, patience_s: float, otherwise: Sniffed | None = None) -> Sniffed:
+        with trio.move_on_after(patience_s) as scope, self.live.silent():
+            await trio.lowlevel.wait_readable(accepted.stream.sock)
+        if not scope.cancelled_caught:
+            return await sniff(accepted.stream, patience_s, self.config.detect_timeout_s)
+        if otherwise is None:
+            raise Failure(Cause.HEAD_TIMEOUT, f"the client said nothing for {patience_s:g} s")
+        return otherwise
 
     async def _authenticate(self, accepted: Accepted, sniffed: Sniffed, port: PortState) -> Authenticated:
         if sniffed.hello is not None and self._addressed_to_us(sniffed.hello):
@@ -177,8 +179,9 @@ class Inbound:
             gate.closed()
             record.closed(link.read_bytes, link.written_bytes)
 
-        self.live.add(link, gate.engine, closed)
-        begin(self.relay, link, gate.engine, peer.data)
+        with self.relay.batch():  # what it said already is served even if we are draining
+            begin(self.relay, link, gate.engine, peer.data)
+            self.live.add(link, gate.engine, closed)
 
     async def _serve_opaque(
         self,

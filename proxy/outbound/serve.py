@@ -123,7 +123,7 @@ class Outbound:
         patience_s = self.config.idle_timeout_s
         try:
             if chosen is not None:
-                with trio.fail_after(self.config.opaque_idle_timeout_s):
+                with trio.fail_after(self.config.opaque_idle_timeout_s), self.live.silent():
                     first = await who_speaks_first(accepted.stream, chosen.dialled)
                 if first == "server":
                     return chosen, _UNKNOWN
@@ -131,9 +131,11 @@ class Outbound:
                     _discard(chosen)
                     chosen = None
                     patience_s = self.config.detect_timeout_s
-            sniffed = await sniff(accepted.stream, patience_s, self.config.detect_timeout_s)
-            if sniffed.protocol is None:
+            with trio.move_on_after(patience_s) as scope, self.live.silent():
+                await trio.lowlevel.wait_readable(accepted.stream.sock)
+            if scope.cancelled_caught:
                 raise Failure(Cause.HEAD_TIMEOUT, f"the client said nothing for {patience_s:g} s")
+            sniffed = await sniff(accepted.stream, patience_s, self.config.detect_timeout_s)
         except BaseException:
             if chosen is not None:
                 _discard(chosen)
@@ -174,8 +176,9 @@ class Outbound:
             gate.closed()
             record.closed(link.read_bytes, link.written_bytes)
 
-        self.live.add(link, gate.engine, closed)
-        begin(self.services.relay, link, gate.engine, sniffed.data)
+        with self.services.relay.batch():  # what it said already is served even if we are draining
+            begin(self.services.relay, link, gate.engine, sniffed.data)
+            self.live.add(link, gate.engine, closed)
 
     def _join(self, accepted: Accepted, sniffed: Sniffed, chosen: Chosen, state: DestinationState, record: OutboundRecord) -> None:
         load, dialled = chosen

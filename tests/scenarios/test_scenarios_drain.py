@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -15,10 +16,11 @@ from core.addrs import Addr, ClientAddr, OriginalDst
 from core.runtime.admin import Request, Response
 from proxy.app import Sidecar, accept_both, admin_routes, finish
 from tests.scenarios.h2_peers import H2, H2App
-from tests.scenarios.mesh import ANYONE, Mesh, inbound_policy, mesh
+from tests.scenarios.mesh import ANYONE, VIP, WEB, Mesh, inbound_policy, mesh, only
 from tests.scenarios.peers import Exchange, H11App, Http1, read_all
 
 _GRACE_S = 20
+OTHER = OriginalDst(Addr("10.96.0.77", 80))
 
 
 def _free_ports() -> dict[str, str]:
@@ -104,6 +106,54 @@ async def test_a_drain_finishes_the_request_under_way_and_takes_no_other(side: S
                 assert await read_all(idle.stream) == b""
                 assert await read_all(busy.stream) == b""
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("waits_for", ["its policy", "the rest of its first line"])
+async def test_a_drain_waits_for_connections_that_have_only_begun(waits_for: str, autojump_clock: trio.testing.MockClock):
+    async def answer(exchange: Exchange) -> None:
+        await exchange.answer(b"served")
+
+    async with mesh(H11App(answer), PILLION_SHUTDOWN_GRACE_S=str(_GRACE_S), **_free_ports()) as made:
+        if waits_for == "its policy":
+            made.policy(inbound_policy(ANYONE))
+            made.client_controller.watch_destination(str(OTHER)).set(None)
+        async with accepting(made.client) as ending:
+            stream = await made.dial(OTHER if waits_for == "its policy" else VIP)
+            await stream.send_all(b"GET / HT")
+            await trio.sleep(0.5)
+            made.client.drain.start("SIGTERM")
+            await trio.sleep(0.5)
+            assert not ending.over.is_set()
+            if waits_for == "its policy":
+                made.client_controller.watch_destination(str(OTHER)).set(made.client_controller.watch_destination(str(VIP)).value)
+            await stream.send_all(b"TP/1.1\r\nhost: web\r\n\r\n")
+            assert b"served" in await read_all(stream)
+            await stream.aclose()
+            await ending.over.wait()
+            assert ending.took_s < 5
+
+
+async def test_a_drain_does_not_wait_for_clients_that_have_said_nothing(autojump_clock: trio.testing.MockClock):
+    async def mute(stream: trio.SocketStream) -> None:
+        async with stream:
+            with contextlib.suppress(trio.BrokenResourceError):
+                await read_all(stream)
+
+    async def drained(made: Mesh, sidecar: Sidecar, dial: Callable[[], Awaitable[trio.SocketStream]]) -> None:
+        async with accepting(sidecar) as ending:
+            stream = await dial()
+            await trio.sleep(3)
+            sidecar.drain.start("SIGTERM")
+            await ending.over.wait()
+            assert ending.took_s < 1
+            with contextlib.suppress(trio.BrokenResourceError):
+                assert await read_all(stream) == b""
+
+    for policy in (inbound_policy(ANYONE), inbound_policy(ANYONE, protocol="http1"), inbound_policy(only(WEB))):
+        async with mesh(mute, policy=policy, PILLION_SHUTDOWN_GRACE_S=str(_GRACE_S), **_free_ports()) as made:
+            await drained(made, made.server, made.dial_unmeshed)
+    async with mesh(mute, PILLION_SHUTDOWN_GRACE_S=str(_GRACE_S), **_free_ports()) as made:
+        await drained(made, made.client, made.dial)
 
 
 async def test_a_drain_tells_http2_clients_by_goaway_and_waits_for_their_streams(autojump_clock: trio.testing.MockClock):
