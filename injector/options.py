@@ -52,10 +52,10 @@ class Options:
     """What the annotations ask for. Port lists are inclusive ranges with names resolved to the numbers the containers declare.
 
     default_inbound_policy, opaque_ports, require_identity_ports, unchecked_path_ports: only checked here; the policy controller reads them
-    from the objects itself, live. accelerate, unaccelerated_ports, real_caller: a node's agent obeys them. native_sidecar: None leaves it
-    to the mesh settings. connect_timeout_ms, detect_timeout_s, wait_before_exit_s: None leaves them to the sidecar, or to its kind.
-    resources: as in Container.resources. env: further variables of the sidecar. settled: what capture follows though the pod does not say
-    it itself, annotation -> value.
+    from the objects itself, live. accelerate, unaccelerated_ports, real_caller: a node's agent obeys them. native_sidecar, capture: None
+    and "" leave them to the mesh settings. connect_timeout_ms, detect_timeout_s, wait_before_exit_s: None leaves them to the sidecar, or to
+    its kind. resources: as in Container.resources. env: further variables of the sidecar. settled: what capture follows though the pod does
+    not say it itself, annotation -> value.
     """
 
     default_inbound_policy: str | None = None
@@ -73,6 +73,7 @@ class Options:
     shutdown_endpoint: bool = True
     await_ready: bool = True
     native_sidecar: bool | None = None
+    capture: str = ""
     connect_timeout_ms: int | None = None
     detect_timeout_s: float | None = None
     accelerate: bool = True
@@ -266,6 +267,7 @@ _READERS: Mapping[str, tuple[str, Reader]] = {
     "shutdown-endpoint": ("shutdown_endpoint", _boolean),
     "await": ("await_ready", _boolean),
     "native-sidecar": ("native_sidecar", _boolean),
+    "capture": ("capture", _one_of("agent", "init")),
     "connect-timeout": ("connect_timeout_ms", _connect_timeout),
     "detect-timeout": ("detect_timeout_s", _detect_timeout),
     "accelerate": ("accelerate", _boolean),

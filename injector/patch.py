@@ -6,7 +6,6 @@ Applied to the pod it was made for, the patch leaves a pod for which `review` ma
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -163,7 +162,7 @@ def escape(key: str) -> str:
 
 def apply_patch(document: Mapping[str, Any], operations: Sequence[Operation]) -> dict[str, Any]:
     """The document after the operations ``add``, ``replace``, ``remove`` and ``test``, all of them or none; raises PatchFailed."""
-    result: Any = copy.deepcopy(dict(document))
+    result: Any = unshared(document)
     for operation in operations:
         try:
             _apply(result, operation)
@@ -171,6 +170,13 @@ def apply_patch(document: Mapping[str, Any], operations: Sequence[Operation]) ->
             raise PatchFailed(f"{operation.get('op')} {operation.get('path')}: {error!r}") from None
     found: dict[str, Any] = result
     return found
+
+
+def unshared(value: Any) -> Any:
+    """A deep copy in which nothing stands twice: a YAML alias makes one list of two, and a change of one would be one of both."""
+    if isinstance(value, Mapping):
+        return {key: unshared(item) for key, item in value.items()}
+    return [unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _at(document: Any, path: str) -> Any:
@@ -184,7 +190,7 @@ def _apply(document: Any, operation: Operation) -> None:
     target = document
     for part in parents:
         target = target[int(part)] if isinstance(target, list) else target[part]
-    kind, value = operation["op"], copy.deepcopy(operation.get("value"))
+    kind, value = operation["op"], unshared(operation.get("value"))
     if isinstance(target, list):
         _apply_to_list(target, last, kind, value)
     elif kind == "add":

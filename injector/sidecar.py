@@ -96,7 +96,7 @@ def capture_container(options: Options, mesh: Mesh) -> dict[str, Any] | None:
         "imagePullPolicy": options.image_pull_policy or mesh.image_pull_policy,
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
-    if mesh.capture == "agent":
+    if (options.capture or mesh.capture) == "agent":
         found["command"] = ["python", "-m", "ebpf.validator"]
         found["securityContext"] = {"runAsUser": VALIDATOR_UID, "runAsGroup": VALIDATOR_UID, **_RESTRICTED}
     else:

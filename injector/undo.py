@@ -7,12 +7,11 @@ local runner for pods that were injected by hand.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 from injector.fixed import BEFORE, CAPTURE_NAME, SIDECAR_NAME, STATUS
-from injector.patch import json_object_untrusted
+from injector.patch import json_object_untrusted, unshared
 from injector.probes import KINDS
 from injector.sidecar import BUNDLE_VOLUME, TOKEN_VOLUME
 
@@ -32,7 +31,7 @@ def is_injected(pod: Mapping[str, Any]) -> bool:
 
 def uninject(pod: Mapping[str, Any]) -> dict[str, Any]:
     """The pod without what `patch.build_patch` adds; unchanged when it was never injected. Any shape will do, nothing is raised."""
-    found: dict[str, Any] = copy.deepcopy(dict(pod))
+    found: dict[str, Any] = unshared(pod)
     if not is_injected(found):
         return found
     annotations = _mapping(_mapping(found.get("metadata")).get("annotations"))

@@ -119,6 +119,7 @@ def test_a_wrong_option_is_refused_with_annotation_value_and_what_was_expected()
         ("shutdown-endpoint", "off"),
         ("await", "enabled"),
         ("native-sidecar", "1"),
+        ("capture", "none"),
         ("connect-timeout", "9ms"),
         ("detect-timeout", "11m"),
         ("cpu-request", "lots"),

@@ -129,6 +129,12 @@ def test_without_an_agent_an_init_container_captures_before_everything_else() ->
     assert "restartPolicy" not in capture
 
 
+def test_a_pod_for_a_node_without_agent_says_so() -> None:
+    after = meshed(pod(), Mesh(capture="agent"), capture="init")["spec"]
+    assert after["initContainers"][0]["command"][2] == "ebpf.redirect_self"
+    assert names(meshed(pod(), LOCAL_MESH, capture="init")["spec"]["initContainers"]) == ["pillion-proxy"]
+
+
 def test_the_capture_program_takes_what_the_injector_writes(capsys: pytest.CaptureFixture[str]) -> None:
     from ebpf.redirect import capture
     from ebpf.redirect_self import main
