@@ -26,7 +26,8 @@ from proxy.rescue import Cause, Failure
 _UNUSED_S = 90.0  # a destination nobody dialled for this long is forgotten (Linkerd keeps 5 s outbound, 90 s inbound)
 _RECENT_PORTS = 64  # undeclared ports of ours that stay known although no connection uses them
 _PORTS_MAX = 1024  # undeclared ports with connections: who scans us must not use up what the controller accepts from one sidecar
-_DESTINATIONS_MAX = 4096  # what the controller accepts from one sidecar; beyond it, dialling a new address is refused
+_DESTINATIONS_MAX = 4096  # what the controller accepts from one sidecar; with so many in use, dialling a new address is refused
+_EVICTED = 256  # at a time, when as many are known but not all in use
 
 
 class PolicySource(Protocol):
@@ -186,7 +187,7 @@ class Discovery:
         """What stands behind a dialled address, known and held for the caller; raises Failure(NO_POLICY, OVERLOADED)."""
         state = self.destinations.get(addr)
         if state is None:
-            if len(self.destinations) >= _DESTINATIONS_MAX:
+            if len(self.destinations) >= _DESTINATIONS_MAX and not self._evict():
                 raise Failure(Cause.OVERLOADED, f"more than {_DESTINATIONS_MAX} destinations are in use")
             cell = self._client.watch_destination(str(addr))
             state = self.destinations[addr] = DestinationState(addr, cell, self._now)
@@ -201,10 +202,20 @@ class Discovery:
 
     def forget_unused(self, now: float) -> None:
         """Unsubscribe what no connection used for a while."""
-        for addr, state in list(self.destinations.items()):
+        for state in list(self.destinations.values()):
             if not state.users and now - state.unused_since > _UNUSED_S:
-                del self.destinations[addr]
-                self._client.forget_destination(str(addr))
+                self._forget(state)
+
+    def _evict(self) -> bool:
+        """Make room: forget those that are unused for longest. False: all are in use."""
+        unused = sorted((state for state in self.destinations.values() if not state.users), key=lambda state: state.unused_since)
+        for state in unused[:_EVICTED]:
+            self._forget(state)
+        return bool(unused)
+
+    def _forget(self, state: DestinationState) -> None:
+        del self.destinations[state.addr]
+        self._client.forget_destination(str(state.addr))
 
     async def run(self) -> None:
         """Forget unused destinations from time to time, until cancelled."""
