@@ -6,6 +6,7 @@ decide: reading needs get and list of pods, running a program needs create of po
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,17 +76,19 @@ class ClusterMesh:
         return self.run(pod.namespace, pod.name, SIDECAR, argv).encode()
 
     def identity(self) -> IdentityAdmin:
-        """The operator's socket of the identity service's replica that leads."""
-        lease = self._call(self._leases.read_namespaced_lease, IDENTITY, self._control)
-        leader = lease.spec.holder_identity if lease.spec else ""
-        if not leader:
-            raise CommandFailed("no replica of the identity service leads at the moment", "pillion check")
+        """The operator's socket of the identity service's replica that leads; whichever that is at each request."""
 
         def exchange(line: bytes) -> bytes:
-            argv = ["python", "-m", "identity.ask", line.decode()]
-            return self.run(self._control, leader, "identity", argv).encode()
+            lease = self._call(self._leases.read_namespaced_lease, IDENTITY, self._control)
+            leader = lease.spec.holder_identity if lease.spec else ""
+            if not leader:
+                raise ConnectionRefusedError(errno.ECONNREFUSED, "no replica of the identity service leads at the moment")
+            try:
+                return self.run(self._control, leader, "identity", ["python", "-m", "identity.ask", line.decode()]).encode()
+            except CommandFailed as error:  # the pod that led may be gone
+                raise ConnectionRefusedError(errno.ECONNREFUSED, error.message) from None
 
-        return IdentityAdmin(None, who=f"pod {self._control}/{leader}", exchange=exchange)
+        return IdentityAdmin(None, who=f"the identity service in namespace {self._control}", exchange=exchange)
 
     def run(self, namespace: str, pod: str, container: str, argv: list[str]) -> str:
         """What a program in the container printed; raises CommandFailed with its last words when it failed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import msgspec
 from identity.admin_wire import Answer, Ask, Status
 
 _TIMEOUT_S = 90.0
+_RETRY_S = 0.2
 _ANSWER_MAX_BYTES = 16 * 1024 * 1024
 
 
@@ -29,12 +31,13 @@ def exchange_line(path: str, line: bytes) -> bytes:
 
 
 class AdminRefused(Exception):
-    """The service did not do it; the text is its sentence. blocking: the workload instances in the way."""
+    """The service did not do it; the text is its sentence. blocking: the workload instances in the way. again: may work in a moment."""
 
-    def __init__(self, sentence: str, blocking: list[str]) -> None:
+    def __init__(self, sentence: str, blocking: list[str], *, again: bool = False) -> None:
         super().__init__(sentence)
         self.sentence = sentence
         self.blocking = blocking
+        self.again = again
 
 
 class IdentityAdmin:
@@ -63,19 +66,30 @@ class IdentityAdmin:
 
         told: gets a line for each step done. Raises AdminRefused when a step is still refused after ``wait_s`` seconds.
         """
-        done, status = "", self.status()
-        while done != "drop":
-            deadline = time.monotonic() + wait_s
-            while True:
-                try:
-                    done, status = self.rotate(ignore_absent=ignore_absent)
-                    break
-                except AdminRefused as refused:
-                    if not refused.blocking or time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.2)
-            told(f"{done}: bundle generation {status.generation}, issuer {status.issuer}, {len(status.anchors)} anchor(s)")
-        return status
+        status = self.status()
+        while True:
+            step = status.due
+            status = self._step_done(step, ignore_absent, time.monotonic() + wait_s)
+            told(f"{step}: bundle generation {status.generation}, issuer {status.issuer}, {len(status.anchors)} anchor(s)")
+            if step == "drop":
+                return status
+
+    def _step_done(self, step: str, ignore_absent: bool, deadline: float) -> Status:
+        """The status after ``step``. The step is named, so that one whose answer was lost is not followed by one that nobody asked for."""
+        while True:
+            try:
+                return self.rotate(step, ignore_absent=ignore_absent)[1]
+            except AdminRefused as refused:
+                if not (refused.blocking or refused.again) or time.monotonic() > deadline:
+                    raise
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_RETRY_S)
+            with contextlib.suppress(AdminRefused, OSError):
+                status = self.status()
+                if status.due != step:
+                    return status
 
     def _ask(self, ask: Ask) -> Answer:
         received = self._exchange(msgspec.json.encode(ask))
@@ -84,7 +98,7 @@ class IdentityAdmin:
         except msgspec.DecodeError as error:
             raise AdminRefused(f"{self._who} did not answer as an identity service: {error}", []) from None
         if answer.error:
-            raise AdminRefused(answer.error, answer.blocking)
+            raise AdminRefused(answer.error, answer.blocking, again=answer.again)
         return answer
 
     def _status(self, answer: Answer) -> Status:

@@ -49,9 +49,10 @@ class Status(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct):
-    """error: a sentence when the request was refused, and what blocks it; else the status after it was done."""
+    """error: a sentence when the request was refused, and what blocks it; else the status after it was done. again: ask again soon."""
 
     error: str = ""
     blocking: list[str] = []
     done: str = ""
     status: Status | None = None
+    again: bool = False

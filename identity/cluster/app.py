@@ -133,7 +133,8 @@ class _Replica:
     async def answer(self, line: bytes) -> Answer:
         """An operator's request."""
         if self.leader is None or not self.elector.leads():
-            return Answer(f"this replica, {self.config.pod_name}, does not lead; ask {self.elector.holder or 'again, nobody leads yet'}")
+            who = self.elector.holder or "again, nobody leads yet"
+            return Answer(f"this replica, {self.config.pod_name}, does not lead; ask {who}", again=True)
         return await self.leader.answer(line)
 
     def not_ready(self) -> list[str]:

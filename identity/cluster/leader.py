@@ -186,9 +186,10 @@ class Leader:
         except ValueError as error:
             return Answer(str(error))
         except Superseded as error:
-            return Answer(str(error))
+            return Answer(str(error), again=True)
         except (ApiError, trio.TooSlowError) as error:
-            return Answer(f"the API server does not answer, nothing is known to be done: {error}; look at the status and try again")
+            sentence = f"the API server does not answer, nothing is known to be done: {error}; look at the status and try again"
+            return Answer(sentence, again=True)
 
     async def _answered(self, ask: Ask) -> Answer:
         ledger, in_the_way = await self.census(ignore_absent=ask.ignore_absent)
