@@ -276,14 +276,15 @@ def cgroup2() -> Path | None:
 def in_netns(netns_fd: int) -> Iterator[None]:
     """Run the calling thread in another network namespace for a moment. Nothing may be awaited inside."""
     with open("/proc/thread-self/ns/net", "rb") as home:
-        _setns(netns_fd)
+        enter_netns(netns_fd)
         try:
             yield
         finally:
-            _setns(home.fileno())
+            enter_netns(home.fileno())
 
 
-def _setns(fd: int) -> None:
+def enter_netns(fd: int) -> None:
+    """Take the calling thread into another network namespace for good."""
     if _LIBC.setns(fd, _CLONE_NEWNET) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"entering a network namespace: {os.strerror(code)}")

@@ -56,9 +56,12 @@ class Report:
         return next((self.refused.get(name, f"program {name} was not loaded") for name in names if name not in self.installed), "")
 
 
-def command(root: Path = attach.DEFAULT_ROOT, limits: Mapping[str, int] | None = None) -> list[str]:
-    """The child's command line. limits: PODS_MAX, PAIRS_MAX, SOCKS_MAX, QUEUE_LIMIT of mesh.h, for tests."""
+def command(root: Path = attach.DEFAULT_ROOT, limits: Mapping[str, int] | None = None, folder: Path | None = None) -> list[str]:
+    """The child's command line. For tests: limits, other values for PODS_MAX, PAIRS_MAX, SOCKS_MAX, QUEUE_LIMIT of mesh.h;
+    folder, where sources lie that replace ours."""
     words = [sys.executable, "-m", "ebpf.loader", "--pins", str(root)]
+    if folder is not None:
+        words += ["--sources", str(folder)]
     return words + [word for name, value in (limits or {}).items() for word in ("--limit", f"{name}={value}")]
 
 
@@ -71,9 +74,11 @@ def read_report(output: bytes) -> Report:
         raise LoaderFailed(output.decode(errors="replace").strip()[-2000:] or "the loader ended without a word") from None
 
 
-def install(root: Path = attach.DEFAULT_ROOT, limits: Mapping[str, int] | None = None, seconds: float = 60.0) -> Report:
-    """Run the child and wait for it; raises LoaderFailed, subprocess.TimeoutExpired."""
-    done = subprocess.run(command(root, limits), capture_output=True, timeout=seconds, cwd=_HERE.parent, check=False)
+def install(
+    root: Path = attach.DEFAULT_ROOT, limits: Mapping[str, int] | None = None, *, folder: Path | None = None, seconds: float = 60.0
+) -> Report:
+    """Run the child (see ``command``) and wait for it; raises LoaderFailed, subprocess.TimeoutExpired."""
+    done = subprocess.run(command(root, limits, folder), capture_output=True, timeout=seconds, cwd=_HERE.parent, check=False)
     try:
         return read_report(done.stdout)
     except LoaderFailed as error:
@@ -83,11 +88,17 @@ def install(root: Path = attach.DEFAULT_ROOT, limits: Mapping[str, int] | None =
 # --- in the child -------------------------------------------------------------------------------------------------------------------
 
 
-def sources(programs: Sequence[layout.Program], folder: Path = _HERE / "bpf") -> str:
-    """One translation unit of mesh.h and every needed file: bcc rewrites map accesses only in its main file, and maps are shared."""
+def sources(programs: Sequence[layout.Program], folder: Path | None = None) -> str:
+    """One translation unit of mesh.h and every needed file: bcc rewrites map accesses only in its main file, and maps are shared.
+
+    folder: what lies there replaces ours.
+    """
     parts = []
     for name in ("mesh.h", *dict.fromkeys(program.source for program in programs)):
-        text = (folder / name).read_text(encoding="utf-8").replace('#include "mesh.h"', "")
+        path = _HERE / "bpf" / name
+        if folder is not None and (folder / name).exists():
+            path = folder / name
+        text = path.read_text(encoding="utf-8").replace('#include "mesh.h"', "")
         parts.append(f'#line 1 "{name}"\n{text}')
     return "\n".join(parts)
 
@@ -141,8 +152,9 @@ class Compiled:
 class Installation:
     """One run: maps kept or pinned anew, programs loaded over them and pinned."""
 
-    def __init__(self, pins: attach.Pins, limits: Mapping[str, int], kernel: str) -> None:
+    def __init__(self, pins: attach.Pins, limits: Mapping[str, int], folder: Path | None, kernel: str) -> None:
         self._pins = pins
+        self._folder = folder
         self._limits = limits
         self._kernel = kernel
         self.installed: list[str] = []
@@ -157,7 +169,7 @@ class Installation:
         except btf.NoTypes as error:
             programs = [program for program in programs if program.name != "redirect"]
             self.refused["redirect"] = f"program redirect (redirect.bpf.c): kernel {self._kernel}: {error}"
-        compiled = Compiled(sources(programs), macros)
+        compiled = Compiled(sources(programs, self._folder), macros)
         for folder in (self._pins.maps, self._pins.programs, self._pins.cgroups, self._pins.pods):
             folder.mkdir(parents=True, exist_ok=True)
         maps = self._keep_maps(compiled.maps)
@@ -225,10 +237,10 @@ def _quiet_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-def load(root: Path, limits: Mapping[str, int]) -> Report:
+def load(root: Path, limits: Mapping[str, int], folder: Path | None = None) -> Report:
     """In this process: everything, and what came of it. Never raises for what a kernel or a machine may lack."""
     kernel = os.uname().release
-    installation = Installation(attach.Pins(root), limits, kernel)
+    installation = Installation(attach.Pins(root), limits, folder, kernel)
     problem = ""
     try:
         if not bpfsys.is_bpffs(root.parent):
@@ -249,10 +261,11 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = argparse.ArgumentParser(prog="ebpf.loader", description=__doc__.partition("\n")[0])
     arguments.add_argument("--pins", type=Path, default=attach.DEFAULT_ROOT, metavar="DIR", help="a folder of a bpf file system")
     arguments.add_argument("--limit", action="append", default=[], metavar="NAME=NUMBER", help="another size of a map")
+    arguments.add_argument("--sources", type=Path, default=None, metavar="DIR", help="programs that replace ours, for tests")
     options = arguments.parse_args(words)
     limits = {name: int(value) for name, _, value in (word.partition("=") for word in options.limit)}
     with _quiet_stdout():
-        report = load(options.pins, limits)
+        report = load(options.pins, limits, options.sources)
     print(json.dumps(asdict(report)), flush=True)
     return 1 if report.problem or report.refused else 0
 

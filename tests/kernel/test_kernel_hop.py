@@ -1,0 +1,62 @@
+"""One hop between app and sidecar: what applications see is the same by TCP and past it. The naive program fails the same checks."""
+
+from __future__ import annotations
+
+import hop_checks
+import pytest
+from lab import ACCELERATED, CAPTURED, Failed, Lab, LabPod
+
+from ebpf.layout import Counter, PodFlag
+
+pytestmark = pytest.mark.kernel
+
+BREAKS_NAIVE = ("defer_accept", "fast_open", "unread_receiver_to_sidecar", "unread_receiver_to_app", "slow_reader")
+"""What a program without the order-and-memory check gets wrong: reordering in the first two, unbounded memory in the others."""
+
+
+def _hop(pod: LabPod, name: str, flags: PodFlag) -> None:
+    if name in ("fast_open", "syn_cookies"):
+        pod.run(_sysctl, "tcp_fastopen" if name == "fast_open" else "tcp_syncookies", "3" if name == "fast_open" else "2", uid=0)
+    pod.attach(flags)
+    pod.run(hop_checks.run_check, name, seconds=120)
+
+
+def _sysctl(name: str, value: str) -> None:
+    with open(f"/proc/sys/net/ipv4/{name}", "w", encoding="ascii") as file:
+        file.write(value)
+
+
+@pytest.mark.parametrize("name", hop_checks.CHECKS)
+def test_bytes_by_tcp(pod: LabPod, name: str) -> None:
+    """The checks themselves are right: TCP passes them."""
+    _hop(pod, name, CAPTURED)
+    counts = pod.counts()
+    assert counts[Counter.CAPTURED] > 0
+    assert counts[Counter.MESSAGES] == 0
+
+
+@pytest.mark.parametrize("name", hop_checks.CHECKS)
+def test_bytes_past_tcp(pod: LabPod, name: str) -> None:
+    _hop(pod, name, ACCELERATED)
+    counts = pod.counts()
+    if name not in ("fast_open", "defer_accept"):  # bait that keeps most connections on TCP
+        assert counts[Counter.ACCELERATED] > 0
+        assert counts[Counter.MESSAGES] > 0, counts
+    if name in BREAKS_NAIVE:
+        assert counts[Counter.BY_TCP_ORDER] + counts[Counter.BY_TCP_UNPAIRED] + counts[Counter.BY_TCP_MEMORY] > 0, counts
+
+
+@pytest.mark.parametrize("name", hop_checks.CHECKS)
+def test_bytes_past_tcp_resuming_towards_the_app(pod: LabPod, name: str) -> None:
+    _hop(pod, name, ACCELERATED | PodFlag.RESUME)
+
+
+@pytest.mark.parametrize("name", BREAKS_NAIVE)
+def test_the_usual_program_fails(naive: Lab, name: str) -> None:
+    pod = naive.pod()
+    try:
+        with pytest.raises(Failed):
+            _hop(pod, name, ACCELERATED)
+        assert pod.counts()[Counter.MESSAGES] > 0, "it failed by something else than redirecting"
+    finally:
+        naive.close_pods()
