@@ -5,6 +5,7 @@ Constructs; decides nothing. Every replica serves sidecars and the webhook, the 
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,10 @@ class Beside:
         self._config = config
         self._api = api
         self._webhook = Webhook()
-        self._serving = _serving(config, api) if config.webhook else None
+        self._serving = _serving(config, api) if config.serve_webhook == "on" else None
         self._elector = Elector(Leases(api), Election(config.control_namespace, _LEASE, config.pod_name)) if config.pod_name else None
         self._statuses: StatusWriter | None = None
+        self._sockets: list[socket.socket] = []
 
     # --- Observer -------------------------------------------------------------------------------------------------------------
 
@@ -101,6 +103,8 @@ class Beside:
     def attach(self, controller: Controller) -> None:
         """Before the source runs."""
         leads = self._elector.leads if self._elector else bool
+        if self._serving is not None:
+            self._sockets = [listen(self._config.webhook_listen)]
         self._statuses = controller.listener = StatusWriter(self._api, controller.index, self._refusals, leads)
 
     async def run(self, controller: Controller, drain: Drain) -> None:
@@ -108,8 +112,8 @@ class Beside:
         async with trio.open_nursery() as nursery:
             if self._serving is not None:
                 nursery.start_soon(self._serving.keep)
-                sockets = [listen(self._config.webhook_listen)]
-                nursery.start_soon(serve_https, self._webhook.application(), self._serving.context, sockets, drain.wait_started)
+                application = self._webhook.application()
+                nursery.start_soon(serve_https, application, self._serving.context, self._sockets, drain.wait_started)
             if self._elector is not None:
                 await controller.wait_synced()  # whoever leads must know what to write
                 nursery.start_soon(self._elector.run)

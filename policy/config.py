@@ -52,6 +52,9 @@ class Config:
     )
     kubeconfig: str = setting("PILLION_KUBECONFIG", text, default="", reason="for development: not the pod's own service account")
     pod_name: str = setting("PILLION_POD_NAME", text, default="", reason="our name in the election of who writes statuses; empty: never")
+    serve_webhook: str = setting(
+        "PILLION_WEBHOOK", one_of("on", "off"), default="on", reason="the validating webhook; off: for development"
+    )
     webhook_listen: ListenAddr = setting(
         "PILLION_WEBHOOK_LISTEN", listen_addr, default="[::]:8443", reason="where the API server asks what may be stored, HTTPS"
     )
@@ -59,7 +62,7 @@ class Config:
         "PILLION_WEBHOOK_CONFIGURATION",
         text,
         default="pillion-policy",
-        reason="the ValidatingWebhookConfiguration that gets our caBundle; empty: no webhook",
+        reason="the ValidatingWebhookConfiguration that gets our caBundle",
     )
     service: str = setting("PILLION_POLICY_SERVICE", text, default="pillion-policy", reason="the Service that the API server asks")
     serving_secret: str = setting(

@@ -68,7 +68,7 @@ class FakeApiServer:
     _history: list[tuple[int, str, str, Raw]] = field(default_factory=list)
     _compacted: int = 0
     _watchers: set[_Watcher] = field(default_factory=set)
-    _changed: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+    _parking: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
 
     def access(self, token: str = "") -> Access:
         return Access("127.0.0.1", self.port, authorization=lambda: f"Bearer {token}" if token else "")
@@ -79,11 +79,15 @@ class FakeApiServer:
 
     async def wait_watching(self, count: int) -> None:
         while len(self._watchers) != count:
-            await self._changed.park()
+            await self._parking.park()
 
     async def wait_requests(self, line: str, count: int) -> None:
         while self.requests.count(line) < count:
-            await self._changed.park()
+            await self._parking.park()
+
+    async def changed(self) -> None:
+        """Until something happened: an object, a request, a watch."""
+        await self._parking.park()
 
     # --- what a test does behind the API -----------------------------------------------------------------------------------
 
@@ -148,6 +152,7 @@ class FakeApiServer:
         self._watchers.clear()
 
     def _tell(self, change: str, collection: str, object_: Raw) -> None:
+        self._parking.unpark_all()
         frozen = copy.deepcopy(object_)
         self._history.append((self.version, change, collection, frozen))
         for watcher in list(self._watchers):
@@ -189,7 +194,7 @@ class FakeApiServer:
         headers = {name.decode(): value.decode() for name, value in request.headers}
         self.requests.append(f"{method} {url.path}" + (" watch" if "watch" in query else ""))
         self.authorizations.append(headers.get("authorization", ""))
-        self._changed.unpark_all()
+        self._parking.unpark_all()
         if self.failures:
             code = self.failures.pop(0)
             if code == 0:
@@ -294,7 +299,7 @@ class FakeApiServer:
             if at > version and _wanted(watcher, of, object_):
                 send.send_nowait({"type": change, "object": object_})
         self._watchers.add(watcher)
-        self._changed.unpark_all()
+        self._parking.unpark_all()
         try:
             await stream.send_all(connection.send(h11.Response(status_code=200, headers=[("content-type", "application/json")])) or b"")
             async with receive:
@@ -303,7 +308,7 @@ class FakeApiServer:
             await stream.send_all(connection.send(h11.EndOfMessage()) or b"")
         finally:
             self._watchers.discard(watcher)
-            self._changed.unpark_all()
+            self._parking.unpark_all()
 
 
 @asynccontextmanager

@@ -43,6 +43,7 @@ class Told:
     def __init__(self, *first: Event) -> None:
         self.first = first
         self.refusals: Sequence[Refusal] = ()
+        self.waiting: Sequence[str] = ()
         self.emit: Callable[[Sequence[Event]], None] | None = None
         self.release = trio.Event()
 
