@@ -199,26 +199,28 @@ async def injects(cluster: Cluster) -> None:
         raise Failed("a pod that asks for a sidecar is created without one: the API server does not reach the injector")
 
 
-_PROBE_POLICY: Raw = {
+PROBE_POLICY: Raw = {
     "apiVersion": "policy.pillion.dev/v1alpha1",
-    "kind": "Server",
+    "kind": "MeshTLSAuthentication",
     "metadata": {"generateName": "pillion-check-", "namespace": "default"},
-    "spec": {"podSelector": {"matchLabels": {"not a label": "x"}}, "port": 80},
+    "spec": {"identities": ["spiffe://cluster.local/neither/namespace/nor/account"]},
 }
-"""Passes the schema; only the controller knows what a label may look like."""
+"""Passes the schema; only the controller knows what an identity looks like."""
 
 
 async def validates(cluster: Cluster) -> None:
     """A dry run of a policy that means nothing is refused by us."""
     try:
-        await cluster.api.post("/apis/policy.pillion.dev/v1alpha1/namespaces/default/servers", _PROBE_POLICY, dryRun="All")
+        await cluster.api.post("/apis/policy.pillion.dev/v1alpha1/namespaces/default/meshtlsauthentications", PROBE_POLICY, dryRun="All")
     except (Forbidden, Invalid, ApiError) as error:
         if 'admission webhook "policy.pillion.dev"' in error.message and "denied the request" in error.message:
             return
         if isinstance(error, Forbidden):
-            raise Skipped("you may not create a Server in namespace default, not even as a dry run") from error
+            raise Skipped("you may not create a MeshTLSAuthentication in namespace default, not even as a dry run") from error
         raise Failed(error.message) from error
-    raise Failed("a Server that selects by something that is no label is accepted: the API server does not reach the policy controller")
+    raise Failed(
+        "a MeshTLSAuthentication with an identity that nobody can have is accepted: the API server does not reach the policy controller"
+    )
 
 
 _DER = Encoding.DER

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import trio
@@ -13,6 +12,7 @@ from cli.check.model import Category, Check, Failed, Skipped
 from cli.render.chart import load_chart, render
 from core.k8s.access import GRANTS, Component, Grant, Question, questions
 from core.k8s.errors import ApiError
+from ebpf.plan import CONNECT, NAMES, REFUSED
 from injector.mesh import InvalidMesh, Mesh, read_mesh
 
 COMPONENTS: tuple[Component, ...] = ("identity", "policy", "injector")
@@ -287,25 +287,22 @@ async def _agents(cluster: Cluster) -> list[Object]:
     return [pod for pod in found if (pod["metadata"].get("labels") or {}).get(COMPONENT) == "agent"]
 
 
-_LEVEL = re.compile(r'^pillion_agent_capture_level\{[^}]*level="([^"]+)"[^}]*\} 1(?:\.0)?$', re.MULTILINE)
-
-
 async def capture_level(cluster: Cluster) -> str:
     """What each node's kernel can do, as its agent found out."""
     if not await agent_installed(cluster):
         raise Skipped("no agent is installed: pods capture by an init container")
-    levels = {}
+    told, names = [], set()
     for pod in await _agents(cluster):
-        path = f"/api/v1/namespaces/{NAMESPACE}/pods/{pod['metadata']['name']}:9991/proxy/status"
-        found = await cluster.raw(path)
-        levels[str(pod["spec"].get("nodeName"))] = str(found.get("level", "unknown"))
-    low = {node: level for node, level in levels.items() if level not in _FULL}
-    if low:
-        raise Failed("\n".join(f"node {node}: {level}" for node, level in sorted(low.items())))
-    return ", ".join(sorted(set(levels.values())))
-
-
-_FULL = ("ebpf", "accelerated")
+        found = await cluster.raw(f"/api/v1/namespaces/{NAMESPACE}/pods/{pod['metadata']['name']}:9991/proxy/status")
+        node = found.get("node") or {}
+        level = int(node.get("level", REFUSED))
+        names.add(NAMES.get(level, str(level)))
+        if level != CONNECT:
+            why = "; ".join(f"{part}: {problem}" for part, problem in (node.get("ability") or {}).items() if problem)
+            told.append(f"node {pod['spec'].get('nodeName')} (kernel {node.get('kernel')}): {NAMES.get(level, level)}. {why}")
+    if told:
+        raise Failed("\n".join(sorted(told)))
+    return ", ".join(sorted(names))
 
 
 def _condition(item: Object, type_: str) -> bool:
@@ -364,6 +361,6 @@ CAPTURE = Category(
         Check(
             "agent-ready", "an agent is ready on every node", "error", agents_ready, f"kubectl describe pods -n {NAMESPACE}", settles=True
         ),
-        Check("capture-level", "every node captures with eBPF", "warning", capture_level),
+        Check("capture-level", "every node captures and shortens with eBPF", "warning", capture_level),
     ),
 )
