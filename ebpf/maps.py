@@ -16,6 +16,7 @@ from pathlib import Path
 from ebpf import attach, bpfsys, layout
 from ebpf.layout import PodFlag, PortKind
 from ebpf.plan import Entry
+from ebpf.redirect import ADMIN_PORT
 from ebpf.wire import PodFacts
 
 _IPS_A_FAMILY = 2
@@ -86,7 +87,7 @@ class PinnedPrograms:
         """See Programs."""
         with _as_os_error():
             self._node.write_ports(cookie, PortKind.SKIP_OUTBOUND, facts.skip_outbound)
-            self._node.write_ports(cookie, PortKind.SKIP_INBOUND, facts.skip_inbound)
+            self._node.write_ports(cookie, PortKind.SKIP_INBOUND, [(ADMIN_PORT, ADMIN_PORT), *facts.skip_inbound])
             self._node.write_ports(cookie, PortKind.NOT_ACCELERATED, facts.unaccelerated)
             self._node.write_pod(cookie, pod_of(entry, facts))
 

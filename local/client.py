@@ -77,8 +77,8 @@ def end(name: str) -> None:
             os.close(runner)
 
 
-def start(name: str, folder: str) -> None:
-    """Start the runner and wait until it answers; raises CannotStart."""
+def start(name: str, folder: str, capture: str = "auto") -> None:
+    """Start the runner and wait until it answers; raises CannotStart. capture: ``auto``, ``ebpf`` or ``nft``."""
     state = state_folder(name)
     try:
         connect(name).close()
@@ -91,6 +91,7 @@ def start(name: str, folder: str) -> None:
     prepare_state(state)
     reading, writing = os.pipe()
     order = {"name": name, "folder": str(Path(folder).resolve()), "state": str(state), "ready_fd": writing, "rootless": os.geteuid() != 0}
+    order["capture"] = capture
     compile_all()
     with open(state / "runner.log", "wb") as log:
         runner = subprocess.Popen(
@@ -113,7 +114,7 @@ def start(name: str, folder: str) -> None:
 def compile_all() -> None:
     """Bytecode for the programs of the mesh, once: their own users may not write it, and would compile at every start."""
     root = Path(core.__file__).resolve().parents[1]
-    for package in ("core", "proxy", "policy", "identity"):
+    for package in ("core", "proxy", "policy", "identity", "ebpf"):
         if os.access(root / package, os.W_OK):
             compileall.compile_dir(str(root / package), quiet=2)
 

@@ -56,10 +56,12 @@ def local() -> None:
 @_name
 def up(folder: str, detach: bool, capture: str, timeout: float, name: str) -> None:
     """Start everything in a folder and wait until all pods are ready."""
-    if capture == "ebpf":
-        raise _fail("--capture ebpf: capture by eBPF is not part of this version; use --capture nft (or auto, which means nft)")
+    if capture == "ebpf" and os.geteuid() != 0:
+        raise _fail(
+            "--capture ebpf: only root may load programs into the kernel; use --capture nft (or auto, which means nft without root)"
+        )
     try:
-        client.start(name, folder)
+        client.start(name, folder, capture)
         click.echo("images are ignored: every container runs its command on this machine's file system", err=True)
         if not detach:
             _attend(name, timeout)
@@ -197,12 +199,14 @@ def _print_tables(mesh: protocol.MeshStatus) -> None:
 
     # a pipe has no width: names must stay whole for whoever cuts columns out of it
     console = Console() if sys.stdout.isatty() else Console(width=220)
-    pods = Table("NAMESPACE", "POD", "READY", "STATUS", "MESHED", "RESTARTS", "ADDRESS", box=None, pad_edge=False)
+    pods = Table("NAMESPACE", "POD", "READY", "STATUS", "MESHED", "CAPTURE", "RESTARTS", "ADDRESS", box=None, pad_edge=False)
     for pod in mesh.pods:
         running = [container for container in pod.containers if container.kind != "init"]
         ready = f"{sum(container.ready for container in running)}/{len(running)}"
         restarts = str(sum(container.restarts for container in pod.containers))
-        pods.add_row(pod.namespace, pod.name, ready, pod.phase, "yes" if pod.meshed else "no", restarts, ", ".join(pod.addresses))
+        pods.add_row(
+            pod.namespace, pod.name, ready, pod.phase, "yes" if pod.meshed else "no", pod.capture, restarts, ", ".join(pod.addresses)
+        )
     console.print(pods)
     if mesh.services:
         services = Table("NAMESPACE", "SERVICE", "ADDRESS", "PORTS", "READY ENDPOINTS", box=None, pad_edge=False)

@@ -23,6 +23,7 @@ from injector.decide import STATUS
 from injector.mesh import LOCAL_MESH
 from injector.sidecar import BUNDLE_CONFIG_MAP, BUNDLE_KEY
 from local import rules, services, volumes, workloads
+from local.agent import NodeAgent
 from local.injection import inject
 from local.network import POD_CIDR4, POD_CIDR6, SERVICE_CIDR4, SERVICE_CIDR6, Addresses, AddressPool, OutOfAddresses
 from local.objects import Manifest
@@ -45,6 +46,7 @@ class Setup:
     ipv6: bool
     names: Sequence[tuple[str, str]]
     own_objects: Sequence[Mapping[str, Any]] = ()
+    agent: NodeAgent | None = None
 
 
 class Mesh:
@@ -75,7 +77,7 @@ class Mesh:
         scratch.mkdir(parents=True, exist_ok=True)
         # tokens and logs lie in there: apps of other pods see the same file system and must not read them
         (setup.state / "pods").mkdir(mode=0o700, exist_ok=True)
-        self._node = Node(setup.state / "pods", scratch, setup.base, setup.sign, self._hosts_lines, self.changed)
+        self._node = Node(setup.state / "pods", scratch, setup.base, setup.sign, self._hosts_lines, self.changed, setup.agent)
 
     # --- changes -------------------------------------------------------------------------------------------------
 

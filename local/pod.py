@@ -16,7 +16,9 @@ from typing import Any
 
 import trio
 
+from ebpf.facts import facts_untrusted
 from local import volumes
+from local.agent import Answer, NodeAgent
 from local.container import Container
 from local.exposure import own_paths
 from local.network import NODE4, Addresses
@@ -45,6 +47,7 @@ class Node:
     sign: SignToken
     hosts: Callable[[str], list[str]]
     changed: Callable[[], None]
+    agent: NodeAgent | None = None
 
 
 class Pod:
@@ -92,6 +95,11 @@ class Pod:
         return PodFacts(
             self.plan.ref, meta.get("labels") or {}, self.addresses, self.ready, ports, hostname_of(self.raw), spec.get("subdomain") or ""
         )
+
+    @property
+    def captured(self) -> Answer | None:
+        """How its traffic is led to its sidecar; None for an unmeshed pod, or one without a sandbox."""
+        return self._sandbox.captured if self._sandbox else None
 
     def changed(self) -> None:
         """Tell the node."""
@@ -155,9 +163,11 @@ class Pod:
             f"search {namespace}.svc.cluster.local svc.cluster.local cluster.local\nnameserver 127.0.0.1\noptions ndots:5\n".encode(),
         )
         exposed = (*own_paths(), *(volume.host_path for volume in self._volumes if volume.host_path))
-        return SandboxPlan(
-            self.link, hostname_of(self.raw), self.addresses, self.folder / "hosts", resolv, self.capture, exposed, str(self._node.scratch)
-        )
+        hosts, scratch, agent = self.folder / "hosts", str(self._node.scratch), self._node.agent
+        facts = facts_untrusted(self.raw) if self.capture else None
+        if facts is not None:
+            facts = facts._replace(addresses=self.addresses.all)
+        return SandboxPlan(self.link, hostname_of(self.raw), self.addresses, hosts, resolv, self.capture, exposed, scratch, facts, agent)
 
     async def _live(self) -> None:
         self._say("Pending", "running init containers")
@@ -184,6 +194,8 @@ class Pod:
                 async with trio.open_nursery() as race:
                     race.start_soon(_then_cancel, container.started, race)
                     race.start_soon(_then_cancel, self.stopping, race)
+                if not self.stopping.is_set() and self._sandbox and (problem := await self._sandbox.steer()):
+                    self._say("Pending", problem)  # told, and not fatal: the agent goes on looking
             elif container.plan.kind == "init":
                 async with trio.open_nursery() as race:
                     race.start_soon(self._stop_when_told, container)

@@ -72,7 +72,7 @@ class ContainerStatus(msgspec.Struct, frozen=True):
 
 
 class PodStatus(msgspec.Struct, frozen=True):
-    """One pod. meshed: it has a sidecar."""
+    """One pod. meshed: it has a sidecar. level, capture: how its traffic is led there (ebpf.plan), 0 and "" while it is not."""
 
     namespace: str
     name: str
@@ -84,6 +84,8 @@ class PodStatus(msgspec.Struct, frozen=True):
     why_unmeshed: str
     addresses: tuple[str, ...]
     containers: tuple[ContainerStatus, ...]
+    level: int = 0
+    capture: str = ""
 
 
 class ServiceStatus(msgspec.Struct, frozen=True):

@@ -7,15 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.k8s.source import Refusal
+from ebpf.plan import NAMES
 from local import protocol, services
 from local.mesh import Mesh
 from local.pod import Pod
 
 
 def report(
-    name: str, state: Path, mesh: Mesh, refusals: Sequence[Refusal], control_plane: dict[str, str] | None = None, pid: int = 0
+    name: str,
+    state: Path,
+    mesh: Mesh,
+    refusals: Sequence[Refusal],
+    control_plane: dict[str, str] | None = None,
+    pid: int = 0,
+    note: str = "",
 ) -> protocol.MeshStatus:
-    """The present state. settled: what the folder says has become pods."""
+    """The present state. settled: what the folder says has become pods. note: how pods are captured here."""
     pods = tuple(pod_status(pod) for _, pod in sorted(mesh.pods.items()))
     reasons = [str(refusal) for refusal in refusals]
     reasons += [f"{ref}: {why}" for ref, why in sorted(mesh.refused.items())]
@@ -25,12 +32,13 @@ def report(
     for pod in mesh.pods.values():
         if why := why_not_ready(pod):
             reasons.append(f"pod {pod.plan.ref.namespace}/{pod.plan.ref.name}: {why}")
+    notes = ("images are ignored: every container is a process on this machine's file system", *([note] if note else []))
     return protocol.MeshStatus(
         name=name,
         ready=not reasons,
         settled=mesh.settled,
         reasons=tuple(reasons),
-        notes=("images are ignored: every container is a process on this machine's file system",),
+        notes=notes,
         pods=pods,
         services=tuple(_services(mesh)),
         control_plane=control_plane,
@@ -56,7 +64,7 @@ def why_not_ready(pod: Pod) -> str:
 
 def pod_status(pod: Pod) -> protocol.PodStatus:
     """One pod."""
-    ref = pod.plan.ref
+    ref, captured = pod.plan.ref, pod.captured
     return protocol.PodStatus(
         namespace=ref.namespace,
         name=ref.name,
@@ -65,6 +73,8 @@ def pod_status(pod: Pod) -> protocol.PodStatus:
         ready=pod.ready,
         meshed=bool(pod.capture),
         message=pod.message,
+        level=captured.level if captured else 0,
+        capture=NAMES[captured.level] if captured else "",
         why_unmeshed=pod.why_unmeshed,
         addresses=pod.addresses.all,
         containers=tuple(

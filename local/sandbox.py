@@ -8,15 +8,25 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
+from ebpf import validator
+from ebpf.plan import NFT
+from ebpf.wire import PodFacts
 from local import exposure, namespaces, network
+from local.agent import Answer, NodeAgent, NotCaptured
+from local.podspec import APP_UID
+from local.process import unprivileged
 
 # The pod's PID 1: with SIGCHLD ignored the kernel reaps what containers leave behind, so that nothing bigger than sleep(1) is needed.
 _PAUSE = "mount -t proc -o nosuid,nodev,noexec proc /proc && echo up && exec env --ignore-signal=CHLD sleep infinity"
+
+
+_VALIDATE_WITHIN_S = 3.0
 
 
 class SetupFailed(RuntimeError):
@@ -25,7 +35,8 @@ class SetupFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class SandboxPlan:
-    """hosts, resolv_conf: files of the runner that the pod sees under /etc. capture: nft ruleset, "" for an unmeshed pod.
+    """hosts, resolv_conf: files of the runner that the pod sees under /etc. capture: nft ruleset, "" for an unmeshed pod; ``agent``, when
+    there is one, captures ``facts`` in its own way instead.
 
     exposed: paths that the pod's users must reach, whatever the modes of the folders above. scratch: an empty folder to mount in.
     """
@@ -38,14 +49,23 @@ class SandboxPlan:
     capture: str
     exposed: tuple[str, ...]
     scratch: str
+    facts: PodFacts | None = None
+    agent: NodeAgent | None = None
 
 
 class Sandbox:
-    """The namespaces of a pod."""
+    """The namespaces of a pod. captured: how its traffic is led to its sidecar, None for an unmeshed pod."""
 
-    def __init__(self, holder: subprocess.Popen[bytes]) -> None:
+    def __init__(self, holder: subprocess.Popen[bytes], plan: SandboxPlan) -> None:
         self._holder = holder
+        self._plan = plan
         self.pid = holder.pid
+        self.captured: Answer | None = None
+
+    async def steer(self) -> str:
+        """The sidecar listens: wait until what arrives reaches it; returns what is wrong, "" when it does."""
+        plan = self._plan
+        return await plan.agent.steer(plan.facts.id) if plan.agent and plan.facts else ""
 
     async def end(self) -> None:
         """End everything in the pod: the kernel kills a PID namespace with its first process, and the rest has no other holder.
@@ -57,6 +77,8 @@ class Sandbox:
             self._holder.kill()
             with trio.CancelScope(shield=True):
                 await trio.lowlevel.wait_readable(pidfd)
+                if self._plan.agent and self._plan.facts:
+                    await self._plan.agent.release(self._plan.facts.id)
             self._holder.wait()
         finally:
             os.close(pidfd)
@@ -65,14 +87,45 @@ class Sandbox:
 async def make_sandbox(plan: SandboxPlan) -> Sandbox:
     """All of it or nothing; raises SetupFailed. A pod whose capture cannot be installed does not start (fail closed)."""
     holder = await namespaces.in_own_thread(lambda: _make_namespaces(plan))
-    sandbox = Sandbox(holder)
+    sandbox = Sandbox(holder, plan)
     try:
         await run_program(["ip", "-batch", "-"], network.link_at_node(sandbox.pid, plan.link, plan.addresses))
         await namespaces.in_own_thread(lambda: _set_up_network(sandbox.pid, plan))
+        if plan.capture:
+            sandbox.captured = await _capture(sandbox.pid, plan)
+            await namespaces.in_own_thread(lambda: _validate(sandbox.pid))
     except BaseException:
         await sandbox.end()
         raise
     return sandbox
+
+
+async def _capture(pid: int, plan: SandboxPlan) -> Answer:
+    if plan.agent is None or plan.facts is None:
+        await namespaces.in_own_thread(lambda: _redirect(pid, plan.capture))
+        return Answer(NFT, False, "")
+    try:
+        return await plan.agent.capture(plan.facts, pid)
+    except NotCaptured as error:
+        raise SetupFailed(str(error)) from None
+
+
+def _redirect(pid: int, ruleset: str) -> None:
+    with namespaces.namespace_fds(pid, ["net"]) as (fd,):
+        namespaces.setns(fd)
+    run_program_now(["nft", "-f", "-"], ruleset)
+
+
+def _validate(pid: int) -> None:
+    """Prove capture from inside, as a user like the app's, before anything of the pod runs; raises SetupFailed."""
+    with namespaces.namespace_fds(pid, ["net"]) as (fd,):
+        namespaces.setns(fd)
+    # the file itself and no site: it imports nothing of ours, and a pod's start waits for it
+    words = unprivileged([sys.executable, "-P", "-S", "-E", validator.__file__], APP_UID, APP_UID)
+    env = {"PATH": os.environ.get("PATH", os.defpath), "PILLION_VALIDATE_WITHIN_S": str(_VALIDATE_WITHIN_S), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(words, env=env, capture_output=True, timeout=_VALIDATE_WITHIN_S + 30, check=False, cwd="/")
+    if done.returncode:
+        raise SetupFailed(f"capture is not in place: {done.stderr.decode(errors='replace').strip().partition(chr(10))[0]}")
 
 
 def _make_namespaces(plan: SandboxPlan) -> subprocess.Popen[bytes]:
@@ -100,8 +153,6 @@ def _set_up_network(pid: int, plan: SandboxPlan) -> None:
         namespaces.setns(fd)
     write_sysctls(network.pod_sysctls(ipv6=bool(plan.addresses.v6)))
     run_program_now(["ip", "-batch", "-"], network.link_at_pod(plan.addresses))
-    if plan.capture:
-        run_program_now(["nft", "-f", "-"], plan.capture)
 
 
 def write_sysctls(settings: dict[str, str]) -> None:

@@ -21,7 +21,9 @@ import trio
 
 from core.k8s.folder import FolderSource
 from core.k8s.source import Apply, Delete, Event
+from ebpf.plan import NFT
 from local import namespaces, network, userns
+from local.agent import NodeAgent, describe
 from local.control import serve
 from local.control_plane import NAMES, NAMESPACE, ControlPlane
 from local.mesh import Mesh, Setup
@@ -34,13 +36,14 @@ from local.state import control_socket
 
 @dataclass(frozen=True)
 class Order:
-    """What `up` wants. folder: the manifests, watched. ready_fd: a pipe that gets ``up`` or why not."""
+    """What `up` wants. folder: the manifests, watched. ready_fd: a pipe that gets ``up`` or why not. capture: as `--capture`."""
 
     name: str
     folder: str
     state: str
     ready_fd: int
     rootless: bool = False
+    capture: str = "auto"
 
 
 def main() -> None:
@@ -59,6 +62,9 @@ def main() -> None:
     try:
         _become_node(order)
         trio.run(_main, order)
+    except CannotCapture as error:
+        _tell(order.ready_fd, str(error))
+        sys.exit(1)
     except BaseException as error:
         traceback.print_exc()
         _tell(order.ready_fd, f"the runner failed: {error!r}; its log is {order.state}/runner.log")
@@ -107,23 +113,53 @@ async def _main(order: Order) -> None:
     control_plane = ControlPlane(
         state, base.env, lambda: changed[0].changed(), lambda pem: changed[0].set_bundle(pem), own_uids=not order.rootless
     )
-    mesh = Mesh(Setup(state, base, control_plane.sign, has_ipv6(), NAMES, (_namespace(NAMESPACE),)))
+    agent, note = await _start_agent(order, base)
+    mesh = Mesh(Setup(state, base, control_plane.sign, has_ipv6(), NAMES, (_namespace(NAMESPACE),), agent))
     changed.append(mesh)
     source = FolderSource(Path(order.folder), read_manifest)
     ended = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_until_signal, ended)
         nursery.start_soon(control_plane.run)
+        if agent is not None:
+            nursery.start_soon(agent.run)
         nursery.start_soon(mesh.run)
         await nursery.start(source.run, lambda events: take(mesh, events))
         await nursery.start(
-            serve, control_socket(state), mesh, lambda: report(order.name, state, mesh, source.refusals, control_plane.states), ended.set
+            serve,
+            control_socket(state),
+            mesh,
+            lambda: report(order.name, state, mesh, source.refusals, control_plane.states, note=note),
+            ended.set,
         )
         _tell(order.ready_fd, "up")
         await ended.wait()
         await mesh.stop_all()
         nursery.cancel_scope.cancel()
+    if agent is not None:
+        agent.end()
     shutil.rmtree(state, ignore_errors=True)
+
+
+async def _start_agent(order: Order, base: Base) -> tuple[NodeAgent | None, str]:
+    """The agent, and a note about capture; None where plain nftables is all there is, for which nobody has to stay around."""
+    if order.rootless or order.capture == "nft":
+        why = "rootless: eBPF needs root of the machine" if order.rootless else "--capture nft"
+        return None, f"capture: nftables ({why})"
+    agent = NodeAgent(Path(order.state), base.env, order.capture)
+    agent.begin()
+    node = await agent.ready()
+    note = describe(node)
+    if node["level"] < NFT:
+        return agent, note
+    agent.end()
+    if order.capture == "ebpf":
+        raise CannotCapture(f"--capture ebpf: {note.removeprefix('capture: ')}; --capture auto would use nftables")
+    return None, note
+
+
+class CannotCapture(RuntimeError):
+    """The wanted way of capture does not work on this machine."""
 
 
 def take(mesh: Mesh, events: Sequence[Event]) -> None:
