@@ -40,10 +40,10 @@ PREFIX = "opt/pillion"
 
 _UNNEEDED = ("/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/zoneinfo/*")
 BASES = {
-    "run": ("python3", "ca-certificates"),
+    "run": ("python3", "ca-certificates", "nftables"),
     "build": ("python3", "python3-pip", "ca-certificates"),
     "compile": ("python3", "python3-pip", "python3-dev", "gcc", "libc6-dev", "ca-certificates"),
-    "agent": ("python3", "ca-certificates", "python3-bpfcc", "iproute2"),
+    "agent": ("python3", "ca-certificates", "nftables", "python3-bpfcc", "iproute2"),
 }
 
 

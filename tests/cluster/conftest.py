@@ -1,0 +1,120 @@
+"""One cluster for the session, with Pillion installed by the commands of the README; a namespace for each test.
+
+Without KUBECONFIG a cluster is made on this machine (nodes.py) and gone afterwards; PILLION_KEEP=1 leaves it. With KUBECONFIG the tests run
+on that one, whose nodes must be able to get the images named by --image, --agent-image and --app-image.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import kit
+from tests.cluster.kube import Kube, Refused, Space
+from tests.cluster.nodes import Cluster
+
+STATE = Path("/run/pillion-test-cluster")
+PILLION = [sys.executable, "-m", "cli.main"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("cluster", "tests on a Kubernetes cluster")
+    group.addoption("--image", help="Pillion's image on the cluster of KUBECONFIG")
+    group.addoption("--agent-image", help="the agent's image there")
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The cluster under the tests; ``nodes`` is None where somebody else made it and its machines are out of reach."""
+
+    kube: Kube
+    image: str
+    agent_image: str
+    nodes: Cluster | None
+
+    def install(self, *settings: str) -> str:
+        """The manifests of an installation, as `pillion install` prints them."""
+        command = [*PILLION, "install", "--image", self.image, "--agent-image", self.agent_image, *settings]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="session")
+def ground(pytestconfig: pytest.Config) -> Iterator[Ground]:
+    from tools import image
+
+    kubeconfig = os.environ.get("KUBECONFIG", "")
+    names = (
+        pytestconfig.getoption("--image", None) or image.image(),
+        pytestconfig.getoption("--agent-image", None) or image.image(agent=True),
+    )
+    if kubeconfig:
+        kubectl = shutil.which("kubectl") or str(kit.have("kubernetes") / "kubectl")
+        state = Path(kubeconfig).parent / "state"
+        yield Ground(Kube(kubectl, kubeconfig), *names, Cluster.opened(state) or Cluster.opened(Path(kubeconfig).parent))
+        return
+    from tests.cluster.__main__ import bring_up
+
+    made = Cluster(STATE, "ptest", 2, "10.97.0")
+    try:
+        bring_up(made)
+        yield Ground(Kube(str(made.binaries / "kubectl"), str(made.kubeconfig)), *names, made)
+    finally:
+        if not os.environ.get("PILLION_KEEP"):
+            made.down()
+
+
+@pytest.fixture(scope="session")
+def kube(ground: Ground) -> Kube:
+    return ground.kube
+
+
+@pytest.fixture(scope="session")
+def mesh(ground: Ground) -> Space:
+    """Pillion, installed and up: the namespace of its control plane."""
+    started = time.monotonic()
+    ground.kube.apply(ground.install())
+    pillion = Space(ground.kube, "pillion")
+    pillion.rolled_out(*(f"deployment/pillion-{component}" for component in ("identity", "policy", "injector")))
+    pillion.rolled_out("daemonset/pillion-agent")
+    kit.say(f"Pillion is up {time.monotonic() - started:.0f} s after `pillion install | kubectl apply`")
+    return pillion
+
+
+_NUMBERS = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def make_space(kube: Kube, mesh: Space) -> Iterator[Callable[..., Space]]:
+    """Namespaces of this session: ``make_space("name", annotations, labels)``; deleted at its end without waiting."""
+    made: list[str] = []
+
+    def make(name: str, annotations: dict[str, str] | None = None, labels: dict[str, str] | None = None) -> Space:
+        full = f"{name}-{os.getpid() % 10000}-{next(_NUMBERS)}"
+        wanted = {"pillion.dev/inject": "enabled"} if annotations is None else annotations
+        kube.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": full, "annotations": wanted, "labels": labels or {}}})
+        made.append(full)
+        return Space(kube, full)
+
+    yield make
+    for name in made:
+        try:
+            kube.run("delete", "namespace", name, "--wait=false")
+        except Refused:  # the cluster may be broken by then; what failed has been reported
+            break
+
+
+@pytest.fixture
+def space(make_space: Callable[..., Space], request: pytest.FixtureRequest) -> Space:
+    """A namespace of this test alone, annotated for injection."""
+    return make_space(request.node.name.removeprefix("test_").replace("_", "-").split("[")[0][:30].strip("-"))
