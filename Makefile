@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Each prepares .venv by itself (tools/prepare.py).
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: demo demo-keep test test-compiled test-unit test-netns test-cluster check lint bench bench-quick architecture manifests lock venv clean help
+.PHONY: demo demo-keep test test-compiled test-unit test-netns test-cluster cluster cluster-down image check lint bench bench-quick architecture manifests lock venv clean help
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
@@ -13,7 +13,7 @@ demo-keep: venv ## the demo, left running to look around in (ends with: .venv/bi
 	$(BIN)/pillion demo --keep
 
 test: venv ## every test this machine can run; says which it skips and why
-	$(PYTEST) -m "not cluster"
+	$(PYTEST)
 
 test-unit: venv ## tests without root, namespaces or a cluster
 	$(PYTEST) -m "not netns and not kernel and not cluster and not slow"
@@ -24,8 +24,18 @@ test-netns: venv ## tests in network namespaces (root)
 test-compiled: venv ## the data path's tests once more, with its hottest modules compiled by mypyc (needs gcc and python3-dev)
 	tools/test-compiled.sh
 
-test-cluster: venv ## tests on a Kubernetes cluster
-	$(PYTEST) -m cluster
+test-cluster: venv ## tests on a Kubernetes made here (root, Go), or on the one that KUBECONFIG names: docs/cluster.md
+	$(PYTEST) tests/cluster $(ARGS)
+
+cluster: venv ## a Kubernetes on this machine with Pillion's images in it, to play with (root, Go); prints how to reach it
+	$(BIN)/python -m tests.cluster up
+
+cluster-down: venv ## end that Kubernetes and remove all of it
+	$(BIN)/python -m tests.cluster down
+
+image: venv ## the image and the agent's as archives for docker load, kind and k3d (root); from a registry: docs/image.md
+	$(BIN)/python tools/image.py build --hot compiled
+	$(BIN)/python tools/image.py build --hot compiled --agent
 
 lint: venv ## ruff, mypy --strict, import contracts, architecture page against the tree
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ _PACKAGES = {
     "h2load": "nghttp2-client",
     "nghttpd": "nghttp2-server",
     "go": "golang-go",
+    "etcd": "etcd-server",
 }
 """Which Debian package has a program, where it is not the package of the same name."""
 
@@ -42,7 +43,15 @@ def _missing_for_kernel(_: pytest.Mark) -> str:
 
 
 def _missing_for_cluster(_: pytest.Mark) -> str:
-    return "" if os.environ.get("KUBECONFIG") else "needs a Kubernetes cluster (set KUBECONFIG)"
+    """Why no Kubernetes can be started here, empty when it can or when KUBECONFIG names one."""
+    if os.environ.get("KUBECONFIG"):
+        return ""
+    if os.geteuid() != 0:
+        return "needs root to start a Kubernetes here, or KUBECONFIG of one that runs"
+    wanted = ("go", "containerd", "runc", "etcd", "iptables", "conntrack", "mmdebstrap", "buildah", "ip", "tcpdump")
+    if not os.path.exists("/usr/lib/cni/bridge"):
+        return "needs the Debian package containernetworking-plugins"
+    return _missing_programs(pytest.mark.needs(*wanted).mark)
 
 
 _MISSING = {"needs": _missing_programs, "netns": _missing_for_netns, "kernel": _missing_for_kernel, "cluster": _missing_for_cluster}

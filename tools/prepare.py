@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / ".prepared"
 LOCK_FILE = ROOT / "requirements.lock"
-DEBIAN_PACKAGES = ROOT / "tools" / "debian-packages.txt"
+DEBIAN_PACKAGES = (ROOT / "tools" / "debian-packages.txt", ROOT / "tools" / "debian-packages-cluster.txt")
 MINORS = (14, 13, 12, 11)
 
 PROBE = """
@@ -53,16 +53,16 @@ def stop(text):
 # --- Debian packages -----------------------------------------------------------------------------------------------------------------
 
 
-def wanted_packages():
-    lines = DEBIAN_PACKAGES.read_text(encoding="utf-8").splitlines()
+def wanted_packages(listed):
+    lines = listed.read_text(encoding="utf-8").splitlines()
     return [name for name in (line.partition("#")[0].strip() for line in lines) if name]
 
 
-def missing_packages():
+def missing_packages(listed):
     """The listed packages that dpkg does not report as installed; none when this is not a Debian."""
     if not shutil.which("dpkg-query"):
         return []
-    wanted = wanted_packages()
+    wanted = wanted_packages(listed)
     command = ["dpkg-query", "-W", "-f=${Package} ${Status}\n", *wanted]
     shown = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, universal_newlines=True)
     installed = {line.split()[0] for line in shown.stdout.splitlines() if line.endswith(" installed")}
@@ -71,18 +71,20 @@ def missing_packages():
 
 def install_packages():
     """Install what is missing when root, else say what would be; never fatal: tests and commands name what they miss."""
-    missing = missing_packages()
-    if not missing:
-        return
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        say(f"not installed, tests that need them will skip; as root: apt-get install {' '.join(missing)}")
-        return
-    say("installing Debian packages: " + " ".join(missing))
-    environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
-    for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *missing]):
-        done = subprocess.run(["apt-get", *command], env=environment, stdout=subprocess.DEVNULL)
-        if done.returncode:
-            say(f"apt-get {command[0]} failed with {done.returncode}; going on without")
+    for listed in DEBIAN_PACKAGES:
+        missing = missing_packages(listed)
+        if not missing:
+            continue
+        if os.geteuid() != 0 or not shutil.which("apt-get"):
+            say(f"not installed, tests that need them will skip; as root: apt-get install {' '.join(missing)}")
+            continue
+        say("installing Debian packages: " + " ".join(missing))
+        environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
+        # --no-remove: Debian's containerd would replace the one of a Docker that is installed here
+        for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-remove", "--no-install-recommends", *missing]):
+            done = subprocess.run(["apt-get", *command], env=environment, stdout=subprocess.DEVNULL)
+            if done.returncode:
+                say(f"apt-get {command[0]} failed with {done.returncode}; going on without")
 
 
 # --- the interpreter -----------------------------------------------------------------------------------------------------------------

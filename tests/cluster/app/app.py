@@ -163,9 +163,8 @@ def load(options: argparse.Namespace) -> int:
                 pods[(outcome.get("body") or {}).get("pod", "")] += 1
             else:
                 totals["failed"] += 1
-                failures.append(
-                    f"{time.time():.3f} after {time.time() - began:.3f} s: {outcome.get('error') or outcome.get('status')} {outcome.get('text', '')[:200]}"
-                )
+                what = outcome.get("error") or f"{outcome.get('status')} {outcome.get('text', '')[:200]}"
+                failures.append(f"{time.time():.3f} after {time.time() - began:.3f} s: {what}")
             time.sleep(options.pause / 1000)
 
     if options.until_eof:
