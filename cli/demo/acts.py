@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from cli.demo.calls import Call, LogEnd, Outcome, Shop, told
-from cli.demo.evidence import Capture, Journey, capture_level, read_paths
+from cli.demo.evidence import Capture, Hops, Journey, capture_level, hops, read_paths
 from cli.demo.load import Background, Load, Result
 from cli.demo.show import Show
 from identity.admin_client import AdminRefused, IdentityAdmin
@@ -86,10 +86,10 @@ def ready(show: Show, shop: Shop, status: protocol.MeshStatus, runner: int, note
     for app in MESHED:
         level = capture_level(runner, shop.pods[app])
         show.check(
-            shop.pods[app].meshed and level, f"{app}: meshed, its TCP is led to the sidecar by {level}", "no capture rules in the pod"
+            shop.pods[app].meshed and level, f"{app}: meshed, its TCP is led to the sidecar by {level}", "nothing captures in the pod"
         )
     stranger = shop.pods["stranger"]
-    show.check(not stranger.meshed and not capture_level(runner, stranger), "stranger: not meshed, no rules", "it is captured")
+    show.check(not stranger.meshed and not capture_level(runner, stranger), "stranger: not meshed, not captured", "it is captured")
     last: list[Outcome] = []
 
     def answers() -> bool:
@@ -249,17 +249,28 @@ def _processes(shop: Shop) -> list[tuple[str, int | None, int]]:
     return [(f"{app}/{container.name}", container.pid, container.restarts) for app, pod in now.pods.items() for container in pod.containers]
 
 
-def costs(show: Show, shop: Shop, runner: int, idle: Mapping[str, float]) -> None:
-    """Memory of each sidecar, and how traffic is captured. idle: resident bytes before the first call."""
+def costs(show: Show, shop: Shop, name: str, idle: Mapping[str, float]) -> None:
+    """Memory of each sidecar, how traffic is captured, and what of it was accelerated. idle: resident bytes before the first call."""
     show.chapter("What it costs")
-    levels = sorted({capture_level(runner, shop.pods[app]) for app in MESHED})
-    show.check(
-        len(levels) == 1 and levels[0], f"capture in use: {' '.join(levels)} in the pod, IPv4 and IPv6, the sidecar exempt by its uid"
-    )
+    levels = sorted({shop.pods[app].capture for app in MESHED})
+    text = f"level of capture in use: {' '.join(levels)}; IPv4 and IPv6, the sidecar exempt by its uid"
+    show.check(len(levels) == 1 and levels[0], text, f"levels: {levels}")
+    _accelerated(show, shop, hops(name))
     for app, before in idle.items():
         now = memory(shop)[app]
         text = f"sidecar of {app}: {before / (1 << 20):.1f} MiB resident when idle, {now / (1 << 20):.1f} MiB after the load"
         show.check(before > 0 and 0 < now < _MEMORY_MAX_BYTES, text, f"expected less than {_MEMORY_MAX_BYTES >> 20} MiB")
+
+
+def _accelerated(show: Show, shop: Shop, found: Hops | None) -> None:
+    """The bytes that went between apps and sidecars past the TCP stack."""
+    if found is None:
+        for note in shop.notes:
+            show.say(note)
+        return
+    fallbacks = ", ".join(f"{count:,} {cause}" for cause, count in found.fallbacks.items() if count) or "none"
+    text = f"{found.bytes:,} bytes in {found.messages:,} messages went past the TCP stack, on {found.accelerated:,} connection ends"
+    show.check(found.bytes > 0, f"accelerated: {text}; by TCP instead: {fallbacks}", "no byte was accelerated")
 
 
 def memory(shop: Shop) -> dict[str, float]:

@@ -74,12 +74,13 @@ class Outcome:
 
 
 class Shop:
-    """The running example. pods: app name -> its (only) pod."""
+    """The running example. pods: app name -> its (only) pod. notes: what the runner has to say."""
 
     def __init__(self, mesh: LocalMesh) -> None:
         self.mesh = mesh
         status = mesh.ask(protocol.Status())
         assert isinstance(status, protocol.MeshStatus)
+        self.notes = status.notes
         self.pods: Mapping[str, protocol.PodStatus] = {pod.owner.partition("/")[2]: pod for pod in status.pods}
 
     def run(self, app: str, *argv: str) -> str:

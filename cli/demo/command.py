@@ -111,7 +111,7 @@ def _run(show: Show, example: Path, name: str, keep: bool) -> None:
         live = example / "live" / "web-may-use-stock.yaml"
         acts.live_policy(show, shop, live, note)
         acts.rotate(show, shop)
-        acts.costs(show, shop, runner, idle)
+        acts.costs(show, shop, name, idle)
         if keep:
             show.plain(NEXT.format(name=name, live=live, runner=runner, how="-n" if os.geteuid() == 0 else "-U --preserve-credentials -n"))
 

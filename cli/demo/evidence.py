@@ -14,12 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import msgspec
 
 from cli.demo.wire import Connection, NotTls13, check_tls13_untrusted, connections, read_pcap_untrusted
 from cli.output import CommandFailed
+from ebpf import client as agent
+from ebpf.wire import Status
 from local import client, protocol
+from local.state import state_folder
 
 _TIMEOUT_S = 20.0
 
@@ -143,14 +147,50 @@ def _add(path: Journey, connection: Connection, note: bytes) -> None:
 
 
 def capture_level(runner: int, pod: protocol.PodStatus) -> str:
-    """How traffic of a pod is led to its sidecar, from the rules in the pod itself; "" when it is not."""
+    """How traffic of a pod is led to its sidecar, by what the kernel has in the pod itself; "" when it is not."""
     inner = next((container.pid for container in pod.containers if container.pid), None)
     if inner is None:
         return ""
     same = os.readlink(f"/proc/{runner}/ns/user") == os.readlink("/proc/self/ns/user")
     into_runner = ["nsenter", "-t", str(runner), *([] if same else ["-U", "--preserve-credentials"]), "-m", "-n", "-p"]
     rules = _output([*into_runner, "nsenter", "-t", str(inner), "-n", "nft", "list", "table", "inet", "pillion"])
-    return "nftables REDIRECT" if "redirect to :4140" in rules and "redirect to :4143" in rules else ""
+    if "redirect to :4140" in rules and "redirect to :4143" in rules:
+        return "nftables REDIRECT"
+    asked = [sys.executable, "-P", "-c", _ASK_KERNEL, f"/proc/{inner}/ns/net"]
+    return "eBPF, connect and sk_lookup" if same and _output([*into_runner, *asked]).split() == ["1", "1", "1"] else ""
+
+
+# how many programs the kernel has for: sk_lookup in that namespace, connect4 and connect6 for processes of the runner
+_ASK_KERNEL = """
+import os, sys
+from ebpf import bpfsys
+from local.agent import own_cgroup
+netns, cgroup = os.open(sys.argv[1], os.O_RDONLY), os.open(own_cgroup(), os.O_RDONLY)
+print(*(min(bpfsys.attached(fd, kind), 1) for fd, kind in ((netns, 36), (cgroup, 10), (cgroup, 11))))
+"""
+
+
+class Hops(NamedTuple):
+    """What the programs counted between the apps and their sidecars. fallbacks: messages that took TCP, by cause."""
+
+    accelerated: int
+    messages: int
+    bytes: int
+    fallbacks: Mapping[str, int]
+
+
+def hops(name: str) -> Hops | None:
+    """All pods of a mesh together; None where nothing accelerates."""
+    try:
+        pods = agent.ask(state_folder(name) / "agent.sock", Status())["pods"]
+    except agent.NoAgent:
+        return None
+    total: dict[str, int] = {}
+    for pod in pods:
+        for counter, value in pod["counters"].items():
+            total[counter] = total.get(counter, 0) + value
+    fallbacks = {cause: total.get(f"by_tcp_{cause}", 0) for cause in ("order", "memory", "unpaired", "full")}
+    return Hops(total.get("accelerated", 0), total.get("messages", 0), total.get("bytes", 0), fallbacks)
 
 
 def _output(argv: Sequence[str]) -> str:
