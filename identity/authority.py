@@ -295,6 +295,6 @@ def _restored_issuer(stored: StoredIssuer, anchors: dict[str, x509.Certificate],
 
 def _p256(key_pem: bytes, name: str) -> ec.EllipticCurvePrivateKey:
     key = load_pem_private_key(key_pem, None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise StoreUnsafe(f"the key of {name} is not ECDSA P-256")
     return key

@@ -38,20 +38,22 @@ log = logs.logger("identity")
 async def run_on_kubernetes(config: Config) -> None:
     """Serve until SIGTERM. Raises NoCluster, OSError."""
     async with connect(user_agent="pillion-identity") as api, trio.open_nursery() as nursery:
-        await _Replica(config, api, nursery).run()
+        replica = Replica(config, api, nursery)
+        await nursery.start(drain_on_signals, replica.drain)
+        await replica.run()
         nursery.cancel_scope.cancel()
 
 
-class _Replica:
-    """One process and its parts."""
+class Replica:
+    """One process and its parts. nursery: for its tasks; cancel it when `run` returns."""
 
-    def __init__(self, config: Config, api: Api, nursery: trio.Nursery) -> None:
+    def __init__(self, config: Config, api: Api, nursery: trio.Nursery, election: Election | None = None) -> None:
         self.config = config
         self.api = api
         self.nursery = nursery
         self.drain = Drain()
         self.shared = Shared(api, config.control_namespace, config.state_secret, config.trust_domain, lifetime_s=config.leaf_lifetime_s)
-        self.elector = Elector(Leases(api), Election(config.control_namespace, SERVICE_ACCOUNT, config.pod_name))
+        self.elector = Elector(Leases(api), election or Election(config.control_namespace, SERVICE_ACCOUNT, config.pod_name))
         self.events = EventRecorder(api, "pillion.dev/identity", config.pod_name)
         self.reviewer = KubernetesReviewer(api, config.trust_domain)
         self.service: IdentityService | None = None
@@ -61,12 +63,11 @@ class _Replica:
         self.served = trio.Event()
 
     async def run(self) -> None:
-        """See `run_on_kubernetes`."""
+        """Serve until the drain."""
         config, nursery = self.config, self.nursery
         sockets = listen(*config.admin_listen)
         routes = standard_routes(not_ready=self.not_ready, metrics=self.metrics, shutdown=self.drain.start)
         listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]
-        await nursery.start(drain_on_signals, self.drain)
         await nursery.start(AdminServer(routes).serve, listeners)
         for task in (self.shared.follow, self.events.run, self.elector.run, self.lead, self.serve):
             nursery.start_soon(task)
@@ -74,7 +75,6 @@ class _Replica:
             nursery.start_soon(serve_admin, self.answer, listen_admin(config.admin_socket))
         await self.drain.wait_started()
         if self.service is not None:
-            self.service.drain()
             await self.served.wait()
 
     async def serve(self) -> None:
@@ -85,6 +85,7 @@ class _Replica:
         sockets = listen(*config.listen)
         self.serving = await self.first_certificate(authority)
         self.service = IdentityService(authority, self.reviewer, peer=config.identity, failed=self.failed)
+        self.drain.subscribe(self.service.drain)
         self.nursery.start_soon(self.serving.keep)
         self.nursery.start_soon(_prune, authority)
         trust = authority.trust.value
