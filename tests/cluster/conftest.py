@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import kit
-from tests.cluster.kube import Kube, Refused, Space
+from tests.cluster.kube import Kube, Refused, Space, until
 from tests.cluster.nodes import Cluster
 
 STATE = Path("/run/pillion-test-cluster")
@@ -104,7 +104,9 @@ def make_space(kube: Kube, mesh: Space) -> Iterator[Callable[..., Space]]:
         wanted = {"pillion.dev/inject": "enabled"} if annotations is None else annotations
         kube.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": full, "annotations": wanted, "labels": labels or {}}})
         made.append(full)
-        return Space(kube, full)
+        found = Space(kube, full)
+        until("the namespace's service account", lambda: found.json("get", "serviceaccounts")["items"])  # bare pods need it to be there
+        return found
 
     yield make
     for name in made:

@@ -187,7 +187,7 @@ class Load:
 # --- manifests -----------------------------------------------------------------------------------------------------------------------
 
 
-def container(name: str = "app", *arguments: str, **more: Any) -> Object:
+def container(name: str = "app", /, *arguments: str, **more: Any) -> Object:
     """A container of the tests' app; by default it serves HTTP on 8080."""
     shown = {"name": name, "image": APP_IMAGE, "imagePullPolicy": "IfNotPresent", "args": list(arguments or ("serve",))}
     if not arguments:
@@ -197,7 +197,7 @@ def container(name: str = "app", *arguments: str, **more: Any) -> Object:
 
 
 def pod_spec(*containers: Object, **more: Any) -> Object:
-    return {"terminationGracePeriodSeconds": 5, "containers": list(containers or (container(),)), **more}
+    return {"terminationGracePeriodSeconds": 20, "containers": list(containers or (container(),)), **more}
 
 
 def pod(name: str, spec: Object | None = None, **metadata: Any) -> Object:

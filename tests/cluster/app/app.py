@@ -83,12 +83,34 @@ class Tcp(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
 
 
+class Healthy(socketserver.BaseRequestHandler):
+    """gRPC by hand: every call is answered as grpc.health.v1.Health/Check answers SERVING."""
+
+    def handle(self) -> None:
+        from h2.config import H2Configuration
+        from h2.connection import H2Connection
+        from h2.events import StreamEnded
+
+        connection = H2Connection(H2Configuration(client_side=False))
+        connection.initiate_connection()
+        self.request.sendall(connection.data_to_send())
+        while received := self.request.recv(65536):
+            for event in connection.receive_data(received):
+                if isinstance(event, StreamEnded):
+                    connection.send_headers(event.stream_id, [(":status", "200"), ("content-type", "application/grpc")])
+                    connection.send_data(event.stream_id, b"\0\0\0\0\2\x08\1")
+                    connection.send_headers(event.stream_id, [("grpc-status", "0")], end_stream=True)
+            self.request.sendall(connection.data_to_send())
+
+
 def serve(options: argparse.Namespace) -> int:
     """Until SIGTERM; then still ``drain`` seconds, not ready, as an app does that lets its callers go elsewhere."""
     signal.signal(signal.SIGTERM, lambda *_: ENDING.set())
     servers: list[socketserver.BaseServer] = [Web(("", int(port)), Answers) for port in options.http.split(",") if port]
     if options.tcp:
         servers.append(Tcp(("", options.tcp), Greets))
+    if options.grpc:
+        servers.append(type("Grpc", (Tcp,), {})(("", options.grpc), Healthy))
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     print("serving", flush=True)
@@ -124,8 +146,9 @@ def request(url: str, method: str = "GET", headers: dict[str, str] | None = None
 
 def call(options: argparse.Namespace) -> int:
     headers = dict(line.split(": ", 1) for line in options.header)
-    print(json.dumps(request(options.url, options.method, headers, options.timeout)))
-    return 0
+    outcome = request(options.url, options.method, headers, options.timeout)
+    print(json.dumps(outcome))
+    return 0 if options.expect in (0, outcome.get("status")) else 1
 
 
 def tcp(options: argparse.Namespace) -> int:
@@ -185,6 +208,7 @@ def main(arguments: list[str]) -> int:
     way.set_defaults(act=serve)
     way.add_argument("--http", default="8080")
     way.add_argument("--tcp", type=int, default=0)
+    way.add_argument("--grpc", type=int, default=0)
     way.add_argument("--drain", type=float, default=0)
     way = ways.add_parser("call")
     way.set_defaults(act=call)
@@ -192,6 +216,7 @@ def main(arguments: list[str]) -> int:
     way.add_argument("--method", default="GET")
     way.add_argument("--header", action="append", default=[])
     way.add_argument("--timeout", type=float, default=5)
+    way.add_argument("--expect", type=int, default=0)
     way = ways.add_parser("tcp")
     way.set_defaults(act=tcp)
     way.add_argument("host")
