@@ -83,17 +83,21 @@ class Replica:
         authority = await self.shared.authority.wait_for(lambda value: value is not None)
         assert authority is not None
         sockets = listen(*config.listen)
-        self.serving = await self.first_certificate(authority)
-        self.service = IdentityService(authority, self.reviewer, peer=config.identity, failed=self.failed)
-        self.drain.subscribe(self.service.drain)
-        self.nursery.start_soon(self.serving.keep)
-        self.nursery.start_soon(_prune, authority)
-        trust = authority.trust.value
-        log.info("serving", listen=str(config.listen), identity=config.identity.uri, generation=trust.generation, issuer=trust.issuer.id)
         try:
+            self.serving = await self.first_certificate(authority)
+            self.service = IdentityService(authority, self.reviewer, peer=config.identity, failed=self.failed)
+            self.drain.subscribe(self.service.drain)
+            self.nursery.start_soon(self.serving.keep)
+            self.nursery.start_soon(_prune, authority)
+            trust = authority.trust.value
+            log.info(
+                "serving", listen=str(config.listen), identity=config.identity.uri, generation=trust.generation, issuer=trust.issuer.id
+            )
             await serve_https(self.service.application(), self.serving.context, sockets, self.drain.wait_started)
         finally:
             self.served.set()
+            for sock in sockets:
+                sock.close()
 
     async def first_certificate(self, authority: Authority) -> ServingCertificate:
         """Ours; waits for a renewed issuer when the one in force has expired."""

@@ -193,10 +193,12 @@ class Mesh:
 async def mesh(directory: Path, port: int) -> AsyncIterator[Mesh]:
     server = ApiServer()
     with trio.fail_after(30):
-        async with trio.open_nursery() as nursery:
-            await nursery.start(server.serve)
-            yield Mesh(server, directory, nursery, port)
-            nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as outer:
+            await outer.start(server.serve)
+            async with trio.open_nursery() as nursery:
+                yield Mesh(server, directory, nursery, port)
+                nursery.cancel_scope.cancel()
+            outer.cancel_scope.cancel()
 
 
 def data(secret: Raw) -> dict[str, Any]:
