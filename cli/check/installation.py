@@ -10,7 +10,8 @@ import yaml
 from cli.check.cluster import COMPONENT, NAMESPACE, VERSION, Cluster, Object, some
 from cli.check.model import Category, Check, Failed, Skipped
 from cli.render.chart import load_chart, render
-from core.k8s.access import GRANTS, Component, Grant, Question, questions
+from cli.render.values import checked, retained
+from core.k8s.access import GRANTS, Component, Grant, Question, questions, variants
 from core.k8s.errors import ApiError
 from ebpf.plan import CONNECT, NAMES, REFUSED
 from injector.mesh import InvalidMesh, Mesh, read_mesh
@@ -69,11 +70,16 @@ async def settings_readable(cluster: Cluster) -> str:
 
 async def settings_known(cluster: Cluster) -> None:
     """What `pillion upgrade` would render with."""
+    await stored_values(cluster)
+
+
+async def stored_values(cluster: Cluster) -> dict[str, Any]:
+    """The settings of the installation, whole; raises Failed."""
     await mesh_settings(cluster)
     config = await cluster.find("", "v1", "configmaps", "pillion-config", NAMESPACE)
     try:
-        render(load_chart(), yaml.safe_load((config or {})["data"]["values.yaml"]))
-    except (KeyError, ValueError, TypeError, yaml.YAMLError) as error:
+        return checked(retained(yaml.safe_load((config or {})["data"]["values.yaml"]))[0])
+    except (AttributeError, KeyError, ValueError, TypeError, yaml.YAMLError) as error:
         raise Failed(f"ConfigMap {NAMESPACE}/pillion-config, values.yaml: {error}") from None
 
 
@@ -96,8 +102,9 @@ async def accounts_exist(cluster: Cluster) -> None:
 
 async def grants_hold(cluster: Cluster) -> str:
     """Everything in the table, asked one by one."""
-    agent = await agent_installed(cluster)
-    asked = [question for grant in GRANTS for question in questions(grant) if agent or grant.component != "agent"]
+    agent, kinds = await agent_installed(cluster), variants(await stored_values(cluster))
+    grants = [grant for grant in GRANTS if grant.when in kinds and (agent or grant.component != "agent")]
+    asked = [question for grant in grants for question in questions(grant)]
     refused = await _refused(cluster, asked)
     if refused:
         raise Failed("\n".join(_told(question) for question in refused))
@@ -201,7 +208,7 @@ async def replicas_ready(cluster: Cluster) -> str:
         wanted, status = int(item["spec"].get("replicas", 1)), item.get("status") or {}
         ready = min(int(status.get("readyReplicas", 0)), int(status.get("updatedReplicas", 0)))
         count += ready
-        if ready < wanted or int(status.get("observedGeneration", 0)) < int(item["metadata"].get("generation", 0)):
+        if not wanted or ready < wanted or int(status.get("observedGeneration", 0)) < int(item["metadata"].get("generation", 0)):
             told.append(f"{name}: {ready} of {wanted} ready{await _why(cluster, name)}")
     if told:
         raise Failed("\n".join(told))

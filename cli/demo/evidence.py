@@ -160,12 +160,11 @@ def capture_level(runner: int, pod: protocol.PodStatus) -> str:
     return "eBPF, connect and sk_lookup" if same and _output([*into_runner, *asked]).split() == ["1", "1", "1"] else ""
 
 
-# how many programs the kernel has for: sk_lookup in that namespace, connect4 and connect6 for processes of the runner
+# how many programs the kernel has for: sk_lookup in that namespace, connect4 and connect6 on the machine
 _ASK_KERNEL = """
 import os, sys
 from ebpf import bpfsys
-from local.agent import own_cgroup
-netns, cgroup = os.open(sys.argv[1], os.O_RDONLY), os.open(own_cgroup(), os.O_RDONLY)
+netns, cgroup = os.open(sys.argv[1], os.O_RDONLY), os.open(bpfsys.cgroup2(), os.O_RDONLY)
 print(*(min(bpfsys.attached(fd, kind), 1) for fd, kind in ((netns, 36), (cgroup, 10), (cgroup, 11))))
 """
 

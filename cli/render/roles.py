@@ -6,9 +6,9 @@ The chart holds the result as a template, with the reason beside every rule, bec
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
-from core.k8s.access import CONTROL, Component, Grant, grants_of
+from core.k8s.access import CONTROL, Component, Grant, When, grants_of
 
 COMPONENTS: tuple[Component, ...] = ("identity", "policy", "injector", "agent")
 
@@ -35,6 +35,11 @@ roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: {kind}, name: pillion-{com
 subjects:
   - {{kind: ServiceAccount, name: pillion-{component}, namespace: {{{{ .Release.Namespace }}}}}}
 """
+_CONDITIONS: Mapping[When, str] = {
+    "given-issuer": 'ne .Values.identity.issuer.source "made"',
+    "own-serving": "not .Values.certManager.enabled",
+}
+"""Variant of an installation -> what templates ask; the same as `core.k8s.access.variants`, which a test compares."""
 _NAMESPACE = "\n  namespace: {{ .Release.Namespace }}"
 
 
@@ -50,21 +55,23 @@ def _roles(component: Component) -> Iterator[str]:
         if not found:
             continue
         where = _NAMESPACE if namespace else ""
-        role = _ROLE.format(kind=kind, component=component, namespace=where, rules="".join(_rules(found)))
+        # a role without a rule would be none
+        whole = ".Values.agent.enabled" if component == "agent" else _CONDITIONS.get(found[0].when, "")
+        whole = whole if component == "agent" or len({grant.when for grant in found}) == 1 else ""
+        role = _ROLE.format(kind=kind, component=component, namespace=where, rules="".join(_rules(found, conditions=not whole)))
         binding = _BINDING.format(kind=kind, component=component, namespace=where)
-        if component == "agent":
-            yield f"{{{{- if .Values.agent.enabled }}}}\n{role}"
-            yield f"{binding}{{{{- end }}}}\n"
-        else:
-            yield role
-            yield binding
+        yield f"{{{{- if {whole} }}}}\n{role}" if whole else role
+        yield f"{binding}{{{{- end }}}}\n" if whole else binding
 
 
-def _rules(grants: Iterable[Grant]) -> Iterator[str]:
+def _rules(grants: Iterable[Grant], *, conditions: bool) -> Iterator[str]:
     for grant in grants:
+        condition = _CONDITIONS.get(grant.when) if conditions else None
+        yield f"  {{{{- if {condition} }}}}\n" if condition else ""
         yield f"  # {grant.reason}\n"
         yield f"  - apiGroups: {json.dumps([grant.group])}\n"
         yield f"    resources: [{', '.join(grant.resources)}]\n"
         if grant.names:
             yield f"    resourceNames: [{', '.join(grant.names)}]\n"
         yield f"    verbs: [{', '.join(grant.verbs)}]\n"
+        yield "  {{- end }}\n" if condition else ""

@@ -6,17 +6,23 @@ proves from the audit log that every row is used and that nothing else was asked
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 CONTROL = "pillion"
 """A Role in our own namespace; a grant with namespace "" is cluster-wide."""
+
+When = Literal["", "given-issuer", "own-serving"]
 
 Component = Literal["identity", "policy", "injector", "agent"]
 
 
 class Grant(NamedTuple):
-    """verbs on resources of one API group. names: only objects of these names (no names: any). namespace: CONTROL, or "" for all."""
+    """verbs on resources of one API group. names: only objects of these names (no names: any). namespace: CONTROL, or "" for all.
+
+    when: a variant of the installation without which the component does not ask: "given-issuer" (the authority is somebody else's) or
+    "own-serving" (webhooks make their certificates themselves).
+    """
 
     component: Component
     group: str
@@ -25,6 +31,7 @@ class Grant(NamedTuple):
     reason: str
     namespace: str = ""
     names: tuple[str, ...] = ()
+    when: When = ""
 
 
 class Question(NamedTuple):
@@ -56,7 +63,17 @@ GRANTS: tuple[Grant, ...] = (
         "keeps the trust bundle of every namespace current",
         names=("pillion-trust-anchors",),
     ),
-    Grant("identity", "", ("secrets",), ("get", "update"), "keeps the authority", CONTROL, ("pillion-issuer", "pillion-identity-state")),
+    Grant("identity", "", ("secrets",), ("get", "update"), "keeps the authority", CONTROL, ("pillion-issuer",)),
+    Grant(
+        "identity",
+        "",
+        ("secrets",),
+        ("get", "update"),
+        "keeps what belongs to an authority that is not its own",
+        CONTROL,
+        ("pillion-identity-state",),
+        "given-issuer",
+    ),
     Grant("identity", "coordination.k8s.io", ("leases",), ("create",), "elects who writes", CONTROL),
     Grant("identity", "coordination.k8s.io", ("leases",), ("get", "update"), "elects who writes", CONTROL, ("pillion-identity",)),
     Grant("identity", "events.k8s.io", ("events",), ("create", "patch"), "says why a certificate was not issued"),
@@ -68,7 +85,9 @@ GRANTS: tuple[Grant, ...] = (
     Grant("policy", _GATEWAY, tuple(f"{kind}/status" for kind in _ROUTES), ("patch",), "says what became of a route"),
     Grant("policy", "coordination.k8s.io", ("leases",), ("create",), "elects who writes", CONTROL),
     Grant("policy", "coordination.k8s.io", ("leases",), ("get", "update"), "elects who writes", CONTROL, ("pillion-policy",)),
-    Grant("policy", "", ("secrets",), ("get", "update"), "keeps the webhook's certificate", CONTROL, ("pillion-policy-tls",)),
+    Grant(
+        "policy", "", ("secrets",), ("get", "update"), "keeps the webhook's certificate", CONTROL, ("pillion-policy-tls",), "own-serving"
+    ),
     Grant(
         "policy",
         "admissionregistration.k8s.io",
@@ -76,10 +95,20 @@ GRANTS: tuple[Grant, ...] = (
         ("get", "patch"),
         "tells the API server what the webhook's certificate is signed by",
         names=("pillion-policy",),
+        when="own-serving",
     ),
     Grant("injector", "", ("namespaces",), ("get",), "reads annotations of namespaces"),
     Grant("injector", "events.k8s.io", ("events",), ("create", "patch"), "says why a pod got no sidecar"),
-    Grant("injector", "", ("secrets",), ("get", "update"), "keeps the webhook's certificate", CONTROL, ("pillion-injector-tls",)),
+    Grant(
+        "injector",
+        "",
+        ("secrets",),
+        ("get", "update"),
+        "keeps the webhook's certificate",
+        CONTROL,
+        ("pillion-injector-tls",),
+        "own-serving",
+    ),
     Grant(
         "injector",
         "admissionregistration.k8s.io",
@@ -87,6 +116,7 @@ GRANTS: tuple[Grant, ...] = (
         ("get", "patch"),
         "tells the API server what the webhook's certificate is signed by",
         names=("pillion-injector",),
+        when="own-serving",
     ),
     Grant("agent", "", ("pods",), _READ, "knows which pods of its node are meshed"),
 )
@@ -95,6 +125,16 @@ GRANTS: tuple[Grant, ...] = (
 def grants_of(component: Component) -> Iterator[Grant]:
     """The rows of one component."""
     return (grant for grant in GRANTS if grant.component == component)
+
+
+def variants(values: Mapping[str, Any]) -> frozenset[When]:
+    """Which variants an installation with these settings (of the chart) is."""
+    found: set[When] = {""}
+    if values["identity"]["issuer"]["source"] != "made":
+        found.add("given-issuer")
+    if not values["certManager"]["enabled"]:
+        found.add("own-serving")
+    return frozenset(found)
 
 
 def questions(grant: Grant) -> Iterator[Question]:

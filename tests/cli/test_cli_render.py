@@ -13,10 +13,9 @@ from click.testing import CliRunner
 
 from cli.main import cli
 from cli.render.chart import CHART, load_chart, render
-from cli.render.roles import roles_template
 from cli.render.template import TemplateError, Templates
 from cli.render.values import InvalidValues, Values, assigned, checked, merged, schema
-from core.k8s.access import CONTROL, GRANTS
+from core.k8s.access import CONTROL, GRANTS, variants
 
 DOT = {"Values": {"on": True, "off": False, "name": "x", "count": 3, "list": ["a", "b"], "map": {"k2": 2, "k1": 1}, "none": []}}
 
@@ -147,11 +146,12 @@ def test_derived_files_and_golden_installations_are_current() -> None:
         assert path.read_text("utf-8") == text, f"{path.name} differs: make manifests, and look at the difference"
 
 
-def test_roles_are_the_table() -> None:
-    found = render(load_chart(), {})
+@pytest.mark.parametrize("settings", ["", "identity.issuer.source=secret", "certManager.enabled=true", "agent.enabled=false"])
+def test_roles_are_the_table(settings: str) -> None:
+    given = assigned([settings] if settings else [])
     rules = [
         (role["metadata"]["name"].removeprefix("pillion-"), role["metadata"].get("namespace", ""), rule)
-        for role in found
+        for role in render(load_chart(), given)
         if role["kind"] in ("Role", "ClusterRole")
         for rule in role["rules"]
     ]
@@ -167,9 +167,9 @@ def test_roles_are_the_table() -> None:
             },
         )
         for grant in GRANTS
+        if grant.when in variants(checked(given)) and not (grant.component == "agent" and "agent" in settings)
     ]
     assert sorted(map(str, rules)) == sorted(map(str, expected))
-    assert roles_template() == (CHART / "templates" / "rbac.yaml").read_text("utf-8")
 
 
 def test_no_grant_reaches_further_than_its_component_needs() -> None:
