@@ -17,10 +17,10 @@ from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pillion" / "kernel"
 PROGRAMS = ("qemu-system-x86_64", "busybox", "cpio", "apt-get", "dpkg-deb")
-_MODULES = (
-    "virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci netfs fscache 9pnet 9pnet_virtio 9p overlay veth"
-    " nfnetlink nf_tables"
-).split()
+_MODULES = [
+    *("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
+    *("netfs", "fscache", "9pnet", "9pnet_virtio", "9p", "overlay", "veth", "nfnetlink", "nf_tables"),
+]
 _INIT = """#!/bin/busybox sh
 b=/bin/busybox
 $b mount -t proc none /proc; $b mount -t devtmpfs none /dev
