@@ -11,7 +11,7 @@ import trio
 from core.env import InvalidSettings, describe, load
 from core.k8s.cluster import NoCluster
 from core.runtime import logs
-from injector.app import read_mesh_file, run
+from injector.app import MeshFile, run
 from injector.config import Config
 from injector.mesh import InvalidMesh
 
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     try:
         config = load(Config, os.environ)
         if arguments:
-            read_mesh_file(Path(config.mesh_file))
+            MeshFile(Path(config.mesh_file))
             print("ok")
             return 0
         logs.configure(config.log_level, config.log_format)

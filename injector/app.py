@@ -20,7 +20,7 @@ from core.runtime.listen import listen, trio_listener
 from core.runtime.watch import Cell
 from injector.cluster import ApiNamespaces, EventTeller
 from injector.config import Config
-from injector.mesh import InvalidMesh, Mesh, read_mesh
+from injector.mesh import InvalidMesh, read_mesh
 from injector.metrics import Metrics
 from injector.webhook import Webhook
 
@@ -30,31 +30,40 @@ _LAME_S = 1.0  # between /ready's no and the end of accepting: the API server st
 log = logs.logger("injector")
 
 
-def read_mesh_file(path: Path) -> Mesh:
-    """Raises InvalidMesh or OSError."""
-    return read_mesh(path.read_bytes())
+class MeshFile:
+    """The file with the mesh settings, followed: settings that cannot be used change nothing. Raises InvalidMesh or OSError at first."""
 
+    def __init__(self, path: Path, metrics: Metrics | None = None) -> None:
+        self.mesh = Cell(read_mesh(path.read_bytes()))
+        self._path = path
+        self._metrics = metrics
+        self._problem = ""
 
-async def follow_mesh(path: Path, mesh: Cell[Mesh], metrics: Metrics) -> None:
-    """Keep the settings equal to their file; for ever. Settings that cannot be used change nothing."""
-    refused: bytes | None = None
-    while True:
-        await trio.sleep(_LOOK_S)
-        text = b""
+    def look(self) -> None:
+        """Take what changed. A small local file: reading it costs less than a thread."""
         try:
-            text = await trio.Path(path).read_bytes()
-            found = read_mesh(text)
+            found = read_mesh(self._path.read_bytes())
         except (InvalidMesh, OSError) as error:
-            if text != refused:
-                refused = text
-                metrics.reloaded(ok=False)
-                log.error("mesh settings refused, the earlier ones stay", path=str(path), reason=str(error))
-            continue
-        refused = None
-        if found != mesh.value:
-            mesh.set(found)
-            metrics.reloaded(ok=True)
-            log.info("mesh settings taken", path=str(path), image=found.image, capture=found.capture)
+            if str(error) != self._problem:
+                self._note(ok=False)
+                log.error("mesh settings refused, the earlier ones stay", path=str(self._path), reason=str(error))
+            self._problem = str(error)
+            return
+        self._problem = ""
+        if found != self.mesh.value:
+            self.mesh.set(found)
+            self._note(ok=True)
+            log.info("mesh settings taken", path=str(self._path), image=found.image, capture=found.capture)
+
+    async def follow(self) -> None:
+        """For ever."""
+        while True:
+            await trio.sleep(_LOOK_S)
+            self.look()
+
+    def _note(self, *, ok: bool) -> None:
+        if self._metrics is not None:
+            self._metrics.reloaded(ok=ok)
 
 
 def source_of(config: Config, api: Api) -> Source:
@@ -68,21 +77,21 @@ def source_of(config: Config, api: Api) -> Source:
 
 async def run(config: Config) -> None:
     """Serve until SIGTERM. Raises InvalidMesh, core.k8s.cluster.NoCluster, core.runtime.listen.CannotListen, OSError."""
-    mesh = Cell(read_mesh_file(Path(config.mesh_file)))
-    sockets, admin_socket = [listen(config.listen)], listen(config.admin_listen)
     metrics, drain = Metrics(), Drain()
+    file = MeshFile(Path(config.mesh_file), metrics)
+    sockets, admin_socket = [listen(config.listen)], listen(config.admin_listen)
     async with connect(config.kubeconfig, user_agent="pillion-injector") as api, trio.open_nursery() as nursery:
         serving = ServingCertificate(source_of(config, api))
         events = EventRecorder(api, "pillion.dev/injector", os.environ.get("PILLION_POD_NAME", "injector"))
-        webhook = Webhook(mesh, ApiNamespaces(api), EventTeller(events), metrics)
+        webhook = Webhook(file.mesh, ApiNamespaces(api), EventTeller(events), metrics)
         _watch(metrics, serving, lambda: float(events.dropped))
         admin = AdminServer(standard_routes(not_ready=lambda: _not_ready(serving, drain), metrics=metrics.exposition, shutdown=drain.start))
         await nursery.start(drain_on_signals, drain)
         await nursery.start(admin.serve, [trio_listener(admin_socket)])
         nursery.start_soon(serving.keep)
         nursery.start_soon(events.run)
-        nursery.start_soon(follow_mesh, Path(config.mesh_file), mesh, metrics)
-        log.info("serving", listen=str(config.listen), image=mesh.value.image, capture=mesh.value.capture)
+        nursery.start_soon(file.follow)
+        log.info("serving", listen=str(config.listen), image=file.mesh.value.image, capture=file.mesh.value.capture)
 
         async def ended() -> None:
             await drain.wait_started()
