@@ -15,7 +15,7 @@ from tools import image
 
 COREDNS_IMAGE = "localhost/coredns:1"
 APP_IMAGE = "localhost/pillion-app:1"
-APP = Path(__file__).parent / "app" / "app.py"
+APP = Path(__file__).parent / "app"
 
 
 def pillion(*, agent: bool = True) -> list[Path]:
@@ -49,7 +49,8 @@ def app() -> Path:
     path = image.CACHE / "app.tar"
     with image.alone(), tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "app").mkdir()
-        (Path(scratch) / "app" / "app.py").write_bytes(APP.read_bytes())
+        for program in APP.glob("*.py"):
+            (Path(scratch) / "app" / program.name).write_bytes(program.read_bytes())
         settings = {"Entrypoint": ["python3", "/app/app.py"], "Cmd": ["serve"], "User": "1000:1000"}
         image.derive(path, APP_IMAGE, image.layout(False), image.tar_of(Path(scratch)), settings)
     return path
