@@ -57,6 +57,24 @@ def selects_port(server: Server, pod: Pod, port: int) -> bool:
     return any(entry.name == server.port and entry.container_port == port for entry in pod.ports)
 
 
+_WITH_IDENTITY = {
+    "all-unauthenticated": "all-authenticated",
+    "cluster-unauthenticated": "cluster-authenticated",
+    "audit": "all-authenticated",
+}
+
+
+def port_default(store: Store, pod: Pod, port: int, settings: IndexSettings) -> Default:
+    """`default_policy` of one port, which may require an identity by annotation; a list that cannot be read requires it of every port."""
+    default = default_policy(store, pod, settings)
+    key = options.REQUIRE_IDENTITY_PORTS
+    text = options.nearest(key, pod.metadata.annotations, store.namespace_annotations(pod.metadata.namespace))
+    listed = options.read_port_list(text or "")
+    if default.name in _WITH_IDENTITY and (listed.wrong or listed.holds(port, pod.ports)):
+        return default._replace(name=_WITH_IDENTITY[default.name], source=f"{default.source}, with an identity by annotation {key}")
+    return default
+
+
 def default_policy(store: Store, pod: Pod, settings: IndexSettings) -> Default:
     """The default inbound policy: the pod's annotation, else its namespace's, else the cluster's; a wrong value denies."""
     key = options.DEFAULT_INBOUND_POLICY

@@ -94,7 +94,7 @@ class Index:
         return policy
 
     def _default_policy(self, pod: Pod, port: int) -> wire.InboundPolicy:
-        name = inbound.default_policy(self.store, pod, self.settings).name
+        name = inbound.port_default(self.store, pod, port, self.settings).name
         protocol = inbound.port_protocol(self.store, pod, port, self.settings)
         return wire.InboundPolicy(default_ref(name), protocol, inbound.access(name, self.settings))
 

@@ -12,8 +12,9 @@ PREFIX = "config.pillion.dev/"
 DEFAULT_INBOUND_POLICY = PREFIX + "default-inbound-policy"
 OPAQUE_PORTS = PREFIX + "opaque-ports"
 SKIP_INBOUND_PORTS = PREFIX + "skip-inbound-ports"
+REQUIRE_IDENTITY_PORTS = PREFIX + "require-identity-ports"
 UNCHECKED_PATH_PORTS = PREFIX + "unchecked-path-ports"
-PORT_LISTS = (OPAQUE_PORTS, SKIP_INBOUND_PORTS, UNCHECKED_PATH_PORTS)
+PORT_LISTS = (OPAQUE_PORTS, REQUIRE_IDENTITY_PORTS, SKIP_INBOUND_PORTS, UNCHECKED_PATH_PORTS)
 STATUS = "pillion.dev/status"
 INJECTED = "injected"
 

@@ -140,6 +140,27 @@ def test_without_a_server_the_port_is_opaque_when_listed() -> None:
     assert policy_of(indexed(lab.pod(opaque_ports=""), lab.namespace(opaque_ports="8080"))).protocol == "detect"
 
 
+def test_a_port_may_require_an_identity_whatever_the_default_is() -> None:
+    index = indexed(lab.pod(require_identity_ports="http,9000"), lab.namespace(default_inbound_policy="cluster-unauthenticated"))
+    found = {port: policy_of(index, port) for port in (8080, 9000, 9001)}
+    assert {port: policy.server.name for port, policy in found.items()} == {
+        8080: "cluster-authenticated",
+        9000: "cluster-authenticated",
+        9001: "cluster-unauthenticated",
+    }
+    assert found[8080].authorizations[0].authentication == wire.Meshed(("*",))
+    listed = indexed(lab.pod(), lab.namespace(require_identity_ports="8080"))
+    assert policy_of(listed).server.name == "all-authenticated"
+    for name in ("deny", "all-authenticated"):
+        assert policy_of(indexed(lab.pod(require_identity_ports="8080", default_inbound_policy=name))).server.name == name
+
+
+def test_a_list_of_ports_with_identity_that_cannot_be_read_opens_none() -> None:
+    index = indexed(lab.pod(require_identity_ports="9000,80-70"))
+    assert policy_of(index, 8080).server.name == "all-authenticated"
+    assert reasons(index) == [("cart-0", "invalid-annotation")]
+
+
 def test_a_wrong_port_list_is_reported() -> None:
     assert reasons(indexed(lab.pod(opaque_ports="80,99999,9-1"))) == [("cart-0", "invalid-annotation")]
 
