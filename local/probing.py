@@ -108,20 +108,20 @@ async def _http(action: Mapping[str, Any], host: str, port: int) -> str | None:
 
 
 async def _grpc(host: str, port: int, service: str) -> str | None:
-    from local.grpc_health import health_request, read_health_untrusted
+    from proxy.protocol.grpc_health import HealthCheck, NotHealthy  # the codec takes memory, and few pods have such a probe
 
+    health = HealthCheck(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", service)
     stream = await trio.open_tcp_stream(host, port)
     try:
-        await stream.send_all(health_request(f"{host}:{port}", service))
-        received = b""
-        while len(received) < 64 * 1024:
+        await stream.send_all(health.request)
+        while not health.done:
             chunk = await stream.receive_some(16 * 1024)
-            received += chunk
-            answer = read_health_untrusted(received)
-            if answer is not None:
-                return answer or None
             if not chunk:
-                break
+                health.ended()
+            if answer := health.received_untrusted(bytes(chunk)):
+                await stream.send_all(answer)
+    except NotHealthy as error:
+        return str(error)
     finally:
         await trio.aclose_forcefully(stream)
-    return "the connection ended before an answer"
+    return None
