@@ -233,6 +233,14 @@ def attached(target_fd: int, attach_type: int) -> int:
     return count
 
 
+def object_id(fd: int) -> int:
+    """The id of a map, program or link, by any descriptor of it."""
+    info = ctypes.create_string_buffer(16)
+    _bpf(_INFO, struct.pack("=IIQ", fd, len(info), _at(info)))
+    ident: int = struct.unpack_from("=I", info.raw, 4)[0]
+    return ident
+
+
 def ids(kind: str) -> set[int]:
     """The ids of all objects of a kind in this kernel: prog, map or link. Needs CAP_SYS_ADMIN."""
     found: set[int] = set()

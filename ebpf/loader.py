@@ -19,17 +19,20 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ebpf import attach, bpfsys, btf, layout
 
 _HERE = Path(__file__).resolve().parent
 _BCC = Path("/usr/lib/python3/dist-packages/bcc")
-CAPABILITIES = ("CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON", "CAP_SYSLOG")
+_CAPABILITY_BITS = {"CAP_BPF": 39, "CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_SYSLOG": 34}
+_SYS_ADMIN_BIT = 21  # contains the others but NET_ADMIN
+CAPABILITIES = tuple(_CAPABILITY_BITS)
 """What the child needs. SYSLOG: without kallsyms bcc silently replaces bpf_probe_read_kernel, which sk_msg may not call then."""
 
 
@@ -116,6 +119,14 @@ def refusal(program: layout.Program, error: OSError, kernel: str) -> str:
     return f"program {program.name} ({program.source}){helper}: kernel {kernel} refused it: {said}"
 
 
+def missing_capabilities(status: str) -> list[str]:
+    """Which of CAPABILITIES a process lacks, from its /proc/PID/status."""
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    effective = int(found[1], 16) if found else 0
+    admin = effective >> _SYS_ADMIN_BIT & 1
+    return [name for name, bit in _CAPABILITY_BITS.items() if not (effective >> bit & 1 or (admin and name != "CAP_NET_ADMIN"))]
+
+
 def _import_bcc() -> Any:
     """Debian's bcc alone: the whole of dist-packages would bring other versions of our own dependencies."""
     os.environ["BCC_KERNEL_SOURCE"] = str(_HERE)
@@ -137,7 +148,14 @@ class Compiled:
 
     def __init__(self, text: str, macros: Mapping[str, int]) -> None:
         bcc = _import_bcc()
-        self._bpf = bcc.BPF(text=text.encode(), cflags=[f"-D{name}={value}" for name, value in macros.items()])
+        with _stderr() as words:
+            try:
+                self._bpf = bcc.BPF(text=text.encode(), cflags=[f"-D{name}={value}" for name, value in macros.items()])
+            except Exception as error:  # bcc raises plain Exceptions, and lets clang say why
+                words.seek(0)
+                raise LoaderFailed(
+                    f"the programs could not be compiled ({error}): {words.read().decode(errors='replace')[-2000:]}"
+                ) from None
         self.maps = {name: int(bcc.lib.bpf_table_fd(self._bpf.module, name.encode())) for name in layout.MAPS}
         missing = [name for name, fd in self.maps.items() if fd < 0]
         if missing:
@@ -179,17 +197,17 @@ class Installation:
 
     def _keep_maps(self, made: Mapping[str, int]) -> dict[str, int]:
         maps = {}
-        for name, fd in made.items():
-            try:
-                maps[name] = bpfsys.pinned(self._pins.maps / name)
-            except FileNotFoundError:
-                bpfsys.pin(fd, self._pins.maps / name)
-                maps[name] = fd
-            info = bpfsys.map_info(maps[name])
+        for name, own in made.items():
+            fd = own
+            with contextlib.suppress(FileNotFoundError):
+                fd = bpfsys.pinned(self._pins.maps / name)
+            info = bpfsys.map_info(fd)
             if (info.key_bytes, info.value_bytes) != layout.MAPS[name]:
-                raise LoaderFailed(
-                    f"map {name} has keys of {info.key_bytes} and values of {info.value_bytes} bytes, layout says {layout.MAPS[name]}"
-                )
+                raise LoaderFailed(f"map {name}: key and value have {info.key_bytes} and {info.value_bytes} bytes, not {layout.MAPS[name]}")
+            maps[name] = fd
+        for name, fd in maps.items():
+            if fd == made[name]:
+                bpfsys.pin(fd, self._pins.maps / name)
         path = self._pins.maps / layout.INBOUND_CODE
         if not path.exists():
             bpfsys.pin(bpfsys.map_create(bpfsys.ARRAY, 4, layout.INBOUND_CODE_BYTES, 1, layout.INBOUND_CODE), path)
@@ -226,6 +244,19 @@ class Installation:
 
 
 @contextlib.contextmanager
+def _stderr() -> Iterator[IO[bytes]]:
+    """What libraries write to standard error, as a file."""
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield file
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+@contextlib.contextmanager
 def _quiet_stdout() -> Iterator[None]:
     """bcc and clang write where they like; the last line of standard output is ours."""
     kept = os.dup(1)
@@ -245,14 +276,15 @@ def load(root: Path, limits: Mapping[str, int], folder: Path | None = None) -> R
     try:
         if not bpfsys.is_bpffs(root.parent):
             raise FileNotFoundError(f"{root.parent} is no bpf file system; mount one: mount -t bpf bpf {root.parent}")
+        missing = missing_capabilities(Path("/proc/self/status").read_text(encoding="ascii"))
+        if missing:
+            raise PermissionError(f"this process lacks {', '.join(missing)}")
         root.mkdir(mode=0o700, exist_ok=True)
         installation.run()
     except PermissionError as error:
         problem = f"kernel {kernel} does not permit it ({error}); needs {', '.join(CAPABILITIES)}"
     except (OSError, LoaderFailed, ImportError) as error:
         problem = f"kernel {kernel}: {error}"
-    except Exception as error:  # bcc raises plain Exceptions
-        problem = f"kernel {kernel}: the programs could not be compiled: {error}"
     return Report(kernel, tuple(installation.installed), installation.refused, problem)
 
 
