@@ -8,6 +8,7 @@ import statistics
 import struct
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import hop_checks
@@ -114,7 +115,7 @@ def _connections(number: int) -> float:
 
 
 def test_what_connections_cost_that_are_not_ours(
-    lab: Lab, record_property: pytest.RecordProperty, capsys: pytest.CaptureFixture[str]
+    lab: Lab, record_property: Callable[[str, object], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Connect, accept and close, interleaved: no programs; programs attached, pod not registered; a registered pod's own loopback.
 
