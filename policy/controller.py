@@ -17,11 +17,12 @@ from core.runtime import logs
 from core.runtime.admin import AdminServer, standard_routes
 from core.runtime.drain import Drain, drain_on_signals
 from core.runtime.listen import listen, trio_listener
+from core.runtime.memory import settle
 from core.runtime.watch import Cell
 from policy.config import Config
 from policy.diagnostics import exposition, listen_unix, routes
 from policy.index import Index, IndexSettings, Key
-from policy.index.report import Problem, problems
+from policy.index.report import Problem, problems_by_parts
 from policy.server import PolicyServer
 
 _log = logs.logger("controller")
@@ -81,6 +82,7 @@ class Controller:
         """Follow the source for ever; started with its first complete state."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self._run_source)
+            settle()
             self._synced.set()
             _log.info("synced", objects=len(self.index.store.objects))
             nursery.start_soon(self._report)
@@ -92,9 +94,9 @@ class Controller:
     async def _report(self) -> None:
         while True:
             await trio.sleep(_REPORT_EVERY_S)
-            self.report()
+            await self.report()
 
-    def report(self) -> None:
+    async def report(self) -> None:
         """Log every refusal and, when something changed, every conflict that was not there the last time."""
         refused = {str(refusal) for refusal in self.refusals()}
         for sentence in sorted(refused - self._refused):
@@ -102,9 +104,12 @@ class Controller:
         self._refused = refused
         if self._changed:
             self._changed = False
-            known = problems(self.index)
+            known: set[Problem] = set()
+            for few in problems_by_parts(self.index):
+                known.update(few)
+                await trio.lowlevel.checkpoint()
             if self.listener is not None:
-                self.listener.problems(known)
+                self.listener.problems(sorted(known))
             found = {f"{problem.ref}: {problem.message}" for problem in known}
             for sentence in sorted(found - self._conflicts):
                 _log.warning("object without the effect it was meant to have", detail=sentence)

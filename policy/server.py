@@ -120,6 +120,7 @@ class PolicyServer:
         self._by_pod: dict[PodKey, list[_Subscriber]] = {}
         self._by_ip: dict[str, dict[str, set[_Subscriber]]] = {}
         self._encoded: dict[str, tuple[wire.Destination, bytes]] = {}
+        self._stale: set[str] = set()
         self._handshakes = 0
         self._pods_changed = trio.lowlevel.ParkingLot()
 
@@ -133,7 +134,7 @@ class PolicyServer:
                     self._recheck(subscriber)
             else:
                 for addr, subscribers in self._by_ip.get(key.ip, {}).items():
-                    self._encoded.pop(addr, None)
+                    self._stale.add(addr)
                     for subscriber in subscribers:
                         subscriber.mark(addr)
         if pods_changed:
@@ -320,6 +321,7 @@ class PolicyServer:
         if not subscribers:
             by_addr.pop(addr, None)
             self._encoded.pop(addr, None)
+            self._stale.discard(addr)
         if not by_addr:
             self._by_ip.pop(ip, None)
 
@@ -361,18 +363,26 @@ class PolicyServer:
             if self._index.pod(*subscriber.pod) is None:
                 return b""
             policy = self._index.inbound_policy(*subscriber.pod, subject)
-            if policy == subscriber.sent.get(subject):
+            before = subscriber.sent.get(subject)
+            if policy is before or policy == before:
                 return b""
             subscriber.sent[subject] = policy
             return encoded_policy(subject, policy)
-        known = self._encoded.get(subject)
-        if known is None:
-            destination = self._index.destination(subject)
-            known = self._encoded[subject] = destination, encoded_destination(subject, destination)
-        if known[0] == subscriber.sent.get(subject):
+        destination, line = self._destination(subject)
+        if destination is subscriber.sent.get(subject):
             return b""
-        subscriber.sent[subject] = known[0]
-        return known[1]
+        subscriber.sent[subject] = destination
+        return line
+
+    def _destination(self, addr: str) -> tuple[wire.Destination, bytes]:
+        """What stands behind an address, and its line; the same object for as long as it is the same state."""
+        known = self._encoded.get(addr)
+        if known is None or addr in self._stale:
+            self._stale.discard(addr)
+            destination = self._index.destination(addr)
+            if known is None or destination != known[0]:
+                known = self._encoded[addr] = destination, encoded_destination(addr, destination)
+        return known
 
 
 class _FreshContext:

@@ -161,7 +161,7 @@ async def run(size: Size, out: Path | None, hold: bool) -> None:
             began = trio.current_time()
             process = start(Path(folder), authority.credentials(CONTROLLER), server.port, port, admin)
             try:
-                await listening(port, process)
+                await ready(admin, process)
                 synced = usage(process.pid)
                 print(f"  synced after {trio.current_time() - began:.1f} s: {synced}", flush=True)
                 fleet = Fleet(port, size)
@@ -228,26 +228,19 @@ def start(folder: Path, credentials: Credentials, api: int, port: int, admin: in
         return subprocess.Popen(program, env={**os.environ, **environment}, stdout=log, stderr=log)
 
 
-async def listening(port: int, process: subprocess.Popen[bytes]) -> None:
-    """Until the controller accepts sidecars, which it does once it knows everything."""
+async def ready(admin: int, process: subprocess.Popen[bytes]) -> None:
+    """Until the controller says so, which it does once it knows everything."""
     while True:
         if process.poll() is not None:
             raise SystemExit(f"the controller ended with {process.returncode}")
+        await trio.sleep(0.05)
         try:
-            stream = await trio.open_tcp_stream("127.0.0.1", port)
+            async with await trio.open_tcp_stream("127.0.0.1", admin) as stream:
+                await stream.send_all(b"GET /ready HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")
+                if b" 200 " in await stream.receive_some(4096):
+                    return
         except OSError:
-            await trio.sleep(0.05)
-            continue
-        await stream.aclose()
-        if await served(process.pid):
-            return
-
-
-async def served(pid: int) -> bool:
-    """Listening sockets are bound at the start: what counts is that the first sync's work is over."""
-    before = usage(pid).cpu_s
-    await trio.sleep(1)
-    return usage(pid).cpu_s - before < 0.2
+            continue  # not listening yet
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from core.k8s.fields import InvalidObject, Raw
 from core.refs import Ref
 
 
-class View(msgspec.Struct, frozen=True, rename="camel"):
-    """Base of all views: immutable, compared by value, camelCase outside."""
+class View(msgspec.Struct, frozen=True, rename="camel", gc=False):
+    """Base of all views: immutable, compared by value, camelCase outside; a tree, so the cycle collector need not look at it."""
 
 
 class ObjectMeta(View, frozen=True):

@@ -37,9 +37,15 @@ class LabelSelector(msgspec.Struct, frozen=True, forbid_unknown_fields=True, ren
 
     def matches(self, labels: Mapping[str, str]) -> bool:
         """Does the selector select an object with these labels?"""
-        if any(labels.get(key) != value for key, value in self.match_labels.items()):
-            return False
-        return all(requirement.matches(labels) for requirement in self.match_expressions)
+        for key, value in self.match_labels.items():  # a loop, not any(): asked for every pod and every Server
+            if labels.get(key) != value:
+                return False
+        return not self.match_expressions or all(requirement.matches(labels) for requirement in self.match_expressions)
+
+    def excludes(self, other: LabelSelector) -> bool:
+        """Can no object be selected by both? True only when that shows in their matchLabels."""
+        theirs = other.match_labels
+        return any(key in theirs and theirs[key] != value for key, value in self.match_labels.items())
 
 
 def read_selector(raw: object, path: str) -> LabelSelector:

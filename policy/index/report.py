@@ -82,7 +82,7 @@ def explain(index: Index, namespace: str, pod: str, port: int) -> PortReport | N
     policy = index.inbound_policy(namespace, pod, port)
     servers = inbound.servers_for(index.store, found, port)
     if not servers:
-        default = inbound.default_policy(index.store, found, index.settings)
+        default = inbound.port_default(index.store, found, port, index.settings)
         why = f"no Server selects the port; default policy {default.name} from {default.source}" + (
             f" ({default.problem})" if default.problem else ""
         )
@@ -149,10 +149,14 @@ def clients(granted: wire.Authorization) -> str:
 
 def problems(index: Index) -> list[Problem]:
     """Everything that does not act as its author will have meant, sorted."""
-    found: set[Problem] = set()
-    for object_ in index.store.objects.values():
-        found.update(_problems_of(index, object_))
-    return sorted(found)
+    return sorted({problem for few in problems_by_parts(index) for problem in few})
+
+
+def problems_by_parts(index: Index, part: int = 200) -> Iterator[list[Problem]]:
+    """The same unsorted, a part of the objects at a time, so that a caller with other work can do it in between."""
+    objects = list(index.store.objects.values())
+    for start in range(0, len(objects), part):
+        yield [problem for object_ in objects[start : start + part] for problem in _problems_of(index, object_)]
 
 
 def _problems_of(index: Index, object_: Object) -> Iterator[Problem]:
@@ -195,6 +199,8 @@ def _server_problems(index: Index, server: Server) -> Iterator[Problem]:
             yield Problem(found.route.ref, "conflicted", f"not attached to {server.ref}: {found.conflict}")
     if routes and server.protocol in ("opaque", "tls"):
         yield Problem(server.ref, "routes-on-opaque", f"has routes but proxyProtocol {server.protocol}: its connections are denied")
+    if not any(_may_overlap(server, other) for other in index.store.servers.get(server.metadata.namespace, {}).values()):
+        return
     for pod in index.store.pods.get(server.metadata.namespace, {}).values():
         if not server.pod_selector.matches(pod.metadata.labels):
             continue
@@ -202,9 +208,15 @@ def _server_problems(index: Index, server: Server) -> Iterator[Problem]:
             [server.port] if isinstance(server.port, int) else [entry.container_port for entry in pod.ports if entry.name == server.port]
         )
         for port in ports:
-            winner = inbound.servers_for(index.store, pod, port)[0]
+            winner = next(iter(inbound.servers_for(index.store, pod, port)), server)
             if winner.ref != server.ref:
                 yield Problem(server.ref, "overlap", f"no effect on port {port} of {pod.ref}: the older {winner.ref} selects it too")
+
+
+def _may_overlap(server: Server, other: Server) -> bool:
+    """Could some pod have a port that both take? Asked before looking at any pod."""
+    same_port = server.port == other.port or isinstance(server.port, str) or isinstance(other.port, str)
+    return server.ref != other.ref and same_port and not server.pod_selector.excludes(other.pod_selector)
 
 
 def _node_problems(index: Index, node: Node) -> Iterator[Problem]:
