@@ -56,7 +56,7 @@ def call_web(arena: Space, key: str = "", chain: str = "") -> Any:
     found = arena.pod("app=web")
     name = f"default.{arena.name}.sa.pillion.cluster.local"
     wanted = {"host": found["status"]["podIP"], "port": 8080, "name": name, "alpn": "pillion-http/1.1"}
-    return attack(arena, do="tls", key=key, chain=chain, send="GET /stolen HTTP/1.1\r\nhost: web\r\n\r\n", **wanted)
+    return attack(arena, do="tls", key=key, chain=chain, send="GET /stolen HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n", **wanted)
 
 
 def test_a_pods_own_token_certifies_its_own_service_account_and_no_other(arena: Space) -> None:

@@ -38,7 +38,8 @@ class Capture:
 @contextmanager
 def watching(command: list[str], path: Path) -> Iterator[Capture]:
     """tcpdump on a link, from before the body to after it."""
-    process = subprocess.Popen([*command, "-n", "-U", "--immediate-mode", "-s", "0", "-w", str(path), "tcp"], stderr=subprocess.PIPE, text=True)
+    options = ["-n", "-U", "--immediate-mode", "-s", "0", "-w", str(path), "tcp"]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     while "listening on" not in process.stderr.readline():
         assert process.poll() is None, "tcpdump ended"

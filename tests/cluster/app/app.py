@@ -151,6 +151,34 @@ def call(options: argparse.Namespace) -> int:
     return 0 if options.expect in (0, outcome.get("status")) else 1
 
 
+def grpc(options: argparse.Namespace) -> int:
+    from h2.connection import H2Connection
+    from h2.events import ResponseReceived, StreamEnded, StreamReset, TrailersReceived
+
+    outcome: dict[str, Any] = {}
+    try:
+        with socket.create_connection((options.host, options.port), timeout=5) as peer:
+            connection = H2Connection()
+            connection.initiate_connection()
+            pseudo = [(":method", "POST"), (":scheme", "http"), (":authority", options.host), (":path", options.path)]
+            connection.send_headers(1, [*pseudo, ("content-type", "application/grpc"), ("te", "trailers")])
+            connection.send_data(1, b"\0\0\0\0\0", end_stream=True)
+            while "ended" not in outcome:
+                peer.sendall(connection.data_to_send())
+                received = peer.recv(65536)
+                if not received:
+                    raise OSError("the connection ended")
+                for event in connection.receive_data(received):
+                    if isinstance(event, ResponseReceived | TrailersReceived):
+                        outcome.update({name.decode(): value.decode() for name, value in event.headers})
+                    elif isinstance(event, StreamEnded | StreamReset):
+                        outcome["ended"] = type(event).__name__
+    except OSError as error:
+        outcome["error"] = f"{type(error).__name__}: {error}"
+    print(json.dumps(outcome))
+    return 0
+
+
 def tcp(options: argparse.Namespace) -> int:
     outcome: dict[str, Any] = {}
     try:
@@ -217,6 +245,11 @@ def main(arguments: list[str]) -> int:
     way.add_argument("--header", action="append", default=[])
     way.add_argument("--timeout", type=float, default=5)
     way.add_argument("--expect", type=int, default=0)
+    way = ways.add_parser("grpc")
+    way.set_defaults(act=grpc)
+    way.add_argument("host")
+    way.add_argument("port", type=int)
+    way.add_argument("path")
     way = ways.add_parser("tcp")
     way.set_defaults(act=tcp)
     way.add_argument("host")

@@ -75,7 +75,17 @@ def tls(asked: dict[str, Any]) -> dict[str, Any]:
             context.wrap_socket(plain, server_hostname=asked["name"]) as made,
         ):
             made.sendall(asked["send"].encode())
-            return {"received": made.recv(1 << 16).decode("utf-8", "replace")}
+            made.settimeout(2)
+            received = b""
+            while len(received) < 1 << 16:  # until the other side ends, or says no more
+                try:
+                    piece = made.recv(1 << 16)
+                except TimeoutError:
+                    break
+                if not piece:
+                    break
+                received += piece
+            return {"received": received.decode("utf-8", "replace")}
     except OSError as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
