@@ -26,6 +26,7 @@ from core.runtime import logs
 
 _LOOK_S = 30.0  # how soon a renewal by another replica, or a caBundle that somebody emptied, is noticed
 _RETRY_S = 2.0
+_SETTLE_S = 5.0  # until every API server has seen a changed caBundle; they watch it, so it is milliseconds
 _TRIES = 5
 _FILE_MAX_BYTES = 1 << 20
 _CERT_MANAGER = "cert-manager.io/certificate-name"
@@ -65,8 +66,11 @@ class SharedSecret:
         names: Sequence[str],
         webhooks: Sequence[tuple[str, str]],
         clock: Callable[[], float] = time.time,
+        settle_s: float = _SETTLE_S,
     ) -> None:
         self._api = api
+        self._settle_s = settle_s
+        self._began = False
         self._path = object_path("", "v1", "secrets", namespace, secret)
         self._what = f"secret {namespace}/{secret}"
         self._names = tuple(names)
@@ -81,8 +85,10 @@ class SharedSecret:
                 if _CERT_MANAGER in ((secret.get("metadata") or {}).get("annotations") or {}):
                     return read_pair(decoded(secret.get("data")))  # cert-manager renews it, and its cainjector writes caBundle
                 pair = await self._stored(secret)
-                for plural, name in self._webhooks:
-                    await self._make_known(plural, name, pair.ca_pem)
+                changed = [await self._make_known(plural, name, pair.ca_pem) for plural, name in self._webhooks]
+                if any(changed) and self._began:
+                    await trio.sleep(self._settle_s)
+                self._began = True
                 return pair
             except InvalidPair as error:
                 raise NotServing(f"{self._what}, which cert-manager keeps: {error}") from error
@@ -102,13 +108,15 @@ class SharedSecret:
             log.info("serving certificate made", secret=self._what, reason=step.why, not_after=step.pair.not_after)
         return step.pair
 
-    async def _make_known(self, plural: str, name: str, ca_pem: bytes) -> None:
+    async def _make_known(self, plural: str, name: str, ca_pem: bytes) -> bool:
+        """True when something had to be written."""
         path = object_path("admissionregistration.k8s.io", "v1", plural, "", name)
         found = await self._api.get(path)
         patch = ca_bundle_patch(found, ca_pem)
         if patch:
             await self._api.patch(path, patch, "json")
             log.info("caBundle written", webhook=name)
+        return bool(patch)
 
 
 def ca_bundle_patch(configuration: Mapping[str, Any], ca_pem: bytes) -> list[dict[str, Any]]:

@@ -184,8 +184,8 @@ class Clock:
         return self.now
 
 
-def replica(api: Api, clock: Clock) -> ServingCertificate:
-    return ServingCertificate(SharedSecret(api, "ns", "hook-tls", [NAME], WEBHOOKS, clock), clock)
+def replica(api: Api, clock: Clock, settle_s: float = 0.0) -> ServingCertificate:
+    return ServingCertificate(SharedSecret(api, "ns", "hook-tls", [NAME], WEBHOOKS, clock, settle_s), clock)
 
 
 async def test_the_first_replica_fills_the_secret_and_the_bundle_and_the_second_serves_the_same() -> None:
@@ -234,6 +234,23 @@ async def test_a_renewal_is_known_to_the_api_server_before_anybody_serves_it() -
         await second.refresh()
         handshake(second, bundle)
         assert second.not_after == first.not_after > clock.now + RENEW_LEFT_S
+
+
+async def test_the_new_certificate_waits_until_every_api_server_has_seen_the_bundle() -> None:
+    async with cluster() as (server, api):
+        clock = Clock(EARLIER)
+        serving = replica(api, clock, settle_s=3600)
+        await serving.refresh()  # nothing was served before: nothing to wait for
+        first = serving.not_after
+        clock.now += RENEWAL_S
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serving.refresh)
+            with trio.fail_after(5):
+                await server.wait_requests("PATCH /apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/hook", 2)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            handshake(serving, bundles(server).pop())
+            assert serving.not_after == first
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_bundle_that_somebody_emptied_is_written_again() -> None:
