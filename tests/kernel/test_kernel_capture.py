@@ -8,10 +8,12 @@ import errno
 import os
 import socket
 import struct
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
+import hop_checks
 import pytest
 from lab import ACCELERATED, APP_UID, CAPTURED, IN_PORT, OUT_PORT, SIDECAR_UID, TARGET, Failed, Lab, LabPod, join
 
@@ -19,6 +21,7 @@ from core.addrs import Addr
 from core.capture import CALLER_LEVEL, CALLER_OPTION, caller_option
 from ebpf import bpfsys
 from ebpf.layout import Counter, PodFlag, PortKind
+from ebpf.redirect import capture as capture_rules
 from proxy.transport.original_dst import original_dst
 
 pytestmark = pytest.mark.kernel
@@ -74,7 +77,7 @@ def _ask(family: int, ip: str, port: int, caller: tuple[str, int] | None = None)
         return [*sock.recv(200).decode().split(), str(sock.getpeername()[0])]
 
 
-# --- outbound ---------------------------------------------------------------------------------------------------------------------------
+# --- outbound -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [CAPTURED, ACCELERATED])
@@ -225,7 +228,7 @@ def test_other_namespaces_below_the_cgroup_are_left_alone(lab: Lab) -> None:
     assert isinstance(pod.run(_connect, socket.AF_INET, "10.98.5.2", 8080), tuple)
 
 
-# --- inbound ----------------------------------------------------------------------------------------------------------------------------
+# --- inbound --------------------------------------------------------------------------------------------------------------------------
 
 
 def _inbound_sidecar(tell: Callable[..., None]) -> None:
@@ -300,7 +303,51 @@ def test_an_app_that_takes_the_sidecars_port_gets_nothing(lab: Lab) -> None:
     assert caller.run(_greeting, socket.AF_INET, "10.98.7.1", IN_PORT) == errno.ECONNREFUSED
 
 
-# --- callers ----------------------------------------------------------------------------------------------------------------------------
+# --- captured by nftables, accelerated by us ------------------------------------------------------------------------------------------
+
+
+def _echo_dialled(tell: Callable[..., None]) -> None:
+    listener = socket.create_server(("::", OUT_PORT), family=socket.AF_INET6, dualstack_ipv6=True)
+    tell(None)
+    while True:
+        sock, _ = listener.accept()
+        said = str(original_dst(sock)).encode()
+        while hop_checks.receive(sock):
+            sock.sendall(said)
+        sock.close()
+
+
+def _say(family: int, ip: str, number: int) -> set[str]:
+    with socket.socket(family) as sock:
+        sock.connect((ip, 8080))
+        said = set()
+        for _ in range(number):
+            sock.sendall(b"x" * 1000)
+            said.add(hop_checks.receive(sock).decode())
+        return said
+
+
+@pytest.mark.needs("nft")
+def test_translated_connections_are_paired_and_accelerated(lab: Lab) -> None:
+    """The two ends see other addresses; their sequence numbers are the same. Conntrack's answer for the target stays."""
+    pod, other = lab.pod(), lab.pod()
+    join(pod, other, 10)
+    pod.attach(PodFlag.TRANSLATED | PodFlag.ACCELERATE, ("10.98.10.1", "fd98:10::1"))
+    with contextlib.ExitStack() as stack:
+        netns = os.open(f"/run/netns/{pod.name}", os.O_RDONLY)
+        stack.callback(os.close, netns)
+        with bpfsys.in_netns(netns):
+            subprocess.run(["nft", "-f", "-"], input=capture_rules().encode(), check=True)
+    pod.start(_echo_dialled, uid=SIDECAR_UID).result()
+    assert pod.run(_say, socket.AF_INET, "10.98.10.2", 50) == {"10.98.10.2:8080"}
+    assert pod.run(_say, socket.AF_INET6, "fd98:10::2", 50) == {"[fd98:10::2]:8080"}
+    counts = pod.counts()
+    assert counts[Counter.CAPTURED] == 0
+    assert counts[Counter.ACCELERATED] == 2
+    assert counts[Counter.MESSAGES] == 200, counts
+
+
+# --- callers --------------------------------------------------------------------------------------------------------------------------
 
 V4, V6 = ("203.0.113.7", 4321), ("2001:db8::7", 99)
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -340,3 +341,29 @@ def test_flags_change_for_the_next_connection(pod: LabPod) -> None:
     pod.attach(ACCELERATED)
     pod.run(_dial, TARGET, 80)
     assert pod.counts()[Counter.MESSAGES] == 2
+
+
+def _wait_for_all() -> int:
+    """An app's reader that took a first part by TCP and waits for the rest with MSG_WAITALL: bytes of its one call, -1 when it hangs."""
+    listener = socket.socket()
+    listener.setsockopt(socket.IPPROTO_TCP, 9, 30)  # TCP_DEFER_ACCEPT: the first part travels by TCP
+    listener.bind(("127.0.0.1", 6000))
+    listener.listen(8)
+    sidecar = socket.create_connection(("127.0.0.1", 6000))
+    sidecar.sendall(b"a" * 100)
+    app, _ = listener.accept()
+    got: list[int] = []
+    thread = threading.Thread(target=lambda: got.append(len(app.recv(200, socket.MSG_WAITALL))), daemon=True)
+    thread.start()
+    time.sleep(0.1)
+    sidecar.sendall(b"b" * 100)
+    thread.join(1)
+    return got[0] if got else -1
+
+
+@pytest.mark.parametrize(("flags", "got"), [(ACCELERATED, 200), (ACCELERATED | PodFlag.RESUME, -1)], ids=["stays", "resumes"])
+def test_a_reader_that_waits_for_all(pod: LabPod, flags: PodFlag, got: int) -> None:
+    """Towards the app a direction that fell back to TCP stays there, so that such a reader never hangs; where a pod's owner lets it
+    resume, the kernel's reader does not look into the queue of redirected messages again: that app must opt out."""
+    pod.attach(flags)
+    assert pod.run(_wait_for_all, uid=SIDECAR_UID) == got
