@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import array
 import compileall
+import contextlib
 import json
 import os
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -19,6 +21,8 @@ from local import protocol
 from local.state import control_socket, state_folder
 
 _START_TIMEOUT_S = 30.0
+_END_TIMEOUT_S = 900.0  # longer than any sensible grace period
+_GONE_TIMEOUT_S = 30.0
 _LONGEST_SOCKET = "policy/diagnostics.sock"  # local.control_plane
 _SOCKET_PATH_MAX = 107  # sun_path of unix(7), without its final zero
 
@@ -65,14 +69,21 @@ def converse(connection: socket.socket, request: protocol.Request, fds: tuple[in
 
 
 def end(name: str) -> None:
-    """End the mesh; returns when its process, and with it everything of it, is gone. Raises NotRunning."""
+    """End the mesh; returns when its process, and with it everything of it, is gone. Raises NotRunning.
+
+    The runner bounds the time it takes (local.supervisor); one that does not even answer is killed, which ends the same things.
+    """
     with connect(name) as connection:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid = struct.unpack("3i", credentials)[0]
         runner = os.pidfd_open(pid)
         try:
-            converse(connection, protocol.Down())
-            select.select([runner], [], [])
+            connection.settimeout(_END_TIMEOUT_S)
+            with contextlib.suppress(TimeoutError):
+                converse(connection, protocol.Down())
+            if not select.select([runner], [], [], _GONE_TIMEOUT_S)[0]:
+                signal.pidfd_send_signal(runner, signal.SIGKILL)
+                select.select([runner], [], [])
         finally:
             os.close(runner)
 

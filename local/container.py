@@ -67,6 +67,7 @@ class Container:
         self._limit = backoff_limit
         self._process: Process | None = None
         self._stopping = trio.Event()
+        self._out_of_patience = False
         self._ended = trio.Event()
 
     @property
@@ -76,9 +77,9 @@ class Container:
 
     async def run(self) -> int:
         """Run until the restart policy says that it is over (or `stop`); returns the last exit code."""
-        backoff_s = BACKOFF_FIRST_S
+        backoff_s, code = BACKOFF_FIRST_S, 0
         try:
-            while True:
+            while not self._stopping.is_set():
                 began = trio.current_time()
                 code = await self._run_once()
                 if self._stopping.is_set() or not self._again(code):
@@ -92,6 +93,7 @@ class Container:
                     return code
                 backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
                 self.state.restarts += 1
+            return code
         finally:
             self._ended.set()
 
@@ -112,6 +114,10 @@ class Container:
             self._pod.changed()
             return 128
         state.phase, state.reason, state.trouble = "running", "", {}
+        if self._out_of_patience:  # `stop` found no process yet
+            process.kill()
+        elif self._stopping.is_set():
+            process.signal(signal.SIGTERM)
         code = 137
         try:
             async with trio.open_nursery() as nursery:
@@ -224,6 +230,7 @@ class Container:
                 self._process.signal(signal.SIGTERM)
             await self._ended.wait()
             return
+        self._out_of_patience = True
         if self._process:
             self._process.kill()
         await self._ended.wait()

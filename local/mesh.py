@@ -126,6 +126,11 @@ class Mesh:
                 self._rounds, self._working = self._rounds + 1, False
                 await trio.sleep(0.02)  # changes come in bursts: one round for all of them
 
+    @property
+    def longest_grace_s(self) -> float:
+        """How long ending all pods in order may take."""
+        return max((pod.grace_s for pod in self.pods.values()), default=0.0)
+
     async def stop_all(self) -> None:
         """End every pod gracefully."""
         self.manifests.clear()

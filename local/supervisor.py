@@ -6,12 +6,14 @@ rule has another holder. Started by local.client as ``python -m local.supervisor
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import shutil
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ from local.podspec import Base
 from local.report import report
 from local.sandbox import run_program_now, write_sysctls
 from local.state import control_socket
+
+_END_EXTRA_S = 10.0  # beyond the longest grace period of a pod
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ async def _main(order: Order) -> None:
         )
         _tell(order.ready_fd, "up")
         await ended.wait()
+        _end_within(mesh.longest_grace_s + _END_EXTRA_S)
         await mesh.stop_all()
         nursery.cancel_scope.cancel()
     if agent is not None:
@@ -160,6 +165,20 @@ async def _start_agent(order: Order, base: Base) -> tuple[NodeAgent | None, str]
 
 class CannotCapture(RuntimeError):
     """The wanted way of capture does not work on this machine."""
+
+
+def _end_within(seconds: float) -> None:
+    """End whatever else happens: pods that cannot be ended in order, or a bug of ours, must not keep `down` waiting. With this process,
+    everything goes."""
+
+    def give_up() -> None:
+        print(f"not everything ended in order within {seconds:g} s: ending the rest with the runner", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
 
 
 def take(mesh: Mesh, events: Sequence[Event]) -> None:
