@@ -125,6 +125,8 @@ def check_pod(template: Mapping[str, Any], path: str) -> None:
     spec = template.get("spec")
     typed = fields.read(spec, shapes.PodSpec, where)
     _check_user(typed.security_context, where)
+    if typed.host_network:
+        raise InvalidObject(f"{where}.hostNetwork", "nothing or false: every pod here has a network of its own", "true")
     names: set[str] = set()
     volumes = {volume.name for volume in typed.volumes or ()}
     for field, containers in (("initContainers", typed.init_containers or ()), ("containers", typed.containers)):

@@ -25,7 +25,7 @@ from local.network import NODE4, Addresses
 from local.podspec import Base, ContainerPlan, Lookup, NotYet, Volume, container_plans, hostname_of, named_ports, volume_plans
 from local.process import Process, Stdio, start_in, unprivileged
 from local.sandbox import Sandbox, SandboxPlan, SetupFailed, make_sandbox
-from local.services import PodFacts, hosts_file
+from local.services import PodFacts, alias_lines, hosts_file
 from local.workloads import PodPlan
 
 DEFAULT_GRACE_S = 30.0  # Pod.spec.terminationGracePeriodSeconds
@@ -286,7 +286,8 @@ class Pod:
 
     def update_hosts(self) -> None:
         """Write the hosts file when its content changed."""
-        text = hosts_file(self.facts, self._node.hosts(self.plan.ref.namespace)).encode()
+        lines = [*self._node.hosts(self.plan.ref.namespace), *alias_lines(self.raw["spec"])]
+        text = hosts_file(self.facts, lines).encode()
         if text != self._hosts_text:
             self.folder.mkdir(parents=True, exist_ok=True)
             volumes.write_in_place(self.folder / "hosts", text)

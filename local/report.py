@@ -32,7 +32,7 @@ def report(
     for pod in mesh.pods.values():
         if why := why_not_ready(pod):
             reasons.append(f"pod {pod.plan.ref.namespace}/{pod.plan.ref.name}: {why}")
-    notes = ("images are ignored: every container is a process on this machine's file system", *([note] if note else []))
+    notes = ("images are ignored: every container is a process on this machine's file system", *([note] if note else []), *_limits(mesh))
     return protocol.MeshStatus(
         name=name,
         ready=not reasons,
@@ -91,6 +91,23 @@ def pod_status(pod: Pod) -> protocol.PodStatus:
             for container in pod.containers
         ),
     )
+
+
+def _limits(mesh: Mesh) -> list[str]:
+    """What a Service asks for and does not get."""
+    notes = []
+    for ref, manifest in sorted(mesh.manifests.items()):
+        spec = manifest.raw.get("spec") or {}
+        if ref.kind != "Service" or ref.group:
+            continue
+        if spec.get("type") in ("NodePort", "LoadBalancer"):
+            notes.append(
+                f"service {ref.namespace}/{ref.name}: type {spec['type']} works as ClusterIP, nothing reaches it from outside of the mesh"
+            )
+        others = sorted({str(port.get("protocol")) for port in spec.get("ports") or () if port.get("protocol") not in (None, "TCP")})
+        if others:
+            notes.append(f"service {ref.namespace}/{ref.name}: {', '.join(others)} passes without encryption or policy, as on a cluster")
+    return notes
 
 
 def _services(mesh: Mesh) -> list[protocol.ServiceStatus]:

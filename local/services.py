@@ -164,6 +164,11 @@ def hosts_lines(
     return lines
 
 
+def alias_lines(spec: Mapping[str, Any]) -> list[str]:
+    """Lines of a hosts file for a pod's hostAliases, whose shape was checked."""
+    return [f"{alias['ip']} {' '.join(alias['hostnames'])}" for alias in spec.get("hostAliases") or () if alias.get("hostnames")]
+
+
 def hosts_file(own: PodFacts, lines: Sequence[str]) -> str:
     """/etc/hosts of a pod."""
     head = ["127.0.0.1 localhost", "::1 localhost ip6-localhost"]

@@ -201,6 +201,13 @@ class Volume(Shape, frozen=True):
     projected: Projected | None = None
 
 
+class HostAlias(Shape, frozen=True):
+    """Pod.spec.hostAliases[]."""
+
+    ip: Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Fa-f.:]{2,45}\Z")]
+    hostnames: list[Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,252})\Z")]] = []
+
+
 class PodSpec(Shape, frozen=True):
     """Pod.spec."""
 
@@ -212,4 +219,6 @@ class PodSpec(Shape, frozen=True):
     subdomain: str | None = None
     service_account_name: str | None = None
     termination_grace_period_seconds: Seconds | None = None
+    host_aliases: list[HostAlias] | None = None
+    host_network: bool | None = None
     security_context: Security | None = None

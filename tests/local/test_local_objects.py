@@ -108,6 +108,20 @@ def test_a_pod_is_its_own_template() -> None:
     assert refusal(raw) == "spec.containers[0].command"
 
 
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"hostNetwork": True}, "spec.template.spec.hostNetwork"),
+        ({"hostAliases": [{"ip": "10.0.0.1\n1", "hostnames": ["a"]}]}, "spec.template.spec.hostAliases[0].ip"),
+        ({"hostAliases": [{"ip": "10.0.0.1", "hostnames": ["a\n"]}]}, "spec.template.spec.hostAliases[0].hostnames[0]"),
+    ],
+)
+def test_what_a_pod_cannot_have_of_its_host_is_refused(fields: dict[str, Any], path: str) -> None:
+    raw = deployment()
+    raw["spec"]["template"]["spec"] |= fields
+    assert refusal(raw) == path
+
+
 def test_a_selector_must_select_the_template() -> None:
     raw = deployment()
     raw["spec"]["selector"]["matchLabels"]["app"] = "other"

@@ -9,7 +9,7 @@ from core.refs import Ref
 from ebpf import redirect
 from local import rules
 from local.network import POD_CIDR4, POD_CIDR6, Addresses, AddressPool
-from local.services import PodFacts, families, fronts, hosts_file, hosts_lines, slices
+from local.services import PodFacts, alias_lines, families, fronts, hosts_file, hosts_lines, slices
 
 
 def pod(number: int, *, ready: bool = True, app: str = "web", **more: Any) -> PodFacts:
@@ -71,6 +71,12 @@ def test_a_headless_service_leads_to_its_ready_pods_and_names_each() -> None:
     assert lines[0].startswith("10.142.0.10 web.shop.svc.cluster.local")
     assert lines[1].startswith("10.142.0.10 web-0.web.shop.svc.cluster.local")
     assert len(lines) == 2
+
+
+def test_aliases_of_a_pod_are_in_its_hosts_file() -> None:
+    spec = {"hostAliases": [{"ip": "10.9.9.9", "hostnames": ["db.example", "db"]}, {"ip": "10.9.9.8"}]}
+    assert alias_lines(spec) == ["10.9.9.9 db.example db"]
+    assert alias_lines({}) == []
 
 
 def test_a_pod_knows_itself() -> None:
