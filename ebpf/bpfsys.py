@@ -23,6 +23,7 @@ _PIDFD_GETFD = 438
 _ATTR_BYTES = 144
 _SO_NETNS_COOKIE = 71
 _CLONE_NEWNET = 0x40000000
+_MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 _BPF_FS_MAGIC = 0xCAFE4A11
 _LOG_BYTES = 1 << 20
 
@@ -280,6 +281,20 @@ def unmount(path: Path) -> None:
     if _LIBC.umount2(os.fsencode(path), 2) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"unmounting {path}: {os.strerror(code)}")
+
+
+def unshare(flags: int) -> None:
+    """Leave namespaces for new ones (unshare(2))."""
+    if _LIBC.unshare(flags) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"making namespaces: {os.strerror(code)}")
+
+
+def make_mounts_private() -> None:
+    """What is mounted from now on in this mount namespace stays in it, and ends with it."""
+    if _LIBC.mount(b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"making mounts private: {os.strerror(code)}")
 
 
 def cgroup2() -> Path | None:

@@ -1,0 +1,239 @@
+"""Whether the loaded programs do on this kernel what they are for: tried, in a namespace and a cgroup made for it, before any pod has them.
+
+``python -m ebpf.probe`` loads everything once more into a bpf file system that ends with the process, and runs connections through it. A
+program that loads may still not do its work: a kernel whose redirect does not account memory, or counts other bytes as read, would lose
+the bound or the order that acceleration stands on, and must not get it. Called by the agent (``command``, ``read_findings``) and by
+people; never touches what is pinned for pods.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ebpf import attach, bpfsys, layout, loader
+from ebpf.layout import Counter, PodFlag
+
+CONNECT = ("connect4", "connect6", "sockets", "getpeername4", "getpeername6", "getsockopt", "setsockopt", "sockops")
+_TARGET = ("192.0.2.1", 9)  # TEST-NET-1: nobody
+_PORT = 4140
+_UNREAD_MAX = 8 << 20
+_TCP_DEFER_ACCEPT = 9
+_CLONE_NEWNET, _CLONE_NEWNS = 0x40000000, 0x00020000
+_SECONDS = 20.0
+
+
+class Findings(NamedTuple):
+    """ "" for what works, else a sentence. connect: outbound capture; steer: inbound; sockmap: acceleration."""
+
+    connect: str
+    steer: str
+    sockmap: str
+
+
+class _Wrong(Exception):
+    """What a trial saw instead of what it should have."""
+
+
+def command(folder: Path | None = None) -> list[str]:
+    """The child's command line. folder: where sources lie that replace ours, for tests."""
+    return [sys.executable, "-m", "ebpf.probe", *([str(folder)] if folder else [])]
+
+
+def read_findings(output: bytes) -> Findings:
+    """The child's last line; raises loader.LoaderFailed for anything else."""
+    try:
+        fields = json.loads(output.strip().splitlines()[-1])
+        return Findings(str(fields["connect"]), str(fields["steer"]), str(fields["sockmap"]))
+    except (IndexError, KeyError, TypeError, ValueError):
+        raise loader.LoaderFailed(output.decode(errors="replace").strip()[-2000:] or "the probe ended without a word") from None
+
+
+def find(folder: Path | None = None, seconds: float = 60.0) -> Findings:
+    """Run the child and wait; what it cannot say counts as nothing works."""
+    try:
+        done = subprocess.run(command(folder), capture_output=True, timeout=seconds, cwd=Path(__file__).resolve().parents[1], check=False)
+        return read_findings(done.stdout)
+    except (OSError, subprocess.TimeoutExpired, loader.LoaderFailed) as error:
+        said = f"the probe of the programs failed: {error}"
+        return Findings(said, said, said)
+
+
+# --- in the child -------------------------------------------------------------------------------------------------------------------
+
+
+def trial(sources: Path | None = None) -> Findings:
+    """Everything, in this process, which is in other namespaces and another cgroup afterwards: it should end soon."""
+    bpfsys.unshare(_CLONE_NEWNS | _CLONE_NEWNET)
+    bpfsys.make_mounts_private()
+    with tempfile.TemporaryDirectory(prefix="pillion-probe-") as folder, _cgroup() as cgroup:
+        bpfsys.mount_bpffs(Path(folder))
+        try:
+            root = Path(folder) / "pillion"
+            report = loader.install(root, folder=sources)
+            connect, steer = report.why_not(CONNECT), report.why_not(["inbound"])
+            sockmap = report.why_not(["sockops", "redirect"])
+            if report.problem:
+                return Findings(connect, steer, sockmap)
+            with attach.Node(attach.Pins(root)) as node:
+                return _try_all(node, cgroup, Findings(connect, steer, sockmap))
+        finally:
+            bpfsys.unmount(Path(folder))
+
+
+@contextlib.contextmanager
+def _cgroup() -> Iterator[Path]:
+    """A cgroup of our own, with us in it; we leave it for the root's before it goes."""
+    top = bpfsys.cgroup2()
+    if top is None:
+        raise _Wrong("the unified cgroup hierarchy is not mounted (cgroup2); mount it: mount -t cgroup2 none /sys/fs/cgroup")
+    home = next((line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/")
+    cgroup = top / f"pillion-probe-{os.getpid()}"
+    cgroup.mkdir()
+    try:
+        (cgroup / "cgroup.procs").write_text(str(os.getpid()))
+        yield cgroup
+    finally:
+        (top / home.lstrip("/") / "cgroup.procs").write_text(str(os.getpid()))
+        cgroup.rmdir()
+
+
+def _try_all(node: attach.Node, cgroup: Path, found: Findings) -> Findings:
+    _loopback_up()
+    cookie = bpfsys.netns_cookie()
+    node.write_pod(cookie, layout.Pod(0xFFFFFFFE, PodFlag.CAPTURE | PodFlag.ACCELERATE, _PORT, 4143))
+    if not found.connect:
+        fd = os.open(cgroup, os.O_RDONLY)
+        found = found._replace(connect=_attempt("capture of connect()", lambda: node.link_cgroup(fd, "probe")))
+        os.close(fd)
+    if not found.connect:
+        found = found._replace(connect=_attempt("capture of connect()", _captures))
+    if not found.steer:
+        with open("/proc/self/ns/net", "rb") as netns:
+            found = found._replace(steer=_attempt("capture of what arrives", lambda: node.link_netns(cookie, netns.fileno())))
+    if found.connect and not found.sockmap:
+        found = found._replace(sockmap=found.connect)
+    for name, check in (("order", _keeps_order), ("memory", _bounds_memory), ("bytes", lambda: _redirects(node, cookie))):
+        if not found.sockmap:
+            found = found._replace(sockmap=_attempt(f"acceleration ({name})", check))
+    return found
+
+
+def _attempt(what: str, check: Callable[[], None]) -> str:
+    try:
+        check()
+    except (OSError, _Wrong) as error:
+        return f"{what} does not work on kernel {os.uname().release}: {error}"
+    return ""
+
+
+def _loopback_up() -> None:
+    with socket.socket() as sock:
+        fcntl.ioctl(sock, 0x8914, struct.pack("=16sH14x", b"lo", 1 | 64))  # SIOCSIFFLAGS: IFF_UP | IFF_RUNNING
+
+
+def _listen(*options: tuple[int, int, int]) -> socket.socket:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    for option in options:
+        listener.setsockopt(*option)
+    listener.bind(("127.0.0.1", _PORT))
+    listener.listen(8)
+    listener.settimeout(_SECONDS)
+    return listener
+
+
+def _captures() -> None:
+    with socket.socket() as sock:
+        sock.settimeout(_SECONDS)
+        if (code := sock.connect_ex(_TARGET)) != errno.ECONNREFUSED:
+            raise _Wrong(f"a connection without a sidecar got {errno.errorcode.get(code, code)}, expected ECONNREFUSED")
+    with _listen() as listener, socket.create_connection(_TARGET, _SECONDS) as sock, listener.accept()[0] as end:
+        try:
+            port, ip = struct.unpack("!2xH4s8x", end.getsockopt(socket.IPPROTO_IP, 80, 16))
+        except OSError as error:
+            raise _Wrong(f"the accepting end is not told the original destination ({error})") from None
+        if (socket.inet_ntoa(ip), port) != _TARGET:
+            raise _Wrong(f"the original destination was {socket.inet_ntoa(ip)}:{port}")
+        if sock.getpeername() != _TARGET:
+            raise _Wrong(f"the app's peer was {sock.getpeername()}")
+
+
+def _read(sock: socket.socket, number: int) -> bytes:
+    data = b""
+    while len(data) < number:
+        select.select([sock], [], [], _SECONDS)
+        with contextlib.suppress(BlockingIOError):
+            piece = sock.recv(number - len(data), socket.MSG_DONTWAIT)
+            if not piece:
+                break
+            data += piece
+    return data
+
+
+def _keeps_order() -> None:
+    with _listen((socket.IPPROTO_TCP, _TCP_DEFER_ACCEPT, 10)) as listener, socket.create_connection(_TARGET, _SECONDS) as sock:
+        words = array.array("I", range(50))
+        for word in words:
+            sock.send(struct.pack("=I", word))
+        with listener.accept()[0] as end:
+            if array.array("I", _read(end, 200)) != words:
+                raise _Wrong("messages overtook each other")
+
+
+def _bounds_memory() -> None:
+    with _listen() as listener, socket.create_connection(_TARGET, _SECONDS) as sock, listener.accept()[0] as end:
+        sock.setblocking(False)
+        data, taken = bytes(range(256)) * 256, 0
+        with contextlib.suppress(BlockingIOError):
+            while taken <= _UNREAD_MAX:
+                taken += sock.send(data[taken % 256 :])
+        if taken > _UNREAD_MAX:
+            raise _Wrong(f"the kernel took {taken} bytes for a reader that reads nothing")
+        left = taken
+        while left:
+            got = _read(end, min(left, 1 << 20))
+            if not got or got[0] != (taken - left) % 256:
+                raise _Wrong("bytes were lost after a fall back to TCP")
+            left -= len(got)
+
+
+def _redirects(node: attach.Node, cookie: int) -> None:
+    before = node.counters(cookie)[Counter.MESSAGES]
+    with _listen() as listener, socket.create_connection(_TARGET, _SECONDS) as sock, listener.accept()[0] as end:
+        for turn in range(20):
+            for one, other in ((sock, end), (end, sock)):
+                message = struct.pack("=I", turn) * 300
+                one.sendall(message)
+                if _read(other, len(message)) != message:
+                    raise _Wrong("other bytes arrived")
+    if node.counters(cookie)[Counter.MESSAGES] - before != 40:
+        raise _Wrong(f"{node.counters(cookie)[Counter.MESSAGES] - before} of 40 messages took the short way")
+
+
+def main() -> int:
+    """Exit code 0 when everything works; the findings are the last line of standard output, JSON."""
+    try:
+        found = trial(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    except (OSError, _Wrong, loader.LoaderFailed, subprocess.TimeoutExpired) as error:
+        said = f"the programs cannot be tried on kernel {os.uname().release}: {error}"
+        found = Findings(said, said, said)
+    print(json.dumps(found._asdict()), flush=True)
+    return 1 if any(found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
