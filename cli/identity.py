@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -53,7 +55,7 @@ class _Where:
             return True
         if self.kubeconfig or self.context:
             return False
-        runs, cluster = (state_folder(_DEFAULT) / "identity" / "admin.sock").exists(), configured()
+        runs, cluster = _listens(state_folder(_DEFAULT) / "identity" / "admin.sock"), configured()
         if runs and cluster:
             text = "a local mesh runs on this machine, and there is a kubeconfig: which one is meant?"
             raise CommandFailed(text, "--name default for the local mesh, --context NAME or --kubeconfig FILE for the cluster")
@@ -79,6 +81,12 @@ class _Where:
 
     def __str__(self) -> str:
         return f"mesh {self.mesh or _DEFAULT!r}" if self.local else "the cluster"
+
+
+def _listens(path: Path) -> bool:
+    """Whether a local identity service is there; a killed one may have left its socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def _where_options(command: F) -> F:

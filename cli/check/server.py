@@ -10,7 +10,7 @@ from cli.check.model import Category, Check, Failed, Skipped
 from cli.render.chart import load_chart, render
 from core.k8s.errors import ApiError, Forbidden
 
-GATEWAY_API = "v1.4.0"
+GATEWAY_API = "v1.6.3"
 GATEWAY_COMMAND = (
     f"kubectl apply --server-side -f https://github.com/kubernetes-sigs/gateway-api/releases/download/{GATEWAY_API}/standard-install.yaml"
 )

@@ -28,7 +28,10 @@ capabilities: {drop: [ALL]}
 {{/* Where pods of the control plane run. */}}
 {{- define "pillion.placement" -}}
 nodeSelector: {{ .root.Values.nodeSelector | toJson }}
+{{- /* an empty list would differ from what is stored, for ever */}}
+{{- if .root.Values.tolerations }}
 tolerations: {{ .root.Values.tolerations | toJson }}
+{{- end }}
 {{- if .root.Values.priorityClassName }}
 priorityClassName: {{ .root.Values.priorityClassName | quote }}
 {{- end }}
