@@ -4,8 +4,8 @@ Stays small (under 20 MB): compiling is done by a child that ends (ebpf.loader),
 pinned, so this process may die, restart and be replaced without a gap: pins and a state file say what there is. ``--remove`` brings the
 pods to nftables and leaves nothing of eBPF.
 
-Capabilities, uid 0: BPF, NET_ADMIN, PERFMON (load and attach), SYSLOG (the loader: kallsyms), SYS_PTRACE (pods' namespaces, and
-pidfd_getfd of sidecars' listeners), SYS_ADMIN (enter network namespaces; mount the bpf file system where there is none).
+Capabilities, uid 0: NET_ADMIN (load, attach, nftables), SYS_ADMIN (enter network namespaces; mount the bpf file system where there is
+none; contains BPF and PERFMON), SYS_PTRACE (pods' namespaces, and pidfd_getfd of sidecars' listeners), SYSLOG (the loader: kallsyms).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ RUN = Path("/run/pillion")
 ADMIN_PORT = 9991
 _STEER_WITHIN_S = 10.0
 _FORGET_EVERY_S = 10.0
+_IN_FLIGHT_S = 1.0  # a connection that was captured just now: its sidecar has yet to ask for the original destination
 _SYS_PTRACE = 19
 _CLONE_NEWNET = 0x40000000
 _RUNGS = {"auto": (CONNECT, REFUSED), "ebpf": (CONNECT, CONNECT), "nft": (NFT_SOCKMAP, REFUSED)}
@@ -90,7 +91,7 @@ def load(options: Options, before: Mapping[str, Any]) -> Loaded:
     try:
         attach.prepare(root)
     except OSError as error:
-        problem = f"there is no bpf file system at {root.parent}, and it cannot be mounted: {error.strerror or error}"
+        problem = f"there is no bpf file system at {root.parent}, and it cannot be mounted: {os.strerror(error.errno or 0)}"
         return Loaded(None, Ability(problem, problem, problem, no_rules), "")
     if before.get("fingerprint") == ours:
         with contextlib.suppress(attach.NotInstalled, OSError, TypeError):
@@ -268,6 +269,7 @@ class Agent:
         if stuck := self.pods.hand_over():
             return {"ok": False, "error": "these pods would lose their capture, so nothing was removed: " + "; ".join(stuck)}
         if self.programs is not None:
+            time.sleep(_IN_FLIGHT_S)
             self.programs.remove_all()
             self.programs = self.pods.programs = None
         removed = "removed by --remove"
@@ -397,6 +399,7 @@ def _remove_alone(options: Options) -> dict[str, Any]:
     pods.restore(list(state.get("pods") or []))
     if stuck := pods.hand_over():
         return {"ok": False, "error": "these pods would lose their capture, so nothing was removed: " + "; ".join(stuck)}
+    time.sleep(_IN_FLIGHT_S)
     attach.remove(options.pins)
     options.state.unlink(missing_ok=True)
     options.socket.unlink(missing_ok=True)

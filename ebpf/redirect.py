@@ -15,6 +15,8 @@ TABLE = "pillion"
 
 Range = tuple[int, int]
 
+_OPENING = "tcp flags & (fin | syn | rst | ack) == syn"
+
 
 def ports(ranges: Iterable[Range]) -> str:
     """An anonymous set of nft: ``{ 22, 8000-8010 }``."""
@@ -44,7 +46,8 @@ def capture(
 
     Out: everything but the sidecar's own connections (by uid) and what stays on the loopback device, so that talking to oneself never
     touches the sidecar (Linkerd's proxy-init has the same two exemptions). In: everything but the admin port, which the node probes;
-    what arrives for the sidecar's own ports is led to it like the rest, where the loop guard refuses it.
+    what arrives for the sidecar's own ports is led to it like the rest, where the loop guard refuses it. Only what opens a connection is
+    redirected: conntrack takes a connection that it sees in the middle for a new one, and connections that eBPF had captured must live on.
     """
     outbound = [f"tcp dport {ports(skip_outbound)} return"] if skip_outbound else []
     inbound = [f"tcp dport {ports([(ADMIN_PORT, ADMIN_PORT), *skip_inbound])} return"]
@@ -55,13 +58,13 @@ def capture(
                 f"meta skuid {sidecar_uid} return",
                 'oifname "lo" return',
                 *outbound,
-                f"meta l4proto tcp redirect to :{outbound_port}",
+                f"{_OPENING} redirect to :{outbound_port}",
             ],
             "prerouting": [
                 hook("nat", "prerouting", -100),
                 'iifname "lo" return',
                 *inbound,
-                f"meta l4proto tcp redirect to :{inbound_port}",
+                f"{_OPENING} redirect to :{inbound_port}",
             ],
         }
     )

@@ -1,7 +1,7 @@
 """The node's agent as a process of the runner: the same program that captures pods on Kubernetes. Called by local.supervisor.
 
-Its bpf file system is mounted in the runner's own mount namespace, and its programs hang on the runner's own cgroup: when the runner ends,
-however it ends, the mount goes, with it every pin, and with those every program. Started again when it ends; capture goes on meanwhile.
+Its bpf file system is mounted in the runner's own mount namespace: when the runner ends, however it ends, the mount goes, with it every
+pin, and with those every program. Started again when it ends by itself; capture goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -57,8 +57,6 @@ class NodeAgent:
         reading, self._pipe_write = os.pipe()
         words = [sys.executable, "-P", "-m", "ebpf.agent", "--socket", str(self.socket), "--state", str(self._state / "agent.json")]
         words += ["--pins", str(folder / "pillion"), "--admin", "", "--capture", self._capture, "--ready-fd", str(self._pipe_write)]
-        if cgroup := own_cgroup():
-            words += ["--cgroup", cgroup]
         (self._state / "logs").mkdir(mode=0o700, exist_ok=True)
         with open(self._state / "logs" / "agent.log", "ab") as log:
             self._process = subprocess.Popen(
@@ -141,18 +139,6 @@ class NodeAgent:
     async def status(self) -> dict[str, Any]:
         """Node and pods with their counters; raises ebpf.client.NoAgent."""
         return await self.ask(Status())
-
-
-def own_cgroup() -> str:
-    """The unified cgroup that the runner is in, and with it everything that it starts; "" where that hierarchy is not mounted."""
-    try:
-        path = next(line[3:].strip() for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    except (OSError, StopIteration):
-        return ""
-    root = next((words[1] for words in mounts if words[2] == "cgroup2"), "")
-    found = root.rstrip("/") + path
-    return found if root and os.path.isdir(found) else root
 
 
 def describe(node: Mapping[str, Any]) -> str:

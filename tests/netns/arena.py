@@ -213,7 +213,7 @@ class Arena(LocalMesh):
         (self.folder / "workloads.yaml").write_text(WORKLOADS)
         (self.folder / "policy.yaml").write_text(POLICY)
         (self.folder / "opaque-may.yaml").write_text(OPAQUE_MAY)
-        up = self.up()
+        up = self.up("--capture", os.environ.get("PILLION_TEST_CAPTURE", "auto"))
         assert up.returncode == 0, up.stderr + (self.state / "runner.log").read_text()
         self._pids: dict[tuple[str, str], tuple[str, int]] = {}
 
@@ -233,6 +233,13 @@ class Arena(LocalMesh):
         """A pod's address, IPv4 or IPv6."""
         found: str = self.pods()[self.pod(workload)]["addresses"][family]
         return found
+
+    @property
+    def level(self) -> int:
+        """How its meshed pods are captured (ebpf.plan)."""
+        levels = {pod["level"] for pod in self.pods().values() if pod["meshed"]}
+        assert len(levels) == 1, levels
+        return int(levels.pop())
 
     def vip(self, service: str, family: int = 0) -> str:
         """A Service's address."""

@@ -6,6 +6,7 @@ Bridge CNIs put all pods of a node on one segment; there a pod with CAP_NET_RAW 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import socket
 import struct
 import subprocess
@@ -20,6 +21,7 @@ SYN, RST, PUSH_ACK, SYN_ACK = 0x02, 0x04, 0x18, 0x12
 class Neighbour:
     """At the node's end of a pod's link."""
 
+    _first_ports = itertools.count(40000, 100)  # what an earlier neighbour left open is answered again and again
     IP = "10.142.0.250"  # of no pod: what is sent to it passes this end of the link
 
     def __init__(self, arena: Arena, workload: str) -> None:
@@ -29,7 +31,7 @@ class Neighbour:
         self._sock.bind((_link_to(arena, arena.ip(workload)), 0x0800))
         self._sock.settimeout(0.2)
         self._own_mac = self._sock.getsockname()[4]
-        self._port = 40000
+        self._port = next(Neighbour._first_ports)
         self._node = ["nsenter", "-t", str(arena.runner_pid()), "-n", "ip", "route"]
         # or the node would tell the pod by ICMP that nobody has this address, which ends a connection that begins
         subprocess.run([*self._node, "replace", "blackhole", self.IP], check=True)

@@ -10,6 +10,8 @@ from arena import HTTP, PLAIN, Arena
 from local_lab import wait_until
 from neighbour import Neighbour
 
+from ebpf.plan import CONNECT
+
 pytestmark = [pytest.mark.netns, pytest.mark.slow]
 
 ADMIN = 4191
@@ -52,7 +54,8 @@ def test_a_sidecar_is_no_way_to_other_hosts(arena: Arena, neighbour: Neighbour) 
     request = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
     assert neighbour.ask(arena.ip("db-1"), PLAIN, request) == b""
     assert neighbour.ask("10.142.0.1", 9990, request) == b"", "nor to the node"
-    assert 'error="foreign-destination"' in arena.ask("stranger", arena.ip("db-0"), ADMIN, "/metrics").body.decode()
+    if arena.level != CONNECT:  # there the kernel's own routing refuses it before anybody is asked
+        assert 'error="foreign-destination"' in arena.ask("stranger", arena.ip("db-0"), ADMIN, "/metrics").body.decode()
 
 
 def test_a_port_scan_costs_the_scanned_pod_nothing_it_needs(arena: Arena) -> None:

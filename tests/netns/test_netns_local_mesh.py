@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from local_lab import COMMAND, LocalMesh, wait_until
 
+from ebpf.redirect import capture
+
 pytestmark = [pytest.mark.netns, pytest.mark.needs("curl", "setpriv")]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "hello"
@@ -181,9 +183,17 @@ else:
 """
 
 
-@pytest.mark.parametrize(("ruleset", "expected"), [("no such rule", "refused: nft -f - failed"), ("table inet x {}", "started")])
+@pytest.mark.parametrize(
+    ("ruleset", "expected"),
+    [
+        ("no such rule", "refused: nft -f - failed"),
+        ("table inet x {}", "refused: capture is not in place: pillion-capture: IPv4: a connection to 192.0.2.1 did not arrive"),
+        (capture(), "started"),
+    ],
+    ids=["not loaded", "not capturing", "capturing"],
+)
 def test_a_pod_without_its_capture_does_not_start(tmp_path: Path, ruleset: str, expected: str) -> None:
-    """Fail closed: rules that nft refuses leave no namespace to run in."""
+    """Fail closed: rules that nft refuses, or that lead nothing to the sidecar, leave no namespace to run in."""
     (tmp_path / "hosts").touch()
     words = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     words += [sys.executable, "-c", _WITHOUT_CAPTURE, str(tmp_path), ruleset]
