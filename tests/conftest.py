@@ -18,6 +18,13 @@ _PACKAGES = {
     "nghttpd": "nghttp2-server",
     "go": "golang-go",
     "etcd": "etcd-server",
+    "redis-cli": "redis-tools",
+    "redis-benchmark": "redis-tools",
+    "node": "nodejs",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "busybox": "busybox-static",
+    "dpkg-deb": "dpkg",
+    "apt-get": "apt",
 }
 """Which Debian package has a program, where it is not the package of the same name."""
 
