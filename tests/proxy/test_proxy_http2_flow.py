@@ -99,7 +99,7 @@ def test_data_that_comes_before_the_verdict_is_held_and_then_sent() -> None:
 
 
 def test_a_client_that_is_not_decided_about_yet_sends_one_window_at_most() -> None:
-    chain = Chain()
+    chain = Chain(Http2Limits(stream_window=65535))
     chain.gate.decide = lambda _head, _token: None
     stream = chain.ask(GRPC, end=False)
     for _ in range(4):

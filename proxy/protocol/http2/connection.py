@@ -209,9 +209,20 @@ class Connection(FlowControl):
     # ---- frames
 
     def _scan(self, data: bytes) -> None:
-        if self._rest:
-            data = self._rest + data
-        at, size = 0, len(data)
+        rest = self._rest
+        if not rest:
+            self._frames(data, 0)
+            return
+        missing = 9 + (frames.length_of(rest)) - len(rest) if len(rest) >= 9 else len(data)
+        if missing >= len(data):
+            self._frames(rest + data, 0)
+            return
+        self._frames(rest + data[:missing], 0)  # the frame that the read before began; joining all of both would copy the long one
+        if not self.dead:
+            self._frames(data, missing)
+
+    def _frames(self, data: bytes, at: int) -> None:
+        size = len(data)
         while size - at >= 9:
             word, flags, stream_id = _unpack(data, at)
             if word > self._largest:

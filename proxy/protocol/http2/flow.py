@@ -20,6 +20,7 @@ from proxy.protocol.http2.hpack_codec import NO_TABLE
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.sides import Sink
 
+_LARGE: Final = 2048  # bytes from which a copy costs more than a second entry in the queue
 _EARNED: Final = 4  # control frames a DATA frame of ours entitles the peer to: two WINDOW_UPDATEs and two PINGs (BDP probes)
 
 
@@ -163,7 +164,8 @@ class FlowControl:
         end.progress = end.sent = True
         self.calm += _EARNED
         fin = not held and end.fin == b""
-        self.queue(head(size << 8, fin, end.id) + chunk)
+        self.queue(head(size << 8, fin, end.id))
+        self.queue(chunk)
         source = end.other
         if source.conn is not None:
             source.conn.held_from -= size
@@ -222,7 +224,11 @@ class FlowControl:
             conn.window -= length
             conn.calm += _EARNED
             to.sent = True
-            conn.queue(head(length << 8, fin, to.id) + payload)
+            if length >= _LARGE:
+                conn.queue(head(length << 8, fin, to.id))
+                conn.queue(payload)
+            else:
+                conn.queue(head(length << 8, fin, to.id) + payload)
             if fin:
                 conn.sent_fin(to)
             else:

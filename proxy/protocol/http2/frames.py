@@ -108,6 +108,11 @@ def header_block(stream: int, block: bytes, end_stream: bool, max_frame: int) ->
     return b"".join(parts)
 
 
+def length_of(header: bytes) -> int:
+    """The payload's length by the first 9 bytes of a frame."""
+    return header[0] << 16 | header[1] << 8 | header[2]
+
+
 def read_u32(payload: bytes) -> int:
     """The 31 bits of a WINDOW_UPDATE, or the 32 of a RST_STREAM."""
     value: int = _U32.unpack(payload)[0]
