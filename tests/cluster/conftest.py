@@ -6,6 +6,7 @@ on that one, whose nodes must be able to get the images named by --image, --agen
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -30,6 +31,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cluster", "tests on a Kubernetes cluster")
     group.addoption("--image", help="Pillion's image on the cluster of KUBECONFIG")
     group.addoption("--agent-image", help="the agent's image there")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _progress(pytestconfig: pytest.Config) -> None:
+    """What the cluster says about itself is shown while tests run, although pytest captures what tests print."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    plain = kit.say
+
+    def say(text: str) -> None:
+        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+            plain(text)
+
+    kit.say = say
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -47,14 +48,8 @@ class CannotBuild(Exception):
 
 
 def say(text: str) -> None:
-    """Progress, to the terminal also while pytest captures."""
-    line = f"cluster: {text}\n".encode()
-    with contextlib.suppress(OSError):
-        os.write(_TERMINAL, line)
-
-
-_TERMINAL = os.dup(2)
-"""Standard error as it was when this module was imported: pytest's capture replaces descriptor 2 later."""
+    """Progress, for whoever waits: standard error, or what the test runner puts here."""
+    print(f"cluster: {text}", file=sys.stderr, flush=True)
 
 
 def _run(*command: str, cwd: Path, **environment: str) -> str:

@@ -124,40 +124,21 @@ class Space:
         return self.app(target, "call", url, *more, container=container)
 
     @contextlib.contextmanager
-    def load(self, target: str, url: str, *more: str, seconds: float = 600) -> Iterator[Load]:
-        """A load from inside a pod while the body runs; its totals are in the yielded object afterwards."""
-        arguments = [
-            "exec",
-            "-i",
-            target,
-            "-c",
-            "app",
-            "--",
-            "python3",
-            "/app/app.py",
-            "load",
-            url,
-            f"--seconds={seconds}",
-            "--until-eof",
-            *more,
-        ]
-        process = subprocess.Popen(
-            self.kube.command(f"--namespace={self.name}", *arguments),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def load(self, target: str, url: str, *more: str) -> Iterator[Load]:
+        """A load from inside a pod while the body runs; its totals are in the yielded object afterwards.
+
+        It runs by itself inside the pod, so that neither the API server nor a kubelet has to be there meanwhile.
+        """
+        file = f"/tmp/load-{time.monotonic_ns()}"
+        program = 'setsid python3 /app/app.py load "$@" > $0.json 2> $0.err < /dev/null & echo $!'
+        number = self.exec(target, "sh", "-c", program, file, url, "--seconds=1200", *more).strip()
         running = Load()
         try:
             yield running
         finally:
-            assert process.stdin is not None
-            with contextlib.suppress(OSError):
-                process.stdin.close()
-                process.stdin = None
-            output, errors = process.communicate(timeout=60)
-            running.end(output, errors)
+            self.exec(target, "sh", "-c", f"kill {number}")
+            said = until("the load has ended", lambda: self.exec(target, "sh", "-c", f"cat {file}.json {file}.err"))
+            running.end(said)
 
     # --- the sidecar -----------------------------------------------------------------------------------------------------------------
 
@@ -176,11 +157,11 @@ class Load:
     failures: Sequence[str] = ()
     pods: dict[str, int]
 
-    def end(self, output: str, errors: str) -> None:
+    def end(self, output: str) -> None:
         try:
             totals = json.loads(output.splitlines()[-1])
         except (ValueError, IndexError):
-            raise AssertionError(f"the load did not end in order: {output[-500:]} {errors[-1000:]}") from None
+            raise AssertionError(f"the load did not end in order: {output[-1000:]}") from None
         self.calls, self.failed, self.failures, self.pods = totals["calls"], totals["failed"], totals["failures"], totals["pods"]
 
 

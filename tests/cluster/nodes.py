@@ -128,13 +128,14 @@ class Cluster:
         remembered = self.state / "run" / f"{node.namespace}-{name}.json"
         remembered.write_text(json.dumps(command))
         log = self.state / "log" / f"{node.namespace}-{name}.log"
-        enter = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
+        # in the background of a shell that ends: the program is init's child, not ours, and lives on after us
+        enter = 'echo $$ > "$0/cgroup.procs" && { setsid "$@" & echo $!; }'
         with log.open("ab") as output:
-            process = subprocess.Popen(
-                ["sh", "-c", enter, str(self._daemons(node)), *node.inside(*command)],
-                cwd=self.state, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-            )  # fmt: skip
-        (self.state / "run" / f"{node.namespace}-{name}.pid").write_text(str(process.pid))
+            command_line = ["sh", "-c", enter, str(self._daemons(node)), "sh", "-c", 'exec "$@" >&2', "-", *node.inside(*command)]
+            done = subprocess.run(
+                command_line, cwd=self.state, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=output, text=True, check=True
+            )
+        (self.state / "run" / f"{node.namespace}-{name}.pid").write_text(done.stdout.strip())
 
     def stop(self, node: Node, name: str, *, kill: bool = False) -> None:
         """End a program that `start` started, here or in another process, and wait until it is gone."""

@@ -218,8 +218,6 @@ def load(options: argparse.Namespace) -> int:
                 failures.append(f"{time.time():.3f} after {time.time() - began:.3f} s: {what}")
             time.sleep(options.pause / 1000)
 
-    if options.until_eof:
-        threading.Thread(target=lambda: (sys.stdin.read(), ENDING.set()), daemon=True).start()
     workers = [threading.Thread(target=work, daemon=True) for _ in range(options.workers)]
     for worker in workers:
         worker.start()
@@ -262,7 +260,6 @@ def main(arguments: list[str]) -> int:
     way.add_argument("--seconds", type=float, default=10)
     way.add_argument("--workers", type=int, default=2)
     way.add_argument("--fresh", action="store_true")
-    way.add_argument("--until-eof", action="store_true", help="end when standard input does")
     way.add_argument("--pause", type=float, default=10, help="milliseconds between two requests of a worker")
     options = parser.parse_args(arguments)
     act: Any = options.act

@@ -1,0 +1,163 @@
+"""Whatever is restarted, drained or away, running traffic goes on: every test holds a load and counts its failures.
+
+The load's server is not ready for two seconds before it ends, as an app does that lets its callers go elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from tests.cluster.conftest import Ground
+from tests.cluster.kube import Kube, Load, Space, client, container, pod, pod_spec, service, until, workload
+from tests.cluster.nodes import Cluster
+from tests.cluster.test_cluster_workloads import caller, identity
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+AWAY_S = float(os.environ.get("PILLION_AWAY", "30"))
+"""How long the API server is away in its test; 600 is what is promised, and too long for every run."""
+
+
+@pytest.fixture(scope="module")
+def life(make_space: Callable[..., Space]) -> Space:
+    """``web``, a replica on each node where there are two, and the client that loads it, on the first node."""
+    made = make_space("life")
+    spread = [
+        {
+            "maxSkew": 1,
+            "topologyKey": "kubernetes.io/hostname",
+            "whenUnsatisfiable": "ScheduleAnyway",
+            "labelSelector": {"matchLabels": {"app": "web"}},
+        }
+    ]
+    serving = container("app", "serve", "--http", "8080", "--drain", "2", ports=[{"name": "http", "containerPort": 8080}])
+    serving["readinessProbe"] = {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1, "failureThreshold": 1}
+    made.apply(workload("Deployment", "web", pod_spec(serving, topologySpreadConstraints=spread), replicas=2), service("web"))
+    made.apply(
+        {
+            "apiVersion": "policy/v1",
+            "kind": "PodDisruptionBudget",
+            "metadata": {"name": "web"},
+            "spec": {"minAvailable": 1, "selector": {"matchLabels": {"app": "web"}}},
+        }
+    )
+    first = made.kube.json("get", "nodes")["items"][0]["metadata"]["name"]
+    made.apply(pod("client", pod_spec(container("app", "serve", "--http", "8080"), nodeName=first)))
+    made.rolled_out("deployment/web")
+    made.ready("client")
+    return made
+
+
+@contextmanager
+def nothing_fails(space: Space) -> Iterator[None]:
+    """Kept connections and a new one for each request, from before the body to after it; not one request may fail."""
+    with ExitStack() as stack:
+        loads = [stack.enter_context(space.load("client", "http://web/", "--workers=2", *more)) for more in ((), ("--fresh", "--pause=50"))]
+        time.sleep(1)
+        yield
+        time.sleep(1)
+    _check(loads)
+
+
+def _check(loads: list[Load]) -> None:
+    for load in loads:
+        assert load.calls > 20, "the load has hardly asked anything"
+        assert not load.failed, (load.calls, load.failed, load.failures)
+
+
+def test_a_rolling_restart_of_the_server_fails_no_request(life: Space) -> None:
+    with nothing_fails(life):
+        life.run("rollout", "restart", "deployment/web")
+        life.rolled_out("deployment/web")
+        until("the old pods are gone", lambda: len(life.json("get", "pods", "--selector=app=web")["items"]) == 2, 60)
+
+
+@pytest.mark.parametrize(
+    "component", ["deployment/pillion-identity", "deployment/pillion-policy", "deployment/pillion-injector", "daemonset/pillion-agent"]
+)
+def test_a_restart_of_a_component_fails_no_request_and_pods_go_on_joining(life: Space, mesh: Space, component: str) -> None:
+    with nothing_fails(life):
+        mesh.run("rollout", "restart", component)
+        mesh.rolled_out(component)
+    name = "after-" + component.rpartition("-")[2]
+    life.apply(client(name))
+    life.ready(name)
+    assert caller(life.call(name, "http://web/")) == identity(life)
+    life.run("delete", "pod", name, "--wait=false")
+
+
+def test_the_loss_of_the_whole_control_plane_fails_no_request(life: Space, mesh: Space) -> None:
+    components = ("identity", "policy", "injector")
+    replicas = {name: mesh.json("get", "deployment", f"pillion-{name}")["spec"]["replicas"] for name in components}
+    try:
+        with nothing_fails(life):
+            mesh.run("scale", "--replicas=0", *(f"deployment/pillion-{name}" for name in components))
+            until("it is gone", lambda: not mesh.pods("app.kubernetes.io/component in (identity, policy, injector)"), 60)
+            time.sleep(5)
+    finally:
+        for name, count in replicas.items():
+            mesh.run("scale", f"--replicas={count}", f"deployment/pillion-{name}")
+        mesh.rolled_out(*(f"deployment/pillion-{name}" for name in components))
+
+
+@pytest.fixture(scope="module")
+def machines(ground: Ground) -> Cluster:
+    if ground.nodes is None:
+        pytest.skip("the machines of this cluster are out of reach")
+    return ground.nodes
+
+
+def _ready(kube: Kube) -> bool:
+    nodes = kube.json("get", "nodes")["items"]
+    return all(each["status"] == "True" for node in nodes for each in node["status"]["conditions"] if each["type"] == "Ready")
+
+
+def test_a_restart_of_the_kubelets_fails_no_request(life: Space, machines: Cluster) -> None:
+    with nothing_fails(life):
+        for node in machines.nodes:
+            machines.stop(node, "kubelet", kill=True)
+            machines.again(node, "kubelet")
+        time.sleep(5)
+    until("the nodes are ready", lambda: _ready(life.kube), 60)
+
+
+def test_an_absent_api_server_fails_no_request(life: Space, machines: Cluster) -> None:
+    first = machines.nodes[0]
+    # the load must not depend on `exec` through the API server: it runs by itself and writes its totals to its log
+    totals = ["load", "http://web/", f"--seconds={AWAY_S + 10}", "--workers=2"]
+    life.apply(pod("alone", pod_spec(container("app", *totals), restartPolicy="Never")))
+    until("the load runs", lambda: life.json("get", "pod", "alone")["status"]["phase"] == "Running", 30)
+    time.sleep(2)
+    machines.stop(first, "apiserver")
+    try:
+        time.sleep(AWAY_S)
+    finally:
+        machines.again(first, "apiserver")
+    until("the API server is back", lambda: machines.kubectl("get", "--raw", "/readyz").returncode == 0, 60)
+    until("the load has ended", lambda: "failures" in life.run("logs", "alone", "-c", "app"), 60)
+    ended = Load()
+    ended.end(life.run("logs", "alone", "-c", "app"))
+    _check([ended])
+    until("the nodes are ready", lambda: _ready(life.kube), 90)
+    life.apply(client("afterwards"))
+    life.ready("afterwards")
+    assert caller(life.call("afterwards", "http://web/")) == identity(life)
+
+
+def test_a_drained_node_fails_no_request(life: Space, mesh: Space, machines: Cluster) -> None:
+    if len(machines.nodes) < 2:
+        pytest.skip("needs two nodes")
+    node = "node2"
+    try:
+        with nothing_fails(life):
+            life.kube.run("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=150s", timeout=160)
+            until("web has moved", lambda: {each["spec"]["nodeName"] for each in life.pods("app=web")} == {"node1"})
+            life.rolled_out("deployment/web")
+    finally:
+        life.kube.run("uncordon", node)
+    mesh.rolled_out(*(f"deployment/pillion-{name}" for name in ("identity", "policy", "injector")))
