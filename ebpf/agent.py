@@ -343,6 +343,7 @@ def run(options: Options) -> None:
     try:
         server.run()
     finally:
+        server.close()
         for sock, _ in listeners:
             sock.close()
         options.socket.unlink(missing_ok=True)

@@ -114,6 +114,14 @@ class Server:
         self._stopping = True
         self.wake()
 
+    def close(self) -> None:
+        """After `run`: every connection and the loop's own descriptors; the listeners are their owner's."""
+        for connection in list(self._connections):
+            self._close(connection)
+        self._selector.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
     def run(self) -> None:
         """Until `stop`."""
         while not self._stopping or any(connection.unsent for connection in self._connections):
