@@ -38,7 +38,10 @@ int redirect(struct sk_msg_md *msg) {
   __builtin_memcpy(&peer, &flow->peer, sizeof(peer));
   u32 size = msg->size;
   if (socks.msg_redirect_hash(msg, &peer, BPF_F_INGRESS) != SK_PASS) return by_tcp(flow, ns, COUNT_BY_TCP_UNPAIRED);
-  count(ns, COUNT_MESSAGES, 1);
-  count(ns, COUNT_BYTES, size);
+  struct counters *c = counters.lookup(&ns);
+  if (c) {
+    __sync_fetch_and_add(&c->of[COUNT_MESSAGES], 1);
+    __sync_fetch_and_add(&c->of[COUNT_BYTES], size);
+  }
   return SK_PASS;
 }
