@@ -1,0 +1,207 @@
+"""Last, because it looks at what all tests did and then takes the mesh away: rights that were used, leaving, and coming back by Helm."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.k8s.access import GRANTS, Question, questions
+from tests.cluster.conftest import PILLION, Ground
+from tests.cluster.kube import Kube, Space, until
+from tools.helm import available, ensure
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+OURS = "app.kubernetes.io/part-of=pillion"
+
+NEVER_LOGGED = {
+    ("identity", "create", "configmaps"): "server-side apply of a new object is logged as patch, and needs create as well",
+}
+"""Rights that are needed without being seen, and why."""
+
+
+# --- what was used -------------------------------------------------------------------------------------------------------------------
+
+
+def audited(log: Path) -> tuple[set[tuple[str, ...]], list[str]]:
+    """(component, verb, group, resource/subresource, name) of what our components asked with success, and what was forbidden."""
+    used, forbidden = set(), []
+    for line in log.read_text("utf-8").splitlines():
+        event = json.loads(line)
+        user, ref = event["user"]["username"], event.get("objectRef")
+        if not user.startswith("system:serviceaccount:pillion:pillion-") or ref is None:
+            continue
+        component = user.removeprefix("system:serviceaccount:pillion:pillion-")
+        resource = f"{ref['resource']}/{ref['subresource']}" if ref.get("subresource") else ref["resource"]
+        row = (component, event["verb"], ref.get("apiGroup", ""), resource, ref.get("name", ""))
+        if (event.get("responseStatus") or {}).get("code") == 403:
+            forbidden.append(" ".join(row))
+        else:
+            used.add(row)
+    return used, forbidden
+
+
+def seen(question: Question, used: set[tuple[str, ...]]) -> bool:
+    resource = f"{question.resource}/{question.subresource}" if question.subresource else question.resource
+    named = question.name and question.verb not in ("create", "list", "watch")  # these have no name in their path
+    return any(
+        row[:4] == (question.component, question.verb, question.group, resource) and (not named or row[4] == question.name) for row in used
+    )
+
+
+@pytest.fixture(scope="module")
+def audit_log(ground: Ground, request: pytest.FixtureRequest) -> Path:
+    if ground.nodes is None:
+        pytest.skip("the API server's audit log is out of reach")
+    files = {item.path.name for item in request.session.items}
+    if not {"test_cluster_install.py", "test_cluster_identity.py", "test_cluster_workloads.py"} <= files:
+        pytest.skip("looks at what the other tests made the components do, and these were not asked to run")
+    return ground.nodes.state / "log" / "audit.log"
+
+
+@pytest.fixture(scope="module")
+def everything_done(mesh: Space, make_space: Callable[..., Space]) -> None:
+    """Statuses of every kind, which no other test needs to ask for."""
+    space = make_space("kinds")
+    api = "policy.pillion.dev/v1alpha1"
+    ref = {"group": "policy.pillion.dev", "kind": "Server", "name": "s"}
+    specs: dict[str, Any] = {
+        "Server": {"podSelector": {}, "port": 80},
+        "AuthorizationPolicy": {"targetRef": ref, "requiredAuthenticationRefs": []},
+        "MeshTLSAuthentication": {"identities": ["*"]},
+        "NetworkAuthentication": {"networks": [{"cidr": "10.0.0.0/8"}]},
+    }
+    space.apply(*({"apiVersion": api, "kind": kind, "metadata": {"name": "s"}, "spec": spec} for kind, spec in specs.items()))
+    parent = {"group": "policy.pillion.dev", "kind": "Server", "name": "s"}
+    for kind in ("HTTPRoute", "GRPCRoute"):
+        meta = {"name": kind.lower()}
+        space.apply({"apiVersion": "gateway.networking.k8s.io/v1", "kind": kind, "metadata": meta, "spec": {"parentRefs": [parent]}})
+    for kind in [*specs, "HTTPRoute", "GRPCRoute"]:
+        until(f"a status of {kind}", lambda kind=kind: all(item.get("status") for item in space.json("get", kind.lower())["items"]), 60)  # type: ignore[misc]
+    # twice the same Event is one that is counted: the injector refuses the same pod again and again
+    space.apply({"apiVersion": "apps/v1", "kind": "ReplicaSet", "metadata": {"name": "refused"}, "spec": {
+        "selector": {"matchLabels": {"app": "refused"}}, "replicas": 2,
+        "template": {
+            "metadata": {"labels": {"app": "refused"}, "annotations": {"config.pillion.dev/log-level": "loud"}},
+            "spec": {"containers": [{"name": "app", "image": "none"}]},
+        },
+    }})  # fmt: skip
+    until(
+        "an Event with a count",
+        lambda: [
+            event
+            for event in space.json("get", "events.events.k8s.io")["items"]
+            if event["reason"] == "InjectionRefused" and (event.get("series") or {}).get("count", 0) > 1
+        ],
+        90,
+    )
+
+
+def test_every_right_was_used_and_none_was_missing(audit_log: Path, everything_done: None) -> None:
+    asked = [question for grant in GRANTS if grant.when != "given-issuer" for question in questions(grant)]
+
+    def unused() -> list[Question]:
+        used, _ = audited(audit_log)
+        return [q for q in asked if not seen(q, used) and (q.component, q.verb, q.resource) not in NEVER_LOGGED]
+
+    until("every right used (the rest is asked too much)", lambda: not unused() or False, 45, 3)
+    assert unused() == []
+    # a test takes the policy controller's role away for a moment
+    _, forbidden = audited(audit_log)
+    assert [row for row in forbidden if not row.startswith("policy ")] == []
+
+
+# --- leaving and coming back ---------------------------------------------------------------------------------------------------------
+
+
+def left(kube: Kube) -> list[str]:
+    """Everything with our label, and everything in our namespace."""
+    kinds = [
+        line
+        for line in kube.run("api-resources", "--verbs=list", "-o", "name").split()
+        if not line.startswith(("events", "componentstatuses"))
+    ]
+    found = kube.run("get", ",".join(kinds), "-A", "-l", OURS, "--no-headers", "-o", "name", "--ignore-not-found").split()
+    return sorted(set(found))
+
+
+@pytest.fixture
+def alone(ground: Ground, mesh: Space) -> Iterator[Kube]:
+    """No pod has a sidecar any more; afterwards the mesh is installed again."""
+    kube = ground.kube
+    for pod in kube.json("get", "pods", "-A")["items"]:
+        names = [each["name"] for each in pod["spec"].get("initContainers", []) + pod["spec"]["containers"]]
+        if "pillion-proxy" in names:
+            kube.run("delete", "namespace", pod["metadata"]["namespace"], "--wait=false", "--ignore-not-found")
+    until("no sidecar is left", lambda: "pillion-proxy" not in kube.run("get", "pods", "-A", "-o", "yaml"), 120, 2)
+    yield kube
+    try:
+        kube.run("delete", "namespace", "pillion", "--ignore-not-found", timeout=180)
+    finally:
+        kube.apply(ground.install())
+        mesh.rolled_out(
+            "deployment/pillion-identity", "deployment/pillion-policy", "deployment/pillion-injector", "daemonset/pillion-agent"
+        )
+
+
+def pillion(kube: Kube, *arguments: str) -> str:
+    environment = {**os.environ, "KUBECONFIG": kube.kubeconfig}
+    done = subprocess.run([*PILLION, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_uninstalled_nothing_is_left_but_policies_and_helm_installs_the_same(ground: Ground, alone: Kube, tmp_path: Path) -> None:
+    kube = alone
+    server = {"podSelector": {}, "port": 80}
+    kube.apply(
+        {
+            "apiVersion": "policy.pillion.dev/v1alpha1",
+            "kind": "Server",
+            "metadata": {"name": "kept", "namespace": "default"},
+            "spec": server,
+        }
+    )
+    kube.run("delete", "-f", "-", "--timeout=120s", input=pillion(kube, "uninstall"), timeout=180)
+    crds = [name for name in left(kube) if name.startswith("customresourcedefinition")]
+    assert len(crds) == 4
+    assert [name for name in left(kube) if name not in crds] == []
+    assert kube.json("get", "server.policy.pillion.dev", "kept", "-n", "default")["spec"]["port"] == 80
+    kube.run("delete", "server.policy.pillion.dev", "kept", "-n", "default")
+    kube.run("delete", *crds)
+
+    missing = available()
+    if missing and os.environ.get("CI") != "true":
+        pytest.skip(missing)
+    # the agent's Pod Security level is the namespace's, which Helm does not write
+    kube.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "Namespace",
+            "metadata": {"name": "pillion", "labels": {"pod-security.kubernetes.io/enforce": "privileged"}},
+        }
+    )
+    chart = str(ROOT / "manifests" / "helm")
+    images = ["--set", f"image={ground.image},agentImage={ground.agent_image}"]
+    helm = [str(ensure()), "--kubeconfig", kube.kubeconfig, "--namespace", "pillion"]
+    run = {"capture_output": True, "text": True, "timeout": 300, "check": False}
+    done = subprocess.run([*helm, "install", "pillion", chart, *images, "--wait", "--timeout=180s"], **run)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    issuer = kube.json("get", "secret", "pillion-issuer", "-n", "pillion")["data"]
+    answer = json.loads(pillion(kube, "check", "-o", "json", "--wait", "60"))
+    assert answer["success"]
+    done = subprocess.run([*helm, "upgrade", "pillion", chart, "--reuse-values", "--set", "logLevel=debug", "--wait"], **run)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    assert kube.json("get", "secret", "pillion-issuer", "-n", "pillion")["data"] == issuer, "an upgrade keeps the authority"
+    with pytest.raises(AssertionError, match="kept by Helm"):
+        pillion(kube, "upgrade")
+    done = subprocess.run([*helm, "uninstall", "pillion", "--wait"], **run)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    assert len([name for name in left(kube) if name.startswith("customresourcedefinition")]) == 4, "policies outlive the release"
