@@ -1,4 +1,4 @@
-"""``python -m tests.cluster up|down|code|kubectl ...``: the test cluster for people who want to look around in it.
+"""``python -m tests.cluster up|down|code|install|conformance|kubectl ...``: the test cluster for people who want to look around in it.
 
 up [--nodes N]     a Kubernetes on this machine with DNS and the Gateway API, Pillion's images in its nodes; prints how to use it
 code               the newest code into the images and the nodes (seconds); pods that start afterwards run it
@@ -9,6 +9,7 @@ down               end it and remove everything
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,8 +42,36 @@ def load(cluster: Cluster) -> None:
     kit.say("images loaded")
 
 
+def install(cluster: Cluster, settings: list[str]) -> None:
+    """As the README does it, with the images that are in the nodes."""
+    from tools import image
+
+    command = [sys.executable, "-m", "cli.main", "install", "--image", image.image(), "--agent-image", image.image(agent=True), *settings]
+    manifests = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kubectl = [str(cluster.binaries / "kubectl"), f"--kubeconfig={cluster.kubeconfig}", "-n", "pillion"]
+    subprocess.run([*kubectl, "apply", "-f", "-"], input=manifests, text=True, check=True, stdout=subprocess.DEVNULL)
+    for workload in ("deployment/pillion-identity", "deployment/pillion-policy", "deployment/pillion-injector"):
+        subprocess.run([*kubectl, "rollout", "status", workload, "--timeout=120s"], check=True, stdout=subprocess.DEVNULL)
+    kit.say("Pillion is installed")
+
+
+def conform(cluster: Cluster, report: Path) -> int:
+    """Exit code 1 when a test of the suite failed."""
+    from tests.cluster import conformance
+    from tools import image
+
+    for archive in images.conformance():
+        cluster.load(archive)
+    outcome = conformance.run(str(cluster.kubeconfig), report)
+    log = image.ROOT / ".cache" / "conformance.log"
+    log.parent.mkdir(exist_ok=True)
+    log.write_text(outcome.output)
+    print(f"passed: {', '.join(outcome.passed) or 'none'}\nfailed: {', '.join(outcome.failed) or 'none'}\nreport: {report}, log: {log}")
+    return 1 if outcome.failed else 0
+
+
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in ("up", "down", "code", "kubectl"):
+    if not arguments or arguments[0] not in ("up", "down", "code", "install", "conformance", "kubectl"):
         print(__doc__, file=sys.stderr)
         return 2
     if os.geteuid() != 0:
@@ -61,6 +90,10 @@ def main(arguments: list[str]) -> int:
         return 1
     elif what == "code":
         load(running)
+    elif what == "install":
+        install(running, rest)
+    elif what == "conformance":
+        return conform(running, Path(rest[0] if rest else "docs/conformance/report.yaml"))
     else:
         os.execv(running.binaries / "kubectl", ["kubectl", f"--kubeconfig={running.kubeconfig}", *rest])
     return 0
