@@ -172,6 +172,8 @@ class Mesh:
         with listener, scope or trio.CancelScope():
             while True:
                 await trio.lowlevel.wait_readable(listener)
+                if listener.fileno() < 0:
+                    return  # closed by `leave` when the next connection was there already
                 sock, _ = listener.accept()
                 _sockets.append(sock)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
