@@ -1,11 +1,16 @@
-"""From an answer of the index to the line that carries it, within what a sidecar reads. Called by policy.server."""
+"""From answers of the index to the lines that carry them, made once for all subscribers, within what a sidecar reads.
+
+Called by policy.server.
+"""
 
 from __future__ import annotations
 
 import msgspec
 
+from core.addrs import parse_addr
 from core.runtime import logs
 from policy import wire
+from policy.index import Index
 
 _log = logs.logger("policy")
 
@@ -28,3 +33,49 @@ def encoded_destination(addr: str, destination: wire.Destination) -> bytes:
         destination = msgspec.structs.replace(destination, endpoints=kept)
         line = wire.encode(wire.DestinationState(addr, destination))
     return line
+
+
+Answer = tuple[wire.Destination, bytes]
+
+
+class Answers:
+    """What is said about addresses: the same object for as long as it is the same state, so that states compare by identity."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._known: dict[str, _Known] = {}
+
+    def about(self, addr: str, namespace: str) -> Answer:
+        """For a client in ``namespace``."""
+        known = self._known.get(addr)
+        if known is None:
+            known = self._known[addr] = _Known(parse_addr(addr).ip)
+        scope = self._index.scope(known.ip, namespace)
+        answer = known.fresh.get(scope)
+        if answer is None:
+            destination = self._index.destination(addr, scope)
+            earlier = known.earlier.pop(scope, None)
+            answer = earlier if earlier and earlier[0] == destination else (destination, encoded_destination(addr, destination))
+            known.fresh[scope] = answer
+        return answer
+
+    def change(self, addr: str) -> None:
+        """No answer about the address is certain any more."""
+        known = self._known.get(addr)
+        if known is not None:
+            known.earlier, known.fresh = known.earlier | known.fresh, {}
+
+    def forget(self, addr: str) -> None:
+        """Nobody asks about it any more."""
+        self._known.pop(addr, None)
+
+
+class _Known:
+    """By scope (`Index.scope`). earlier: what was said before the last change, which may still hold."""
+
+    __slots__ = ("earlier", "fresh", "ip")
+
+    def __init__(self, ip: str) -> None:
+        self.ip = ip
+        self.fresh: dict[str, Answer] = {}
+        self.earlier: dict[str, Answer] = {}

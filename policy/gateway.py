@@ -1,11 +1,12 @@
-"""HTTPRoute and GRPCRoute of ``gateway.networking.k8s.io/v1`` whose parent is a Server: from an untrusted dict to rules, or a refusal.
+"""HTTPRoute and GRPCRoute of ``gateway.networking.k8s.io/v1`` whose parent is a Server or a Service: from an untrusted dict to rules.
 
-Decides what a route matches and what of it cannot be enforced inbound; who may use it is policy.index's to say. A route without a
-Server among its parents is none of ours here: it is read only far enough to know that. Pure.
+Decides what a route matches and what of it cannot be done; who may use it, and where it leads, is policy.index's to say. A route without
+such a parent is none of ours: it is read only far enough to know that. Pure.
 
 Three outcomes. *Refused* (InvalidObject): the object contradicts the Gateway API's own rules. *Unsupported*: a valid route with a field
 that has no meaning in front of an app (filters, timeouts, ...); it stays attached but lets nobody in, because a route that was ignored
-would leave its requests to the wider rules of the Server. *Good*. Limits and defaults are the CRD's (Gateway API 1.5).
+would leave its requests to the wider rules of the Server; to a Service it is not attached at all (policy.forwarding). *Good*. Limits and
+defaults are the CRD's (Gateway API 1.5).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from core.k8s.fields import InvalidObject, Raw, one_of, shown
 from core.k8s.objects import ObjectMeta
 from core.refs import Ref
 from policy import paths, patterns, wire
+from policy.forwarding import Forwarding, ServiceParent, read_forwarding
 from policy.model import GATEWAY_GROUP, GROUP, read_spec
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
@@ -35,10 +37,11 @@ _MATCHES_MAX = 128  # of all rules of one route
 
 
 class InboundRoute(msgspec.Struct, frozen=True):
-    """A route as far as Servers are concerned.
+    """A route as far as Servers and Services are concerned.
 
     servers: names of the Servers, all in the route's own namespace, it wants to attach to. unattachable: a sentence for every parent
-    that is a Server but cannot be attached to. unsupported: why the route lets nobody in, "" when it is good.
+    that is a Server but cannot be attached to. unsupported: why the route lets nobody in, "" when it is good. forwarding: what it says
+    about the Services among its parents, None when there are none.
     """
 
     metadata: ObjectMeta
@@ -48,6 +51,7 @@ class InboundRoute(msgspec.Struct, frozen=True):
     hostnames: tuple[str, ...] = ()
     rules: tuple[wire.Rule, ...] = ()
     unsupported: str = ""
+    forwarding: Forwarding | None = None
 
     @property
     def ref(self) -> Ref:
@@ -159,7 +163,8 @@ def _read(
 ) -> InboundRoute:
     meta, spec = read_spec(raw)
     parents = fields.read(spec, _AnySpec, "spec").parent_refs
-    if not any(_is_server(parent) for parent in parents):
+    services = service_parents(parents, meta.namespace)
+    if not services and not any(_is_server(parent) for parent in parents):
         return InboundRoute(meta, kind)
     checked = fields.read(spec, spec_type, "spec")
     servers, unattachable = _attachments(parents, meta.namespace)
@@ -169,7 +174,17 @@ def _read(
     hostnames = tuple(_hostname(f"spec.hostnames[{number}]", name) for number, name in enumerate(checked.hostnames))
     only_servers = all(_is_server(parent) for parent in parents)
     unsupported = next((found for n, rule in enumerate(checked.rules) if (found := _unsupported(n, rule, only_servers))), "")
-    return InboundRoute(meta, kind, servers, unattachable, hostnames, rules, unsupported)
+    forwarding = read_forwarding(services, checked.rules, meta.namespace) if services else None
+    return InboundRoute(meta, kind, servers, unattachable, hostnames, rules, unsupported, forwarding)
+
+
+def service_parents(parents: Sequence[_Parent], namespace: str) -> tuple[ServiceParent, ...]:
+    """The Services among the parents."""
+    return tuple(
+        ServiceParent(parent.namespace or namespace, parent.name, parent.port, parent.section_name)
+        for parent in parents
+        if (parent.group, parent.kind) == ("", "Service")
+    )
 
 
 def _is_server(parent: _Parent) -> bool:

@@ -24,7 +24,7 @@ from core.runtime import logs, sockets
 from core.runtime.tls import HandshakeFailed, TlsStream, server_context
 from core.runtime.watch import Cell
 from policy import wire
-from policy.answers import encoded_destination, encoded_policy
+from policy.answers import Answers, encoded_policy
 from policy.index import Index, Key, PodKey
 from policy.lines import LineBuffer, LineTooLong
 
@@ -119,8 +119,7 @@ class PolicyServer:
         self._limits = limits or Limits()
         self._by_pod: dict[PodKey, list[_Subscriber]] = {}
         self._by_ip: dict[str, dict[str, set[_Subscriber]]] = {}
-        self._encoded: dict[str, tuple[wire.Destination, bytes]] = {}
-        self._stale: set[str] = set()
+        self._answers = Answers(index)
         self._handshakes = 0
         self._pods_changed = trio.lowlevel.ParkingLot()
 
@@ -134,7 +133,7 @@ class PolicyServer:
                     self._recheck(subscriber)
             else:
                 for addr, subscribers in self._by_ip.get(key.ip, {}).items():
-                    self._stale.add(addr)
+                    self._answers.change(addr)
                     for subscriber in subscribers:
                         subscriber.mark(addr)
         if pods_changed:
@@ -320,8 +319,7 @@ class PolicyServer:
         subscribers.discard(subscriber)
         if not subscribers:
             by_addr.pop(addr, None)
-            self._encoded.pop(addr, None)
-            self._stale.discard(addr)
+            self._answers.forget(addr)
         if not by_addr:
             self._by_ip.pop(ip, None)
 
@@ -368,21 +366,11 @@ class PolicyServer:
                 return b""
             subscriber.sent[subject] = policy
             return encoded_policy(subject, policy)
-        destination, line = self._destination(subject)
+        destination, line = self._answers.about(subject, subscriber.pod.namespace)
         if destination is subscriber.sent.get(subject):
             return b""
         subscriber.sent[subject] = destination
         return line
-
-    def _destination(self, addr: str) -> tuple[wire.Destination, bytes]:
-        """What stands behind an address, and its line; the same object for as long as it is the same state."""
-        known = self._encoded.get(addr)
-        if known is None or addr in self._stale:
-            self._stale.discard(addr)
-            destination = self._index.destination(addr)
-            if known is None or destination != known[0]:
-                known = self._encoded[addr] = destination, encoded_destination(addr, destination)
-        return known
 
 
 class _FreshContext:

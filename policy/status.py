@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.refs import Ref
+from policy.forwarding import Forwarding, ServiceParent
 from policy.gateway import InboundRoute
 from policy.index import Index, inbound
 from policy.index.report import Problem
+from policy.index.routing import means, rivals, unresolved
 from policy.model import GATEWAY_GROUP, GROUP, AuthorizationPolicy
 
 CONTROLLER = "pillion.dev/policy-controller"
@@ -97,7 +99,7 @@ def route_verdicts(index: Index, ref: Ref, parent: Raw, refused: str) -> list[Ve
     if (group, kind) == (GROUP, "Server"):
         return _server_parent(index, ref, parent, refused)
     if (group, kind) == ("", "Service"):
-        return _service_parent(index, ref, parent)
+        return _service_parent(index, ref, parent, refused)
     return []
 
 
@@ -122,19 +124,38 @@ def _server_parent(index: Index, ref: Ref, parent: Raw, refused: str) -> list[Ve
     return [Verdict("Accepted", True, "Accepted"), Verdict("ResolvedRefs", True, "ResolvedRefs")]
 
 
-def _service_parent(index: Index, ref: Ref, parent: Raw) -> list[Verdict]:
-    """Routes of Services are not applied; saying so is what keeps them from being ignored in silence."""
+def _service_parent(index: Index, ref: Ref, parent: Raw, refused: str) -> list[Verdict]:
     name, namespace = str(parent.get("name")), str(parent.get("namespace") or ref.namespace)
     service = index.store.services.get(namespace, {}).get(name)
     if service is None:
         return [Verdict("Accepted", False, "NoMatchingParent", f"there is no Service {name} in namespace {namespace}")]
     if not service.vips:
         return [Verdict("Accepted", False, "NoMatchingParent", f"{service.ref} has no cluster IP, so nothing is sent to it")]
-    port, section = parent.get("port"), parent.get("sectionName")
-    if not any(port in (None, entry.port) and section in (None, entry.name) for entry in service.spec.ports):
+    meant = ServiceParent(namespace, name, parent.get("port"), parent.get("sectionName"))
+    ports = [port for port in service.spec.ports if means(meant, service, port)]
+    if not ports:
         return [Verdict("Accepted", False, "NoMatchingParent", f"{service.ref} has no such port")]
-    message = f"routes of a Service are not applied yet; requests to {service.ref} go to its own endpoints"
-    return [Verdict("Accepted", False, "UnsupportedValue", message)]
+    if refused:
+        return [Verdict("Accepted", False, "UnsupportedValue", refused)]
+    route = index.store.objects.get(ref)
+    if not isinstance(route, InboundRoute) or route.forwarding is None:
+        return [Verdict("Accepted", False, "Pending", "not read yet")]
+    if route.forwarding.unsupported:
+        return [Verdict("Accepted", False, "UnsupportedValue", f"{route.forwarding.unsupported}; the route is not applied")]
+    winners = [winner for port in ports for winner in rivals(index.store, service, port, ref.namespace) if winner.kind == "grpc"]
+    if route.kind == "http" and winners:
+        message = f"{winners[0].ref} has the same parent, and a GRPCRoute takes precedence"
+        return [Verdict("Accepted", False, "Conflicted", message)]
+    return [Verdict("Accepted", True, "Accepted"), _resolved(index, route.forwarding)]
+
+
+def _resolved(index: Index, forwarding: Forwarding) -> Verdict:
+    """Of all backendRefs, those of weight 0 included; the message names each that is wrong."""
+    references = dict.fromkeys(reference for rule in forwarding.rules for reference in rule.references)
+    wrong = [found for reference in references if (found := unresolved(index.store, reference))[0]]
+    if not wrong:
+        return Verdict("ResolvedRefs", True, "ResolvedRefs")
+    return Verdict("ResolvedRefs", False, wrong[0][0], "; ".join(dict.fromkeys(sentence for _, sentence in wrong)))
 
 
 def own_verdicts(index: Index, ref: Ref, refused: str, problems: Iterable[Problem]) -> Iterable[Verdict]:

@@ -129,8 +129,51 @@ class Endpoint(msgspec.Struct, frozen=True):
     pod: Ref | None = None
 
 
+class FieldEdit(msgspec.Struct, frozen=True):
+    """Gateway API RequestHeaderModifier: ``remove`` (lower case, those that are set included), then ``add`` appended, name and value."""
+
+    remove: tuple[str, ...] = ()
+    add: tuple[tuple[str, str], ...] = ()
+
+
+class Share(msgspec.Struct, frozen=True):
+    """One backendRef of a rule. backend: position in `Destination.backends`. weight: 0 takes nothing."""
+
+    backend: int
+    weight: int = 1
+    edit: FieldEdit | None = None
+
+
+class Action(msgspec.Struct, frozen=True):
+    """What becomes of the requests of a rule: a share each for its backends. No share at all is an error of the route: 500."""
+
+    shares: tuple[Share, ...] = ()
+    edit: FieldEdit | None = None
+
+
+class ServiceRoute(msgspec.Struct, frozen=True):
+    """An accepted HTTPRoute or GRPCRoute of a Service. actions: one for each of ``rules``. hostnames as in `Route`."""
+
+    ref: Ref
+    kind: Literal["http", "grpc"]
+    hostnames: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    actions: tuple[Action, ...]
+
+
+class Backend(msgspec.Struct, frozen=True):
+    """A Service that rules send requests to. problem: why there is none, and its share is answered with 500; "" when there is."""
+
+    ref: Ref
+    endpoints: tuple[Endpoint, ...] = ()
+    problem: str = ""
+
+
 class Destination(msgspec.Struct, frozen=True):
     """What stands behind a dialled address.
+
+    routes: when there are any, they alone decide where HTTP requests go (``backends``), and what none of them wants gets 404;
+    ``endpoints`` are then only for opaque connections. Oldest first, as in `InboundPolicy`; all of one kind.
 
     kind ``service``: ``endpoints`` are its ready ones; empty means there is none now (503, UNAVAILABLE).
     kind ``pod``: exactly one endpoint, the dialled address itself. kind ``external``: unknown to the mesh, forwarded as dialled.
@@ -141,6 +184,8 @@ class Destination(msgspec.Struct, frozen=True):
     ref: Ref | None
     protocol: Protocol
     endpoints: tuple[Endpoint, ...] = ()
+    routes: tuple[ServiceRoute, ...] = ()
+    backends: tuple[Backend, ...] = ()
 
 
 # --- sidecar -> controller -------------------------------------------------------------------------------------------

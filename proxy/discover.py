@@ -22,6 +22,7 @@ from policy.authorize import PortAuthorizer
 from policy.wire import Destination, InboundPolicy
 from proxy.balance import Balancer
 from proxy.rescue import Cause, Failure
+from proxy.routing import Routing
 
 _UNUSED_S = 90.0  # a destination nobody dialled for this long is forgotten (Linkerd keeps 5 s outbound, 90 s inbound)
 _RECENT_PORTS = 64  # undeclared ports of ours that stay known although no connection uses them
@@ -89,15 +90,19 @@ class PortState:
 
 
 class DestinationState:
-    """What stands behind one dialled address. users: connections that hold it now. changed: told of every replacement."""
+    """What stands behind one dialled address. users: connections that hold it now. changed: told of every replacement.
 
-    __slots__ = ("_cell", "_now", "addr", "balancer", "changed", "destination", "unused_since", "users")
+    routing: where HTTP requests go when routes decide that, None when the balancer alone does.
+    """
+
+    __slots__ = ("_cell", "_now", "addr", "balancer", "changed", "destination", "routing", "unused_since", "users")
 
     def __init__(self, addr: Addr, cell: Cell[Destination | None], now: Callable[[], float]) -> None:
         self.addr = addr
         self._cell = cell
         self.destination: Destination | None = None
         self.balancer = Balancer(random.random)
+        self.routing: Routing | None = None
         self.changed: set[Callable[[], None]] = set()
         self.users = 0
         self._now = now
@@ -110,7 +115,9 @@ class DestinationState:
         if destination is None:
             return
         self.destination = destination
-        self.balancer.replace(destination.endpoints, self._now())
+        now = self._now()
+        self.balancer.replace(destination.endpoints, now)
+        self.routing = Routing(destination, self.routing, random.random, now) if destination.routes else None
         for listener in tuple(self.changed):
             listener()
 

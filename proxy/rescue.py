@@ -35,6 +35,7 @@ class Cause(enum.Enum):
     NO_POLICY = "policy-unknown"  # fail closed: nobody told us yet who may
     NO_IDENTITY = "identity-unknown"  # fail closed: we have no certificate yet
     NO_ENDPOINTS = "no-endpoints"
+    NO_BACKEND = "backend-invalid"  # a route sends the request to something that does not exist
     PORT_UNDEFINED = "service-port-undefined"
     CONNECT_REFUSED = "connect-refused"
     CONNECT_TIMEOUT = "connect-timeout"
@@ -63,6 +64,7 @@ _TABLE: dict[Cause, Effect] = {
     Cause.NO_ROUTE: Effect(404, 12, "info", True),
     Cause.NO_POLICY: Effect(503, 14, "warning", False),
     Cause.NO_IDENTITY: Effect(503, 14, "warning", False),
+    Cause.NO_BACKEND: Effect(500, 14, "warning", True),
     Cause.NO_ENDPOINTS: Effect(503, 14, "info", True),
     Cause.PORT_UNDEFINED: Effect(502, 14, "info", False),
     Cause.CONNECT_REFUSED: Effect(502, 14, "info", True),

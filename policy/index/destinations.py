@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from core.addrs import Addr, InvalidAddr, canonical_ip, parse_addr
 from core.k8s.objects import EndpointSlice, Pod, Service, ServicePort, SliceEndpoint
 from policy import wire
-from policy.index import inbound, options
+from policy.index import inbound, options, routing
 from policy.index.settings import IndexSettings
 from policy.index.store import Store
 
@@ -33,12 +33,12 @@ _APP_PROTOCOLS: dict[str, wire.Protocol] = {
 """Service.spec.ports[].appProtocol. Linkerd makes every value it does not know opaque, ``grpc`` included; here such a port is detected."""
 
 
-def resolve(store: Store, addr: str, settings: IndexSettings) -> wire.Destination:
-    """What stands behind ``ip:port``; raises core.addrs.InvalidAddr."""
+def resolve(store: Store, addr: str, settings: IndexSettings, namespace: str = "") -> wire.Destination:
+    """What stands behind ``ip:port`` for a client in ``namespace``; raises core.addrs.InvalidAddr."""
     dialled = parse_addr(addr)
     service = store.service_at(dialled.ip)
     if service is not None:
-        return _service(store, service, dialled, settings)
+        return _service(store, service, dialled, settings, namespace)
     pod = store.pod_at(dialled.ip)
     if pod is None:
         return wire.Destination("external", None, _external_protocol(dialled.port, settings))
@@ -50,13 +50,19 @@ def _external_protocol(port: int, settings: IndexSettings) -> wire.Protocol:
     return "opaque" if options.read_port_list(settings.opaque_ports).holds(port) else "detect"
 
 
-def _service(store: Store, service: Service, dialled: Addr, settings: IndexSettings) -> wire.Destination:
+def _service(store: Store, service: Service, dialled: Addr, settings: IndexSettings, namespace: str) -> wire.Destination:
     port = next((entry for entry in service.spec.ports if entry.port == dialled.port and entry.protocol == "TCP"), None)
     if port is None:
         return wire.Destination("refused", service.ref, "detect")
-    ready = _ready(store, service, port, ":" in dialled.ip)
-    endpoints = tuple(_endpoint(addr, ready[addr], settings) for addr in sorted(ready))
-    return wire.Destination("service", service.ref, _service_protocol(store, service, port, ready, settings), endpoints)
+    ipv6 = ":" in dialled.ip
+
+    def endpoints(of: Service, at: ServicePort) -> tuple[wire.Endpoint, ...]:
+        ready = _ready(store, of, at, ipv6)
+        return tuple(_endpoint(addr, ready[addr], settings) for addr in sorted(ready))
+
+    protocol = _service_protocol(store, service, port, _ready(store, service, port, ipv6), settings)
+    routes, backends = routing.routing(store, service, port, namespace, endpoints)
+    return wire.Destination("service", service.ref, protocol, endpoints(service, port), routes, backends)
 
 
 def _ready(store: Store, service: Service, port: ServicePort, ipv6: bool) -> dict[Addr, Pod | None]:

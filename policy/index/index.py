@@ -15,7 +15,7 @@ from core.k8s.objects import EndpointSlice, Namespace, Object, Pod, Service
 from core.refs import Ref, default_ref
 from policy import wire
 from policy.gateway import InboundRoute
-from policy.index import destinations, inbound, options
+from policy.index import destinations, inbound, options, routing
 from policy.index.keys import IpKey, Key, PodKey
 from policy.index.settings import IndexSettings
 from policy.index.store import Store
@@ -74,9 +74,14 @@ class Index:
             return msgspec.structs.replace(policy, check_paths=False)
         return policy
 
-    def destination(self, addr: str) -> wire.Destination:
-        """What stands behind ``ip:port``; raises core.addrs.InvalidAddr."""
-        return destinations.resolve(self.store, addr, self.settings)
+    def destination(self, addr: str, namespace: str = "") -> wire.Destination:
+        """What stands behind ``ip:port`` for a client in ``namespace``; raises core.addrs.InvalidAddr."""
+        return destinations.resolve(self.store, addr, self.settings, namespace)
+
+    def scope(self, ip: str, namespace: str) -> str:
+        """``namespace`` when clients in it get another answer than everybody about this address, else ""."""
+        service = self.store.service_at(ip)
+        return routing.consumer_scope(self.store, service, namespace) if service is not None else ""
 
     def pod(self, namespace: str, name: str) -> Pod | None:
         """The pod, None when it is not known."""
@@ -103,9 +108,9 @@ class Index:
         namespace = object_.metadata.namespace
         if isinstance(object_, EndpointSlice):
             service = self.store.services.get(namespace, {}).get(object_.service)
-            return _vips(service) if service is not None else set()
+            return self._service_keys(service) if service is not None else set()
         if isinstance(object_, Service):
-            return _vips(object_)
+            return self._service_keys(object_)
         if isinstance(object_, Pod):
             return self._pod_keys(object_)
         if isinstance(object_, Namespace):
@@ -114,8 +119,10 @@ class Index:
             self._server_policies.pop(namespace, None)
             pods = self.store.pods.get(namespace, {}).values()
             return {key for pod in pods if object_.pod_selector.matches(pod.metadata.labels) for key in self._pod_keys(pod)}
-        if isinstance(object_, AuthorizationPolicy | InboundRoute):
+        if isinstance(object_, AuthorizationPolicy):
             return self._policies_of({namespace})
+        if isinstance(object_, InboundRoute):
+            return self._route_keys(object_)
         if isinstance(object_, MeshTLSAuthentication | NetworkAuthentication):
             users = self.store.policies_by_required.get(object_.ref, {})
             return self._policies_of({policy.metadata.namespace for policy in users.values()})
@@ -130,7 +137,26 @@ class Index:
         keys: set[Key] = {PodKey(pod.metadata.namespace, pod.metadata.name)}
         keys.update(IpKey(ip) for ip in pod.ips)
         for service in self.store.services_of(pod):
-            keys |= _vips(service)
+            keys |= self._service_keys(service)
+        return keys
+
+    def _service_keys(self, service: Service) -> set[Key]:
+        """Its own addresses, and those of Services whose routes lead to it."""
+        keys = _vips(service)
+        for route in self.store.routes_by_backend.get((service.metadata.namespace, service.metadata.name), {}).values():
+            keys |= self._parent_keys(route)
+        return keys
+
+    def _route_keys(self, route: InboundRoute) -> set[Key]:
+        keys = self._policies_of({route.metadata.namespace}) if route.servers else set()
+        return keys | self._parent_keys(route)
+
+    def _parent_keys(self, route: InboundRoute) -> set[Key]:
+        keys: set[Key] = set()
+        for parent in route.forwarding.parents if route.forwarding else ():
+            service = self.store.services.get(parent.namespace, {}).get(parent.name)
+            if service is not None:
+                keys |= _vips(service)
         return keys
 
     def _namespace_keys(self, namespace: str) -> set[Key]:
@@ -139,7 +165,7 @@ class Index:
             keys.add(PodKey(namespace, pod.metadata.name))
             keys.update(IpKey(ip) for ip in pod.ips)
         for service in self.store.services.get(namespace, {}).values():
-            keys |= _vips(service)
+            keys |= self._service_keys(service)
         return keys
 
 

@@ -31,6 +31,8 @@ class Store:
         self.policies: dict[str, dict[str, AuthorizationPolicy]] = {}
         self.policies_by_required: dict[Ref, dict[Ref, AuthorizationPolicy]] = {}
         self.routes: dict[str, dict[Ref, InboundRoute]] = {}
+        self.routes_by_service: dict[Named, dict[Ref, InboundRoute]] = {}
+        self.routes_by_backend: dict[Named, dict[Ref, InboundRoute]] = {}
         self.authentications: dict[Ref, MeshTLSAuthentication | NetworkAuthentication] = {}
 
     def put(self, object_: Object) -> None:
@@ -78,8 +80,18 @@ class Store:
             yield self.policies, namespace, name, object_
             for required in object_.required:
                 yield self.policies_by_required, required, object_.ref, object_
-        elif isinstance(object_, InboundRoute) and (object_.servers or object_.unattachable):
-            yield self.routes, namespace, object_.ref, object_
+        elif isinstance(object_, InboundRoute):
+            yield from self._places_of_route(object_)
+
+    def _places_of_route(self, route: InboundRoute) -> Iterator[tuple[dict[Any, Any], object, object, object]]:
+        if route.servers or route.unattachable:
+            yield self.routes, route.metadata.namespace, route.ref, route
+        if route.forwarding is not None:
+            for parent in {(parent.namespace, parent.name) for parent in route.forwarding.parents}:
+                yield self.routes_by_service, parent, route.ref, route
+            references = (reference for rule in route.forwarding.rules for reference in rule.references)
+            for backend in {(reference.namespace, reference.name) for reference in references}:
+                yield self.routes_by_backend, backend, route.ref, route
 
     def namespace_annotations(self, namespace: str) -> Mapping[str, str]:
         """Annotations of a namespace; none for one that is not known (yet)."""

@@ -1,8 +1,8 @@
 """The gate of outbound requests: choose an endpoint for each, and a connection to it (steps 5 to 7).
 
 One gate for each client connection. With one endpoint the client connection keeps its upstream connection, one to one; with several,
-each request goes where the balancer says and connections come from the pools. An endpoint that cannot be reached costs the request
-nothing as long as another one is there: nothing was sent yet.
+each request goes where the balancer says and connections come from the pools. Where the Service has routes, these say which balancer
+(proxy.routing). An endpoint that cannot be reached costs the request nothing as long as another one is there: nothing was sent yet.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import trio
 from core import alpn
 from core.addrs import parse_addr
 from policy.wire import Endpoint
-from proxy.balance import EndpointLoad
+from proxy.balance import Balancer, EndpointLoad
 from proxy.discover import DestinationState
 from proxy.outbound.pool import Http1Pool, Http2Pool
 from proxy.protocol.http1 import Http1Client, Http1Upstream
 from proxy.protocol.http2 import Http2Client, Http2Upstream
-from proxy.protocol.requests import LATER, Answer, Bodies, Forward, HeadEdit, RequestHead, Verdict
+from proxy.protocol.requests import LATER, Answer, Bodies, Forward, RequestHead, Verdict
 from proxy.rescue import Cause, Failure
+from proxy.routing import UNTOUCHED, Way
 from proxy.telemetry.record import Note, OutboundRecord
 from proxy.transport.connect import Dialer, Dialled
 from proxy.transport.relay import Relay
 
 _ATTEMPTS = 3  # endpoints tried for one request before its client is told
-_UNTOUCHED = HeadEdit()
 
 
 class Services(NamedTuple):
@@ -43,12 +43,13 @@ class Services(NamedTuple):
 
 
 class Exchange:
-    """What a gate remembers of a request in flight. note: the record's own."""
+    """What a gate remembers of a request in flight. way: where it may go, and its header changes. note: the record's own."""
 
-    __slots__ = ("load", "note")
+    __slots__ = ("load", "note", "way")
 
-    def __init__(self, load: EndpointLoad, note: Note) -> None:
+    def __init__(self, load: EndpointLoad, way: Way, note: Note) -> None:
         self.load = load
+        self.way = way
         self.note = note
 
 
@@ -62,7 +63,7 @@ class _Gate(ABC):
     def __init__(self, services: Services, destination: DestinationState, record: OutboundRecord) -> None:
         self._services = services
         self._destination = destination
-        self._balancer = destination.balancer
+        self._straight = Way(destination.balancer, UNTOUCHED)
         self._record = record
         self._now = services.now
         self._gone = False
@@ -73,22 +74,28 @@ class _Gate(ABC):
     def request(self, head: RequestHead, token: int) -> Verdict | None:
         """See requests.Gate."""
         now = self._now()
-        load = self._balancer.choose(now)
+        way, routing = self._straight, self._destination.routing
+        if routing is not None:
+            chosen = routing.choose(head)
+            if isinstance(chosen, Cause):
+                return Answer(chosen, self.explain, self._unsent(now, head))
+            way = chosen
+        load = way.balancer.choose(now)
         if load is None:
             return Answer(Cause.NO_ENDPOINTS, self.explain, self._unsent(now, head))
-        exchange = Exchange(load, self._record.begin(load.endpoint, head, now))
+        exchange = Exchange(load, way, self._record.begin(load.endpoint, head, now))
         upstream = self._ready(load.endpoint)
         if upstream is None:
             self._open(exchange, token)
             return LATER
         load.active += 1
-        return Forward(upstream, _UNTOUCHED, exchange)
+        return Forward(upstream, way.edit, exchange)
 
     def retry(self, exchange: object, head: RequestHead, token: int) -> Verdict | None:
         """See requests.Gate: on a fresh connection, to the endpoint the balancer prefers now."""
         assert isinstance(exchange, Exchange)
         exchange.load.active -= 1
-        exchange.load = self._balancer.choose(self._now()) or exchange.load
+        exchange.load = exchange.way.balancer.choose(self._now()) or exchange.load
         self._open(exchange, token)
         return LATER
 
@@ -129,14 +136,14 @@ class _Gate(ABC):
     def _unsent(self, now: float, head: RequestHead) -> Exchange:
         nowhere = EndpointLoad(_NOWHERE, now)
         nowhere.active = 1
-        return Exchange(nowhere, self._record.begin(None, head, now))
+        return Exchange(nowhere, self._straight, self._record.begin(None, head, now))
 
     def _open(self, exchange: Exchange, token: int) -> None:
         exchange.load.active += 1
         self._owed[token] = exchange
-        self._services.nursery.start_soon(self._dial, exchange.load, token)
+        self._services.nursery.start_soon(self._dial, exchange.load, exchange.way.balancer, token)
 
-    async def _dial(self, load: EndpointLoad, token: int) -> None:
+    async def _dial(self, load: EndpointLoad, balancer: Balancer, token: int) -> None:
         """Open a connection for one request, trying other endpoints while the first ones cannot be reached."""
         tried: frozenset[str] = frozenset()
         while True:
@@ -147,7 +154,7 @@ class _Gate(ABC):
                 self._record.note(failure)
                 load.failed(self._now())
                 tried |= {endpoint.addr}
-                other = self._balancer.choose(self._now(), avoid=tried) if len(tried) < _ATTEMPTS else None
+                other = balancer.choose(self._now(), avoid=tried) if len(tried) < _ATTEMPTS else None
                 if other is None:
                     self._proceed(token, failure.cause)
                     return
@@ -174,7 +181,7 @@ class _Gate(ABC):
         exchange = self._owed.pop(token, None)
         if exchange is None:
             return
-        verdict = Answer(found, self.explain, exchange) if isinstance(found, Cause) else Forward(found, _UNTOUCHED, exchange)
+        verdict = Answer(found, self.explain, exchange) if isinstance(found, Cause) else Forward(found, exchange.way.edit, exchange)
         with self._services.relay.batch():
             self.engine.proceed(token, verdict)
 
@@ -241,7 +248,8 @@ class Http2Gate(_Gate):
         self._waiting: dict[Endpoint, list[int]] = {}
 
     def _alive(self) -> dict[Endpoint, Http2Upstream]:
-        return self._own if len(self._balancer) == 1 else self._services.http2.shared
+        alone = self._destination.routing is None and len(self._straight.balancer) == 1
+        return self._own if alone else self._services.http2.shared
 
     def _ready(self, endpoint: Endpoint) -> Http2Upstream | None:
         upstream = self._alive().get(endpoint)
@@ -257,10 +265,10 @@ class Http2Gate(_Gate):
             self._owed[token] = exchange
             waiting.append(token)
 
-    async def _dial(self, load: EndpointLoad, token: int) -> None:
+    async def _dial(self, load: EndpointLoad, balancer: Balancer, token: int) -> None:
         endpoint = load.endpoint
         try:
-            await super()._dial(load, token)
+            await super()._dial(load, balancer, token)
         finally:
             waiting = self._waiting.pop(endpoint, [])
         with self._services.relay.batch():

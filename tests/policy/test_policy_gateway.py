@@ -94,8 +94,8 @@ def test_what_cannot_be_enforced_in_front_of_an_app_makes_the_route_unsupported(
     assert next(iter(rule)) in route.unsupported
 
 
-def test_a_route_without_a_server_as_parent_is_none_of_ours() -> None:
-    raw = lab.route(parent={"group": "", "kind": "Service", "name": "cart"}, filters=[{"type": "URLRewrite"}], unheardOf=1)
+def test_a_route_with_neither_server_nor_service_as_parent_is_none_of_ours() -> None:
+    raw = lab.route(parent={"name": "gateway"}, filters=[{"type": "URLRewrite"}], unheardOf=1)
     route = read_http_route(raw)
     assert not (route.servers or route.unattachable or route.rules)
 

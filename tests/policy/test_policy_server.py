@@ -310,7 +310,7 @@ async def test_nothing_is_left_of_a_peer_that_went() -> None:
         await peer.hear()
         await peer.stream.aclose()
         await trio.testing.wait_all_tasks_blocked()
-        assert (server._by_pod, server._by_ip, server._encoded, server.counters.connected) == ({}, {}, {}, 0)
+        assert (server._by_pod, server._by_ip, server._answers._known, server.counters.connected) == ({}, {}, {}, 0)
 
 
 def test_what_no_sidecar_would_read_is_shortened_or_denied(monkeypatch: pytest.MonkeyPatch) -> None:

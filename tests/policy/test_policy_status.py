@@ -71,9 +71,43 @@ def test_a_service_without_an_address_is_no_parent() -> None:
     assert spoken(indexed(lab.service(vip="None"), route), route) == [("Accepted", "False", "NoMatchingParent")]
 
 
-def test_a_route_of_a_service_is_said_not_to_be_applied() -> None:
-    route = lab.route(parent=SERVICE | {"port": 80, "sectionName": "web"})
-    assert spoken(indexed(lab.service(), route), route) == [("Accepted", "False", "UnsupportedValue")]
+def to(name: str = "cart", **fields: Any) -> dict[str, Any]:
+    return {"name": name, "port": 80, **fields}
+
+
+def test_a_route_of_a_service_is_accepted_and_says_which_backends_are_there() -> None:
+    def resolved(**backend: Any) -> tuple[str, str]:
+        route = lab.route(parent=SERVICE | {"port": 80, "sectionName": "web"}, backendRefs=[to(), to(**backend)])
+        (accepted, (_, status, reason)) = spoken(indexed(lab.service(), route), route)
+        assert accepted == ("Accepted", "True", "Accepted")
+        return status, reason
+
+    assert resolved() == ("True", "ResolvedRefs")
+    assert resolved(name="nobody") == ("False", "BackendNotFound")
+    assert resolved(port=81) == ("False", "BackendNotFound")
+    assert resolved(group="example.com", kind="Bucket") == ("False", "InvalidKind")
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({"filters": [{"type": "URLRewrite", "urlRewrite": {}}]}, 'filter "URLRewrite" is not supported'),
+        ({"timeouts": {"request": "1s"}}, "timeouts is not supported"),
+        ({"backendRefs": [to(filters=[{"type": "RequestMirror"}])]}, "spec.rules[0].backendRefs[0].filters[0]"),
+    ],
+)
+def test_what_a_route_of_a_service_cannot_do_is_said(rule: dict[str, Any], words: str) -> None:
+    route = lab.route(parent=SERVICE, **rule)
+    status = wanted(indexed(lab.service(), route), stored(route), "", (), NOW)
+    assert said(status) == [("Accepted", "False", "UnsupportedValue")]
+    assert status is not None and words in status["parents"][0]["conditions"][0]["message"]
+
+
+def test_an_http_route_of_a_service_with_a_grpc_route_is_conflicted() -> None:
+    route, winner = lab.route(parent=SERVICE), lab.route("winner", kind="GRPCRoute", parent=SERVICE)
+    index = indexed(lab.service(), route, winner)
+    assert spoken(index, route) == [("Accepted", "False", "Conflicted")]
+    assert spoken(index, winner)[0] == ("Accepted", "True", "Accepted")
 
 
 def test_a_filter_that_cannot_act_is_an_unsupported_value() -> None:

@@ -1,0 +1,111 @@
+"""Where a request to a Service with routes goes: the rule that matches it, one of the rule's backends by weight, the header changes.
+
+Compiled from what the controller said about one destination; replaced whole when it says something new, with the loads of endpoints that
+stay. Matching is policy.match, the same as for authorization; a target is read leniently, because nothing is guarded here. Pure.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from itertools import accumulate
+from typing import NamedTuple
+
+from core.refs import Ref
+from policy.match import MixedKinds, RouteTable, host_untrusted
+from policy.paths import lenient_target_untrusted, query_values
+from policy.patterns import InvalidPattern
+from policy.wire import Action, Destination, FieldEdit, Route
+from proxy.balance import Balancer
+from proxy.protocol.requests import HeadEdit, RequestHead
+from proxy.rescue import Cause
+
+UNTOUCHED = HeadEdit()
+_REMEMBERED = 1024  # request shapes whose rule is remembered; then all are forgotten
+
+
+class Way(NamedTuple):
+    """Where a request goes, and what is changed in its head."""
+
+    balancer: Balancer
+    edit: HeadEdit
+
+
+class _Rule:
+    """A rule's ways with their cumulated weights."""
+
+    __slots__ = ("sums", "ways")
+
+    def __init__(self, action: Action, backends: list[Balancer | None]) -> None:
+        self.ways: list[Way | None] = []
+        for share in action.shares:
+            balancer = backends[share.backend]
+            self.ways.append(Way(balancer, _head_edit(action.edit, share.edit)) if balancer is not None else None)
+        self.sums = list(accumulate(share.weight for share in action.shares))
+
+
+class Routing:
+    """The routes of one destination. before: what this replaces; its endpoints keep their averages."""
+
+    def __init__(self, destination: Destination, before: Routing | None, random: Callable[[], float], now: float) -> None:
+        self._random = random
+        self._memo: dict[tuple[object, ...], _Rule | None] = {}
+        self._balancers: dict[tuple[Ref, int], Balancer] = {}
+        backends: list[Balancer | None] = []
+        for backend in destination.backends:
+            if backend.problem:
+                backends.append(None)
+                continue
+            key = backend.ref, sum(ref == backend.ref for ref, _ in self._balancers)  # two ports of one Service are two backends
+            balancer = (before._balancers.get(key) if before else None) or Balancer(random)
+            balancer.replace(backend.endpoints, now)
+            self._balancers[key] = balancer
+            backends.append(balancer)
+        self._rules = [[_Rule(action, backends) for action in route.actions] for route in destination.routes]
+        self._table: RouteTable | None = None
+        try:
+            self._table = RouteTable([Route(route.ref, route.kind, route.hostnames, route.rules, ()) for route in destination.routes])
+        except (InvalidPattern, MixedKinds):
+            pass  # the controller admits no such thing; requests are refused rather than sent anywhere
+
+    def choose(self, head: RequestHead) -> Way | Cause:
+        """Decide about one request: NO_ROUTE when no rule wants it, NO_BACKEND when its share leads nowhere."""
+        table = self._table
+        if table is None:
+            return Cause.INTERNAL
+        headers = head.values(table.header_names)
+        key = head.method, head.target if table.reads_query else head.target.partition(b"?")[0], head.authority, headers
+        try:
+            rule = self._memo[key]
+        except KeyError:
+            rule = self._find(table, head, headers)
+            if len(self._memo) >= _REMEMBERED:
+                self._memo.clear()
+            self._memo[key] = rule
+        if rule is None:
+            return Cause.NO_ROUTE
+        if not rule.sums:
+            return Cause.NO_BACKEND
+        at = bisect_right(rule.sums, self._random() * rule.sums[-1]) if len(rule.sums) > 1 else 0
+        return rule.ways[min(at, len(rule.ways) - 1)] or Cause.NO_BACKEND
+
+    def _find(self, table: RouteTable, head: RequestHead, headers: tuple[bytes | None, ...]) -> _Rule | None:
+        path, query = lenient_target_untrusted(head.target)
+        values = query_values(query, strict=False) if table.reads_query else {}
+        fields = [None if value is None else value.strip(b" \t") for value in headers]
+        host = host_untrusted(head.authority) if table.reads_host else ""
+        found = table.find(host, head.method.decode("latin-1"), path, values, fields)
+        return self._rules[found.route_index][found.rule_index] if found else None
+
+
+def _head_edit(rule: FieldEdit | None, share: FieldEdit | None) -> HeadEdit:
+    """The rule's changes, then the backend's on what these made."""
+    strip: dict[bytes, None] = {}
+    add: list[tuple[bytes, bytes]] = []
+    for edit in (rule, share):
+        if edit is not None:
+            removed = {name.encode() for name in edit.remove}
+            strip |= dict.fromkeys(sorted(removed))
+            add = [(name, value) for name, value in add if name not in removed]
+            add += [(name.encode(), value.encode()) for name, value in edit.add]
+    return HeadEdit(tuple(strip), tuple(add)) if strip or add else UNTOUCHED

@@ -1,0 +1,156 @@
+"""Routes of Services: whose act for whom, where they lead, and who hears of a change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import policy_lab as lab
+import pytest
+from policy_lab import CART_VIP, indexed, parsed
+
+from core.k8s.fields import InvalidObject
+from policy import wire
+from policy.gateway import read_http_route
+from policy.index import Index, IpKey
+
+ADDR = "10.96.0.1:80"
+SERVICE = {"group": "", "kind": "Service", "name": "cart"}
+
+
+def to(name: str, weight: int | None = None, **fields: Any) -> dict[str, Any]:
+    return {"name": name, "port": 80, **({} if weight is None else {"weight": weight}), **fields}
+
+
+def route(name: str = "web", *backends: dict[str, Any], in_namespace: str = "shop", **fields: Any) -> dict[str, Any]:
+    parent = fields.pop("parent", SERVICE) | ({"namespace": "shop"} if in_namespace != "shop" else {})
+    raw = lab.route(name, parent=parent, backendRefs=list(backends), **fields)
+    raw["metadata"]["namespace"] = in_namespace
+    return raw
+
+
+def shop(*raws: dict[str, Any]) -> Index:
+    """Services cart, v1 and v2, each with one pod behind it."""
+    services = [lab.service(), lab.service("v1", "10.96.0.2"), lab.service("v2", "10.96.0.3")]
+    slices = [
+        lab.endpoints(name=f"{of}-1", of=of, **{f"{of}_0": f"10.0.1.{number}"}) for number, of in enumerate(("cart", "v1", "v2"), start=1)
+    ]
+    pods = [lab.pod(f"{of}-0", f"10.0.1.{number}", labels={}) for number, of in enumerate(("cart", "v1", "v2"), start=1)]
+    return indexed(*services, *slices, *pods, *raws)
+
+
+def names(destination: wire.Destination) -> list[str]:
+    return [found.ref.name for found in destination.routes]
+
+
+def addresses(destination: wire.Destination) -> list[list[str]]:
+    return [[endpoint.addr for endpoint in backend.endpoints] for backend in destination.backends]
+
+
+def test_a_service_without_routes_is_what_it_was() -> None:
+    found = shop().destination(ADDR)
+    assert (found.routes, found.backends) == ((), ())
+    assert [endpoint.addr for endpoint in found.endpoints] == ["10.0.1.1:8080"]
+
+
+def test_rules_lead_to_backends_with_weights_and_identities() -> None:
+    found = shop(route("web", to("v1", 70), to("v2", 30))).destination(ADDR)
+    assert addresses(found) == [["10.0.1.2:8080"], ["10.0.1.3:8080"]]
+    assert found.backends[0].endpoints[0].identity == "spiffe://cluster.local/ns/shop/sa/cart"
+    ((action,),) = [one.actions for one in found.routes]
+    assert [(share.backend, share.weight) for share in action.shares] == [(0, 70), (1, 30)]
+    assert wire.decode_to_sidecar_untrusted(wire.encode(wire.DestinationState(ADDR, found))) == wire.DestinationState(ADDR, found)
+
+
+def test_a_backend_that_does_not_exist_keeps_its_share_and_one_of_weight_0_does_no_harm() -> None:
+    found = shop(route("web", to("v1"), to("nobody"), to("neither", 0))).destination(ADDR)
+    assert [bool(backend.problem) for backend in found.backends] == [False, True]
+    assert len(found.routes[0].actions[0].shares) == 2
+
+
+def test_only_the_port_that_a_parent_names_is_meant() -> None:
+    assert names(shop(route(parent=SERVICE | {"port": 81})).destination(ADDR)) == []
+    assert names(shop(route(parent=SERVICE | {"sectionName": "web"})).destination(ADDR)) == ["web"]
+    assert names(shop(route(parent=SERVICE | {"sectionName": "web", "port": 81})).destination(ADDR)) == []
+
+
+def test_a_pods_own_address_has_no_routes() -> None:
+    assert shop(route("web", to("v1"))).destination("10.0.1.1:8080").routes == ()
+
+
+def test_routes_of_a_backend_are_not_looked_at() -> None:
+    inner = route("inner", to("v2"), parent={**SERVICE, "name": "v1"})
+    assert addresses(shop(route("web", to("v1")), inner).destination(ADDR)) == [["10.0.1.2:8080"]]
+
+
+def test_a_consumers_routes_act_for_its_own_namespace_and_then_alone() -> None:
+    index = shop(route("producer", to("v1")), route("consumer", to("v2", namespace="shop"), in_namespace="front"))
+    assert names(index.destination(ADDR, "front")) == ["consumer"]
+    assert (
+        names(index.destination(ADDR, "shop")) == names(index.destination(ADDR, "other")) == names(index.destination(ADDR)) == ["producer"]
+    )
+    assert (index.scope("10.96.0.1", "front"), index.scope("10.96.0.1", "shop"), index.scope("10.9.9.9", "front")) == ("front", "", "")
+
+
+def test_a_grpc_route_displaces_http_routes_and_the_oldest_comes_first() -> None:
+    http = route("http", created="2020-01-01T00:00:00Z")
+    older = lab.route("older", kind="GRPCRoute", parent=SERVICE, created="2021-01-01T00:00:00Z")
+    younger = lab.route("younger", kind="GRPCRoute", parent=SERVICE, created="2022-01-01T00:00:00Z")
+    assert names(shop(younger, http, older).destination(ADDR)) == ["older", "younger"]
+
+
+def test_a_route_that_cannot_be_done_is_not_attached() -> None:
+    assert names(shop(route("web", to("v1"), filters=[{"type": "URLRewrite"}])).destination(ADDR)) == []
+
+
+def test_everybody_who_may_be_affected_hears_of_it() -> None:
+    index = shop()
+    made = route("web", to("v1"))
+    assert index.apply(parsed(made)) == {CART_VIP}
+    assert CART_VIP in index.apply(parsed(lab.endpoints(name="v1-1", of="v1", v1_0="10.0.1.9")))
+    assert CART_VIP in index.delete(parsed(lab.service("v1", "10.96.0.2")).ref)
+    assert index.destination(ADDR).backends[0].problem == "there is no Service v1 in namespace shop"
+    assert CART_VIP in index.apply(parsed(lab.service("v1", "10.96.0.2")))
+    assert index.delete(parsed(made).ref) == {CART_VIP}
+    assert IpKey("10.96.0.2") in index.apply(parsed(lab.service("v1", "10.96.0.2", port=81)))
+    assert not index.store.routes_by_service and not index.store.routes_by_backend
+
+
+def modified(*filters: dict[str, Any]) -> wire.FieldEdit | None:
+    read = read_http_route(route("web", to("v1"), filters=list(filters)))
+    assert read.forwarding is not None and not read.forwarding.unsupported, read.forwarding
+    return read.forwarding.rules[0].edit
+
+
+def test_header_changes_are_read_in_lower_case_and_set_replaces() -> None:
+    change = {"set": [{"name": "X-Set", "value": "a"}], "add": [{"name": "X-Add", "value": "b"}], "remove": ["X-Gone"]}
+    edit = modified({"type": "RequestHeaderModifier", "requestHeaderModifier": change})
+    assert edit == wire.FieldEdit(("x-gone", "x-set"), (("x-set", "a"), ("x-add", "b")))
+
+
+@pytest.mark.parametrize("name", ["Host", "Content-Length", "Transfer-Encoding", "TE", "Connection"])
+def test_what_says_how_a_request_is_carried_is_not_changed(name: str) -> None:
+    modifier = {"type": "RequestHeaderModifier", "requestHeaderModifier": {"remove": [name]}}
+    read = read_http_route(route("web", to("v1"), filters=[modifier]))
+    assert read.forwarding is not None and "cannot be changed" in read.forwarding.unsupported
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"set": [{"name": "a b", "value": "x"}]},
+        {"set": [{"name": "a", "value": "x\r\ny: z"}]},
+        {"set": [{"name": "a", "value": " x"}]},
+        {"set": [{"name": "a", "value": ""}]},
+        {"set": [{"name": "a", "value": "x"}], "remove": ["A"]},
+        {"unheardOf": []},
+    ],
+)
+def test_a_wrong_change_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidObject, match=r"spec\.rules\[0\]\.filters\[0\]\.requestHeaderModifier"):
+        modified({"type": "RequestHeaderModifier", "requestHeaderModifier": change})
+
+
+@pytest.mark.parametrize("backend", [{"weight": -1}, {"weight": 1_000_001}, {"port": 0}, {"name": ""}, {"unheardOf": 1}])
+def test_a_wrong_backend_is_refused(backend: dict[str, Any]) -> None:
+    with pytest.raises(InvalidObject, match=r"spec\.rules\[0\]\.backendRefs\[0\]"):
+        read_http_route(route("web", to("v1") | backend))
