@@ -23,6 +23,7 @@ _PACKAGES = {
     "node": "nodejs",
     "qemu-system-x86_64": "qemu-system-x86",
     "busybox": "busybox-static",
+    "depmod": "kmod",
     "dpkg-deb": "dpkg",
     "apt-get": "apt",
 }

@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pillion" / "kernel"
-PROGRAMS = ("qemu-system-x86_64", "busybox", "cpio", "apt-get", "dpkg-deb")
+PROGRAMS = ("qemu-system-x86_64", "busybox", "cpio", "depmod", "apt-get", "dpkg-deb")
 _MODULES = [
     *("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
-    *("netfs", "fscache", "9pnet", "9pnet_virtio", "9p", "overlay", "veth", "nfnetlink", "nf_tables"),
+    *("netfs", "fscache", "9pnet", "9pnet_virtio", "9p", "overlay", "veth"),
 ]
 _INIT = """#!/bin/busybox sh
 b=/bin/busybox
@@ -55,6 +55,8 @@ def fetch() -> tuple[Path, str]:
             subprocess.run(["apt-get", "download", package[1]], cwd=folder, capture_output=True, check=True)
             subprocess.run(["dpkg-deb", "-x", *(str(path) for path in Path(folder).glob("*.deb")), str(CACHE)], check=True)
     modules = next(CACHE.glob("lib/modules/*"))
+    if not (modules / "modules.dep").exists():
+        subprocess.run(["depmod", "-b", str(CACHE), modules.name], capture_output=True, check=True)
     return CACHE, modules.name
 
 
