@@ -1,4 +1,4 @@
-"""Write what is derived in manifests/ and tests/golden anew, or compare it: roles, the schema of settings, rendered installations.
+"""Write what is derived in manifests/ and tests/golden anew, or compare it: roles, schema of settings, installations, injected pods.
 
 Called by ``make manifests`` (writes) and by tests (compare), so that a change of the chart is seen as a change of what users apply.
 """
@@ -44,13 +44,30 @@ def golden() -> dict[Path, str]:
     }
 
 
+def injected() -> dict[Path, str]:
+    """Path -> text, of a Deployment with everything that injection looks at, injected in every way."""
+    import yaml
+
+    from injector.mark import mark
+    from injector.mesh import Mesh
+    from injector.patch import apply_patch, review
+
+    meshes = {"agent": Mesh(capture="agent"), "init": Mesh(), "classic": Mesh(native_sidecar=False)}
+    before = yaml.safe_load((GOLDEN / "injection-before.yaml").read_text("utf-8"))
+    return {
+        GOLDEN / f"injection-{name}.yaml": yaml.safe_dump(apply_patch(pod, review(pod, {}, mesh)[1]), sort_keys=False, width=140)
+        for name, mesh in meshes.items()
+        for pod in [mark(before)]
+    }
+
+
 def main() -> int:
     """Exit code 1 when --check finds a difference."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     check = parser.parse_args().check
     stale = []
-    for produce in (derived, golden):  # rendered installations hold the derived roles
+    for produce in (derived, golden, injected):  # rendered installations hold the derived roles
         for path, text in produce().items():
             if path.exists() and path.read_text("utf-8") == text:
                 continue

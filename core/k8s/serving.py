@@ -105,7 +105,7 @@ class SharedSecret:
         if isinstance(step, Replace):
             data = {name: base64.b64encode(content).decode() for name, content in step.pair.files().items()}
             await self._api.put(self._path, secret | {"data": {**(secret.get("data") or {}), **data}})
-            log.info("serving certificate made", secret=self._what, reason=step.why, not_after=step.pair.not_after)
+            log.info("serving certificate made", object=self._what, reason=step.why, not_after=step.pair.not_after)
         return step.pair
 
     async def _make_known(self, plural: str, name: str, ca_pem: bytes) -> bool:
