@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import trio
@@ -22,27 +23,31 @@ _UPGRADE = "pillion upgrade | kubectl apply -f -"
 _AT_ONCE = 8  # reviews asked at the same time
 
 
+@cache
+def own_kinds() -> tuple[Object, ...]:
+    """Our CustomResourceDefinitions, as this version has them."""
+    return tuple(item for item in render(load_chart(), {}) if item["kind"] == "CustomResourceDefinition")
+
+
 async def kinds_established(cluster: Cluster) -> str:
     """Our four."""
     missing = []
-    wanted = [item for item in render(load_chart(), {}) if item["kind"] == "CustomResourceDefinition"]
-    for item in wanted:
+    for item in own_kinds():
         found = await cluster.find("apiextensions.k8s.io", "v1", "customresourcedefinitions", item["metadata"]["name"])
         if not _condition(found or {}, "Established"):
             missing.append(item["metadata"]["name"])
     if missing:
         raise Failed(f"not there, or not served: {', '.join(missing)}")
-    return f"{len(wanted)} kinds"
+    return f"{len(own_kinds())} kinds"
 
 
 async def kinds_current(cluster: Cluster) -> None:
     """Their schemas are this version's."""
     other = []
-    for item in render(load_chart(), {}):
-        if item["kind"] == "CustomResourceDefinition":
-            found = await cluster.find("apiextensions.k8s.io", "v1", "customresourcedefinitions", item["metadata"]["name"])
-            if found and _schemas(found) != _schemas(item):
-                other.append(item["metadata"]["name"])
+    for item in own_kinds():
+        found = await cluster.find("apiextensions.k8s.io", "v1", "customresourcedefinitions", item["metadata"]["name"])
+        if found and _schemas(found) != _schemas(item):
+            other.append(item["metadata"]["name"])
     if other:
         raise Failed(f"of another version than this command: {', '.join(other)}")
 
