@@ -19,7 +19,6 @@ import re
 import struct
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -247,7 +246,7 @@ class Installation:
 def _stderr() -> Iterator[IO[bytes]]:
     """What libraries write to standard error, as a file."""
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
+    with os.fdopen(os.memfd_create("stderr"), "w+b") as file:
         os.dup2(file.fileno(), 2)
         try:
             yield file

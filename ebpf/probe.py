@@ -19,7 +19,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -77,6 +76,8 @@ def find(folder: Path | None = None, seconds: float = 60.0) -> Findings:
 
 def trial(sources: Path | None = None) -> Findings:
     """Everything, in this process, which is in other namespaces and another cgroup afterwards: it should end soon."""
+    import tempfile  # here, because the agent imports this module and its memory is a headline number
+
     bpfsys.unshare(_CLONE_NEWNS | _CLONE_NEWNET)
     bpfsys.make_mounts_private()
     with tempfile.TemporaryDirectory(prefix="pillion-probe-") as folder, _cgroup() as cgroup:
