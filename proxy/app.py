@@ -241,7 +241,12 @@ def _limits(config: Config) -> tuple[Http1Limits, Http2Limits]:
         header_timeout_s=config.header_timeout_s,
         idle_timeout_s=config.idle_timeout_s,
     )
-    return http1, Http2Limits(header_list_bytes=config.max_head_bytes, idle_timeout_s=config.idle_timeout_s)
+    return http1, Http2Limits(
+        header_list_bytes=config.max_head_bytes,
+        header_count=config.max_header_count,
+        max_target=config.max_target_bytes,
+        idle_timeout_s=config.idle_timeout_s,
+    )
 
 
 def _write_log(level: str, event: str, **fields: object) -> None:

@@ -175,14 +175,21 @@ class Config:
         integer(1024, 1 << 20),
         default="65536",
         unit="bytes",
-        reason="request or response head (431, 502)",
+        reason="request head (431)",
     )
-    max_header_count: int = setting("PILLION_MAX_HEADER_COUNT", integer(1, 10_000), default="100", reason="fields of a head (431, 502)")
+    max_header_count: int = setting("PILLION_MAX_HEADER_COUNT", integer(1, 10_000), default="100", reason="fields of a request head (431)")
     max_connections: int = setting(
         "PILLION_MAX_CONNECTIONS",
         integer(1, 1_000_000),
         default="50000",
         reason="accepted connections at a time; more are refused",
+    )
+
+    forwarded: str = setting(
+        "PILLION_FORWARDED",
+        one_of("off", "forwarded", "x-forwarded-for"),
+        default="off",
+        reason="the header field that tells the app the caller's address, appended to those that the request came with",
     )
 
     probes: dict[str, Any] = setting("PILLION_PROBES", json_object, default="{}", reason="the app's own probes, by admin path")

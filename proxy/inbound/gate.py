@@ -26,7 +26,7 @@ class InboundGate:
     """Decides about the requests of one client connection; `engine` is set right after construction.
 
     record: counts and logs what becomes of each request. identity: the client's verified SPIFFE URI, which the app is told; a value
-    that the client sends itself is removed in any case.
+    that the client sends itself is removed in any case. forwarded: fields that tell the app the caller's address, if it wants them.
     """
 
     engine: Http1Client | Http2Client
@@ -39,6 +39,7 @@ class InboundGate:
         relay: Relay,
         nursery: trio.Nursery,
         identity: str | None,
+        forwarded: tuple[tuple[bytes, bytes], ...] = (),
     ) -> None:
         self._authorization = authorization
         self._forwarder = forwarder
@@ -47,7 +48,7 @@ class InboundGate:
         self._nursery = nursery
         self.explain = identity is not None
         added = ((CLIENT_ID, identity.encode()),) if identity is not None else ()
-        self._edit = HeadEdit(strip=(CLIENT_ID,), add=added)
+        self._edit = HeadEdit(strip=(CLIENT_ID,), add=(*added, *forwarded))
         self._upstream: Http1Upstream | Http2Upstream | None = None
         self._waiting: dict[int, Note] = {}
         self._connecting = False
@@ -139,3 +140,13 @@ class InboundGate:
     def _gone(self, upstream: Http1Upstream | Http2Upstream) -> None:
         if self._upstream is upstream:
             self._upstream = None
+
+
+def forwarded_fields(setting: str, client_ip: str) -> tuple[tuple[bytes, bytes], ...]:
+    """The fields of the setting PILLION_FORWARDED: RFC 7239 section 4, or the older X-Forwarded-For."""
+    if setting == "off":
+        return ()
+    if setting == "x-forwarded-for":
+        return ((b"x-forwarded-for", client_ip.encode()),)
+    node = f'"[{client_ip}]"' if ":" in client_ip else client_ip
+    return ((b"forwarded", f"for={node};proto=http".encode()),)

@@ -23,7 +23,7 @@ from proxy.config import Config
 from proxy.discover import Discovery, PortState
 from proxy.inbound.authorize import Authorization
 from proxy.inbound.forward import Forwarder
-from proxy.inbound.gate import InboundGate
+from proxy.inbound.gate import InboundGate, forwarded_fields
 from proxy.live import Live
 from proxy.protocol.client_hello import ClientHello
 from proxy.protocol.detect import Detected, FirstLine
@@ -169,7 +169,8 @@ class Inbound:
         if to_app is not None:
             to_app.close()  # requests are permitted one by one; none was yet
         identity = peer.identity.uri if peer.identity else None
-        gate = InboundGate(authorization, forwarder, record, self.relay, self.nursery, identity)
+        told = forwarded_fields(self.config.forwarded, accepted.client.ip)
+        gate = InboundGate(authorization, forwarder, record, self.relay, self.nursery, identity, told)
         link = self.relay.adopt(accepted.stream.release(), NOBODY, peer.records)
         http1 = peer.protocol is Detected.HTTP1
         record.protocol = "HTTP/1.1" if http1 else "HTTP/2"

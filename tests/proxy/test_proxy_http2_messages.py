@@ -8,7 +8,7 @@ import pytest
 from proxy.protocol.http2 import Http2Limits
 from proxy.protocol.http2.hpack_codec import encode
 from proxy.rescue import Cause
-from tests.proxy.http2_fakes import CONTINUATION, DATA, GOAWAY, HEADERS, RST_STREAM, Chain, frame, split
+from tests.proxy.http2_fakes import CONTINUATION, DATA, GOAWAY, GRPC, HEADERS, REQUEST, RST_STREAM, Chain, frame, split
 
 Fields = list[tuple[str, str]]
 M, S, P, A = (":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "a.test")
@@ -217,3 +217,13 @@ def test_a_block_in_continuations_is_one_block() -> None:
     chain.near.received(frame(CONTINUATION, 4, 1, whole[32000:]))
     chain.run()
     assert chain.server.headers(1, h2.events.RequestReceived)["x"] == "v" * 40000
+
+
+def test_a_request_with_too_many_fields_is_answered_with_431() -> None:
+    chain = Chain(Http2Limits(header_count=20))
+    few, many = ([(f"x-{number}", "1") for number in range(count)] for count in (20 - len(GRPC), 21 - len(GRPC)))
+    chain.ask([*GRPC, *few])
+    assert chain.server.headers(1, h2.events.RequestReceived)["x-0"] == "1"
+    stream = chain.ask([*REQUEST, ("te", "trailers"), ("accept", "a"), *many])
+    assert chain.client.headers(stream, h2.events.ResponseReceived)[":status"] == "431"
+    assert len(chain.gate.seen) == 1

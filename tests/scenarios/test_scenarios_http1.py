@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import h11
+import pytest
 import trio
 
 from policy.wire import Endpoint
+from proxy.inbound.gate import forwarded_fields
 from tests.scenarios.mesh import ANYONE, CART, WEB, inbound_policy, mesh, only
-from tests.scenarios.peers import Http1, next_event
+from tests.scenarios.peers import Exchange, H11App, Http1, next_event
 
 
 async def http_app(stream: trio.SocketStream) -> None:
@@ -90,3 +92,24 @@ async def test_an_endpoint_with_another_identity_is_never_spoken_to():
         status, _, headers = await Http1(await made.dial()).ask()
         assert (status, headers[b"pillion-proxy-error"]) == (502, b"tls-handshake-failed")  # nobody there answers to that name
         assert made.metric(made.server, "pillion_request_total") == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "field", "value"),
+    [
+        ("off", b"forwarded", None),
+        ("off", b"x-forwarded-for", None),
+        ("forwarded", b"forwarded", b"for=10.1.0.5;proto=http"),
+        ("x-forwarded-for", b"x-forwarded-for", b"10.1.0.5"),
+    ],
+)
+async def test_the_callers_address_is_told_by_setting_only(setting: str, field: bytes, value: bytes | None):
+    async def answer(exchange: Exchange) -> None:
+        await exchange.answer(exchange.headers.get(field, b"none"))
+
+    async with mesh(H11App(answer), policy=inbound_policy(ANYONE), PILLION_FORWARDED=setting) as made:
+        assert (await Http1(await made.dial_unmeshed()).ask())[1] == (value or b"none")
+
+
+def test_an_ipv6_address_is_told_as_rfc_7239_has_it() -> None:
+    assert forwarded_fields("forwarded", "2001:db8::1") == ((b"forwarded", b'for="[2001:db8::1]";proto=http'),)

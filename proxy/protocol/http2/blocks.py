@@ -131,6 +131,7 @@ class BlockReader:
 
     def __init__(self, limits: Http2Limits) -> None:
         self._limit = limits.header_list_bytes
+        self._most = limits.header_count
         self._stateless = False
         self._acknowledged = False  # our table size of 0: from here on, no other may be announced
         self._empty = False  # the size announced last is 0
@@ -167,7 +168,7 @@ class BlockReader:
         head = memo.known.get(block) if self._stateless else None
         if head is None:
             head = RequestHead(self._read(block), bodiless)
-            if head.size > self._limit:
+            if head.size > self._limit or len(head.fields) > self._most:
                 raise HeaderListTooLarge
             if self._stateless:
                 memo.remember(block, head)

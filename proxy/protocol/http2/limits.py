@@ -19,6 +19,8 @@ class Http2Limits:
     """Streams a client may have open at once. 250 is hyper's default; it also bounds what held data may cost."""
     header_list_bytes: int = 65536
     """Largest header list, counted as RFC 9113 section 6.5.2 does (name + value + 32 each): above it a request is answered with 431."""
+    header_count: int = 100
+    """Fields of a request: above it, it is answered with 431 (Envoy's default)."""
     stream_window: int = 256 << 10
     """Bytes one stream may send before they were forwarded, so also what one unread stream holds at most. Not below 65535, which a
     peer may use before it has read our SETTINGS; with 65535, Linkerd's value, a long body costs a sixth more CPU and stops at 64 KiB a
