@@ -41,6 +41,10 @@ _ORDER = (
 )
 
 
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Ten times faster where libyaml is there."""
+
+
 @dataclass(frozen=True)
 class Chart:
     """The chart's files. high_availability: the overlay that ``--ha`` puts under other settings."""
@@ -81,7 +85,7 @@ def render(chart: Chart, settings: Mapping[str, Any], *, ha: bool = False) -> li
 
 def _documents(name: str, text: str) -> list[dict[str, Any]]:
     try:
-        return [document for document in yaml.safe_load_all(text) if document]
+        return [document for document in yaml.load_all(text, Loader=_Loader) if document]
     except yaml.YAMLError as error:
         raise TemplateError(f"{name} does not render to YAML: {error}") from None
 
