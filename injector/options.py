@@ -67,6 +67,7 @@ class Options:
     log_level: str = "info"
     log_format: str = "json"
     access_log: str = "off"
+    forwarded: str = "off"
     keep_probes: bool = False
     shutdown_grace_s: int = 30
     wait_before_exit_s: int | None = None
@@ -260,6 +261,7 @@ _READERS: Mapping[str, tuple[str, Reader]] = {
     "skip-outbound-ports": ("skip_outbound_ports", _port_list),
     "log-level": ("log_level", _one_of("debug", "info", "warning", "error")),
     "log-format": ("log_format", _one_of("json", "console")),
+    "forwarded": ("forwarded", _one_of("off", "forwarded", "x-forwarded-for")),
     "access-log": ("access_log", _one_of("off", "errors", "all")),
     "keep-probes": ("keep_probes", _boolean),
     "shutdown-grace": ("shutdown_grace_s", _seconds),

@@ -149,6 +149,8 @@ def environment(pod: Mapping[str, Any], options: Options, probes: Sequence[Rewri
         "PILLION_SHUTDOWN_ENDPOINT": "true" if options.shutdown_endpoint else "false",
         "PILLION_PROBES": probes_text({probe.key: probe.original for probe in probes}),
     }
+    if options.forwarded != "off":
+        values["PILLION_FORWARDED"] = options.forwarded
     if options.connect_timeout_ms is not None:
         values["PILLION_CONNECT_TIMEOUT_MS"] = str(options.connect_timeout_ms)
     if options.detect_timeout_s is not None:

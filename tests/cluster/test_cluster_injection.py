@@ -210,8 +210,8 @@ def test_mesh_settings_are_followed_while_the_injector_runs(space: Space, mesh: 
 
     def seen() -> bool:
         found = created(space, client())
-        (proxy,) = [each for each in found["spec"]["initContainers"] if each["name"] == "pillion-proxy"]
-        return any(each.get("name") == "PILLION_DETECT_TIMEOUT_S" for each in proxy["env"])
+        sidecars = [each for each in found["spec"].get("initContainers", []) if each["name"] == "pillion-proxy"]
+        return any(each["name"] == "PILLION_DETECT_TIMEOUT_S" for sidecar in sidecars for each in sidecar["env"])
 
     try:
         mesh.run("patch", "configmap", "pillion-config", "-p", json.dumps({"data": {"mesh.yaml": yaml.safe_dump(marked)}}))

@@ -105,6 +105,7 @@ def test_a_wrong_option_is_refused_with_annotation_value_and_what_was_expected()
         ("unchecked-path-ports", "80;81"),
         ("log-level", "INFO"),
         ("access-log", "apache"),
+        ("forwarded", "via"),
         ("keep-probes", "yes"),
         ("shutdown-grace", "-1"),
         ("shutdown-grace", "3601"),

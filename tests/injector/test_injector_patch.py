@@ -201,6 +201,7 @@ def test_resources_image_and_waiting_follow_the_annotations() -> None:
         wait_before_exit="7",
         connect_timeout="1500ms",
         detect_timeout="2s",
+        forwarded="x-forwarded-for",
         env='{"PILLION_MAX_CONNECTIONS": "7", "PILLION_X": "$(HOME)"}',
     )
     for container in after["spec"]["initContainers"]:
@@ -210,7 +211,23 @@ def test_resources_image_and_waiting_follow_the_annotations() -> None:
     assert proxy["lifecycle"] == {"preStop": {"exec": {"command": ["sleep", "7"]}}}
     env = {entry["name"]: entry.get("value") for entry in proxy["env"]}
     assert (env["PILLION_CONNECT_TIMEOUT_MS"], env["PILLION_DETECT_TIMEOUT_S"]) == ("1500", "2")
-    assert (env["PILLION_MAX_CONNECTIONS"], env["PILLION_X"]) == ("7", "$$(HOME)")
+    assert (env["PILLION_MAX_CONNECTIONS"], env["PILLION_X"], env["PILLION_FORWARDED"]) == ("7", "$$(HOME)", "x-forwarded-for")
+
+
+def test_the_sidecar_understands_everything_that_options_set() -> None:
+    """Names that the sidecar does not read would be settings without effect."""
+    from core.env import settings_of
+    from proxy.config import Config
+
+    known = {setting.name for setting in settings_of(Config)}
+    after = meshed(pod(), connect_timeout="1s", detect_timeout="2s", forwarded="forwarded")
+    assert {entry["name"] for entry in after["spec"]["initContainers"][1]["env"]} <= known
+
+
+def test_the_default_image_is_of_this_version() -> None:
+    from importlib.metadata import version
+
+    assert DEFAULT_MESH.image == f"pillion:{version('pillion')}"
 
 
 # --- a second look ---------------------------------------------------------------------------------------------------
