@@ -15,6 +15,7 @@ from functools import partial
 
 from bench.certs import dns_name
 from bench.contestants.base import API_RULES, BULK_RULES, GRPC_RULES, AppProtocol, Setup, grown_rules
+from bench.hop import p8
 from bench.load import h2, h2load, wrk
 from bench.measure import Outcome, Series, interleaved, pss_bytes
 from bench.rig import (
@@ -275,6 +276,7 @@ SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "P5": p5,
     "P6": p6,
     "P7": p7,
+    "P8": p8,
     "P9": p9,
     "P11": p11,
     "P12": p12,

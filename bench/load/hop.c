@@ -1,0 +1,180 @@
+/* The hop between app and sidecar, with a sidecar that does nothing but relay: what capture itself costs, in C, so that nothing hides it.
+ *
+ *   hop server PORT               echoes messages, or swallows bytes and answers with their number
+ *   hop relay PORT IP PORT        recv() and send() between what it accepts and a connection of its own, one after the other
+ *   hop latency IP PORT SIZE N    prints the median and the 99th percentile of N round trips in microseconds
+ *   hop bulk IP PORT BYTES CHUNK  prints the bytes per second until the server has counted them all
+ *
+ * A client's first 8 bytes say what it wants: u32 1 and the size of its messages, or u32 2 and 0. Exit code 1 and errno's text when
+ * anything goes wrong, a wrong count included. Built and run by bench.hop.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { ECHO = 1, SWALLOW = 2, BUFFER = 1 << 20, READ = 256 << 10, WARM_UP = 200 };
+
+static char buffer[BUFFER];
+
+static void fail(const char *what) {
+  perror(what);
+  exit(1);
+}
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static void no_delay(int fd) {
+  int on = 1;
+  if (setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on)) fail("TCP_NODELAY");
+}
+
+static int listen_on(const char *port) {
+  int fd = socket(AF_INET, SOCK_STREAM, 0), on = 1;
+  struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(port))};
+  setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+  if (bind(fd, (struct sockaddr *)&at, sizeof at) || listen(fd, 64)) fail("listen");
+  puts("listening");
+  fflush(stdout);
+  return fd;
+}
+
+static int connect_to(const char *ip, const char *port) {
+  int fd = socket(AF_INET, SOCK_STREAM, 0);
+  struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(port))};
+  inet_pton(AF_INET, ip, &to.sin_addr);
+  if (connect(fd, (struct sockaddr *)&to, sizeof to)) fail("connect");
+  no_delay(fd);
+  return fd;
+}
+
+/* A blocking recv() of a socket in a sockmap may say EAGAIN once after the other end shut down. */
+static ssize_t receive(int fd, void *to, size_t size) {
+  for (;;) {
+    ssize_t n = recv(fd, to, size, 0);
+    if (n >= 0) return n;
+    if (errno != EAGAIN && errno != EINTR) return -1;
+    struct pollfd wait = {.fd = fd, .events = POLLIN};
+    poll(&wait, 1, -1);
+  }
+}
+
+static int receive_all(int fd, void *to, size_t size) {
+  for (size_t done = 0; done < size;) {
+    ssize_t n = receive(fd, (char *)to + done, size - done);
+    if (n <= 0) return -1;
+    done += (size_t)n;
+  }
+  return 0;
+}
+
+static void send_all(int fd, const void *from, size_t size) {
+  for (size_t done = 0; done < size;) {
+    ssize_t n = send(fd, (const char *)from + done, size - done, MSG_NOSIGNAL);
+    if (n < 0 && errno != EINTR && errno != EAGAIN) fail("send");
+    if (n > 0) done += (size_t)n;
+  }
+}
+
+static void serve(int fd) {
+  uint32_t wish[2];
+  if (receive_all(fd, wish, sizeof wish)) return;
+  if (wish[0] == ECHO) {
+    while (!receive_all(fd, buffer, wish[1])) send_all(fd, buffer, wish[1]);
+    return;
+  }
+  uint64_t count = 0;
+  for (ssize_t n; (n = receive(fd, buffer, READ)) > 0;) count += (uint64_t)n;
+  send_all(fd, &count, sizeof count);
+}
+
+static void relay(int client, const char *ip, const char *port) {
+  int fd[2] = {client, connect_to(ip, port)}, open = 3;
+  while (open) {
+    struct pollfd wait[2];
+    for (int i = 0; i < 2; i++) wait[i] = (struct pollfd){.fd = open & (1 << i) ? fd[i] : -1, .events = POLLIN};
+    poll(wait, 2, -1);
+    for (int i = 0; i < 2; i++) {
+      if (!wait[i].revents) continue;
+      ssize_t n = recv(fd[i], buffer, READ, MSG_DONTWAIT);
+      if (n > 0) {
+        send_all(fd[1 - i], buffer, (size_t)n);
+      } else if (n == 0 || (errno != EAGAIN && errno != EINTR)) {
+        shutdown(fd[1 - i], SHUT_WR);
+        open &= ~(1 << i);
+      }
+    }
+  }
+  close(fd[1]);
+}
+
+static int ascending(const void *a, const void *b) {
+  double x = *(const double *)a, y = *(const double *)b;
+  return (x > y) - (x < y);
+}
+
+static void latency(int fd, uint32_t size, int count) {
+  uint32_t wish[2] = {ECHO, size};
+  double *took = calloc((size_t)count, sizeof *took);
+  send_all(fd, wish, sizeof wish);
+  for (int i = -WARM_UP; i < count; i++) {
+    double began = now();
+    send_all(fd, buffer, size);
+    if (receive_all(fd, buffer, size)) fail("the echo ended");
+    if (i >= 0) took[i] = (now() - began) * 1e6;
+  }
+  qsort(took, (size_t)count, sizeof *took, ascending);
+  printf("%.2f %.2f\n", took[count / 2], took[count - 1 - count / 100]);
+}
+
+static void bulk(int fd, uint64_t size, uint64_t chunk) {
+  uint32_t wish[2] = {SWALLOW, 0};
+  uint64_t counted = 0;
+  send_all(fd, wish, sizeof wish);
+  double began = now();
+  for (uint64_t done = 0; done < size; done += chunk) send_all(fd, buffer, chunk);
+  shutdown(fd, SHUT_WR);
+  if (receive_all(fd, &counted, sizeof counted)) fail("no count came back");
+  if (counted != (size + chunk - 1) / chunk * chunk) {
+    fprintf(stderr, "%llu bytes arrived, not %llu\n", (unsigned long long)counted, (unsigned long long)size);
+    exit(1);
+  }
+  printf("%.0f\n", (double)counted / (now() - began));
+}
+
+int main(int words, char **word) {
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+  signal(SIGPIPE, SIG_IGN);
+  const char *role = words > 1 ? word[1] : "";
+  int serving = !strcmp(role, "server") && words == 3, relaying = !strcmp(role, "relay") && words == 5;
+  if (serving || relaying) {
+    int listener = listen_on(word[2]);
+    for (;;) {
+      int fd = accept(listener, 0, 0);
+      if (fd < 0) continue;
+      no_delay(fd);
+      if (relaying) relay(fd, word[3], word[4]);
+      else serve(fd);
+      close(fd);
+    }
+  }
+  if (!strcmp(role, "latency") && words == 6) latency(connect_to(word[2], word[3]), (uint32_t)atoi(word[4]), atoi(word[5]));
+  else if (!strcmp(role, "bulk") && words == 6) bulk(connect_to(word[2], word[3]), strtoull(word[4], 0, 10), strtoull(word[5], 0, 10));
+  else return 2;
+  return 0;
+}
