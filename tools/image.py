@@ -176,13 +176,13 @@ def opened(made: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return manifest, json.loads(_blob(made, manifest["config"]["digest"]))
 
 
-def code_layer() -> bytes:
-    """Our code as one layer, compiled ahead when this interpreter is the base's."""
+def code_layer(root: Path = ROOT) -> bytes:
+    """The code below ``root`` as one layer, compiled ahead: the base must have this interpreter's version of Python."""
     with tempfile.TemporaryDirectory() as scratch:
         top = Path(scratch) / PREFIX
         for name in CODE:
-            if (ROOT / name).exists():
-                shutil.copytree(ROOT / name, top / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+            if (root / name).exists():
+                shutil.copytree(root / name, top / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         for name in ("setup.cfg", "LICENSE"):
             shutil.copy(ROOT / name, top)
         (top / "bin").mkdir()
