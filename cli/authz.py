@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from cli.output import mesh_options, output_option, print_json, print_table, ref_text
-from cli.reach import LocalMesh
+from cli.output import namespace_option, output_option, print_json, print_table, ref_text
+from cli.where import Asked, Where, where_options
 from injector.fixed import ADMIN_PORT, INBOUND_PORT, OUTBOUND_PORT
 
 _OWN_PORTS = frozenset({OUTBOUND_PORT, INBOUND_PORT, ADMIN_PORT})
@@ -14,11 +14,12 @@ _OWN_PORTS = frozenset({OUTBOUND_PORT, INBOUND_PORT, ADMIN_PORT})
 
 @click.command()
 @click.argument("workload")
-@mesh_options
+@namespace_option
+@where_options
 @output_option
-def authz(workload: str, namespace: str, mesh: str, output: str) -> None:
+def authz(workload: str, namespace: str, where: Where, output: str) -> None:
     """Show who may use which port of WORKLOAD (``cart``, ``deploy/cart`` or a pod), and by which policy."""
-    running = LocalMesh(mesh)
+    running = Asked(where)
     pod = running.pods(namespace, workload)[0]  # the others have the same labels, and so the same policy
     rows = running.policy("/diagnostics/authz", namespace=pod.namespace, pod=pod.name)
     rows = [row for row in rows if row["port"] not in _OWN_PORTS]

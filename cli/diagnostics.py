@@ -7,8 +7,8 @@ from typing import Any
 import click
 import msgspec
 
-from cli.output import CommandFailed, mesh_options, output_option, print_json, print_table, ref_text
-from cli.reach import LocalMesh
+from cli.output import CommandFailed, namespace_option, output_option, print_json, print_table, ref_text
+from cli.where import Asked, Where, where_options
 
 
 @click.group()
@@ -18,11 +18,12 @@ def diagnostics() -> None:
 
 @diagnostics.command("proxy-metrics")
 @click.argument("workload")
-@mesh_options
+@namespace_option
+@where_options
 @output_option
-def proxy_metrics(workload: str, namespace: str, mesh: str, output: str) -> None:
+def proxy_metrics(workload: str, namespace: str, where: Where, output: str) -> None:
     """Print the metrics of every sidecar of WORKLOAD (table: Prometheus' text format)."""
-    running = LocalMesh(mesh)
+    running = Asked(where)
     found = {f"{pod.namespace}/{pod.name}": running.sidecar(pod, "/metrics").decode() for pod in running.pods(namespace, workload)}
     if output == "json":
         print_json({name: _samples(text) for name, text in found.items()})
@@ -41,11 +42,12 @@ def _samples(text: str) -> list[dict[str, Any]]:
 @diagnostics.command()
 @click.argument("workload")
 @click.option("-p", "--port", type=click.IntRange(1, 65535), help="Default: every port the sidecar knows.")
-@mesh_options
+@namespace_option
+@where_options
 @output_option
-def policy(workload: str, port: int | None, namespace: str, mesh: str, output: str) -> None:
+def policy(workload: str, port: int | None, namespace: str, where: Where, output: str) -> None:
     """Show the policy of WORKLOAD's ports: with -p how the controller came to it, without what the sidecar holds."""
-    running = LocalMesh(mesh)
+    running = Asked(where)
     pod = running.pods(namespace, workload)[0]
     if port is not None:
         report = running.policy("/diagnostics/policy", namespace=pod.namespace, pod=pod.name, port=str(port))
@@ -87,11 +89,12 @@ def _grant_row(grant: dict[str, Any]) -> tuple[str, ...]:
 @diagnostics.command()
 @click.argument("address", required=False)
 @click.option("--of", "workload", help="What the sidecar of this workload knows, instead of the controller.")
-@mesh_options
+@namespace_option
+@where_options
 @output_option
-def endpoints(address: str | None, workload: str | None, namespace: str, mesh: str, output: str) -> None:
+def endpoints(address: str | None, workload: str | None, namespace: str, where: Where, output: str) -> None:
     """Show what stands behind ADDRESS (IP:PORT) for the controller, or (--of) every address a workload's sidecar has dialled."""
-    running = LocalMesh(mesh)
+    running = Asked(where)
     if workload:
         pod = running.pods(namespace, workload)[0]
         held = msgspec.json.decode(running.sidecar(pod, "/endpoints"))
@@ -118,11 +121,12 @@ def _destination_rows(addr: str, found: dict[str, Any] | None) -> list[tuple[obj
 
 @diagnostics.command()
 @click.argument("workload")
-@mesh_options
+@namespace_option
+@where_options
 @output_option
-def config(workload: str, namespace: str, mesh: str, output: str) -> None:
+def config(workload: str, namespace: str, where: Where, output: str) -> None:
     """Show the settings that the first sidecar of WORKLOAD runs with."""
-    running = LocalMesh(mesh)
+    running = Asked(where)
     pod = running.pods(namespace, workload)[0]
     settings = msgspec.json.decode(running.sidecar(pod, "/config"))
     if not isinstance(settings, dict):

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import msgspec
 
 from cli.output import CommandFailed, output_option, print_json, print_table
-from cli.pods import CONTROL_NAMESPACE, ClusterMesh, configured
-from cli.reach import SIDECAR, LocalMesh
-from identity.admin_client import AdminRefused, IdentityAdmin
+from cli.reach import SIDECAR
+from cli.where import Asked, Where, where_options
+from identity.admin_client import AdminRefused
 from identity.admin_wire import Status
-from local.state import state_folder
-
-F = TypeVar("F", bound=Callable[..., Any])
-_DEFAULT = "default"
 
 
 class _WorkloadOrCommand(click.Group):
@@ -39,81 +31,20 @@ def identity() -> None:
     """Show a workload's certificates (``pillion identity WORKLOAD``), or look at and rotate what signs them."""
 
 
-@dataclass(frozen=True)
-class _Where:
-    """A local mesh by name, or the cluster of a kubeconfig."""
-
-    mesh: str
-    kubeconfig: str
-    context: str
-    control: str
-
-    @property
-    def local(self) -> bool:
-        """Which of both is meant; raises CommandFailed when that is open, because a rotation of the wrong mesh cannot be undone."""
-        if self.mesh:
-            return True
-        if self.kubeconfig or self.context:
-            return False
-        runs, cluster = _listens(state_folder(_DEFAULT) / "identity" / "admin.sock"), configured()
-        if runs and cluster:
-            text = "a local mesh runs on this machine, and there is a kubeconfig: which one is meant?"
-            raise CommandFailed(text, "--name default for the local mesh, --context NAME or --kubeconfig FILE for the cluster")
-        return runs or not cluster
-
-    def admin(self) -> IdentityAdmin:
-        """The operator's way to the identity service."""
-        return LocalMesh(self.mesh or _DEFAULT).identity() if self.local else self.cluster().identity()
-
-    def cluster(self) -> ClusterMesh:
-        """The cluster's mesh."""
-        return ClusterMesh(self.kubeconfig, self.context, self.control)
-
-    def certificates(self, namespace: str, workload: str) -> dict[str, Any]:
-        """What ``/certs`` of each sidecar says, by ``namespace/pod``."""
-        if self.local:
-            running = LocalMesh(self.mesh or _DEFAULT)
-            answers = {f"{pod.namespace}/{pod.name}": running.sidecar(pod, "/certs") for pod in running.pods(namespace, workload)}
-        else:
-            cluster = self.cluster()
-            answers = {f"{pod.namespace}/{pod.name}": cluster.sidecar(pod, "/certs") for pod in cluster.pods(namespace, workload)}
-        return {name: msgspec.json.decode(answer) for name, answer in answers.items()}
-
-    def __str__(self) -> str:
-        return f"mesh {self.mesh or _DEFAULT!r}" if self.local else "the cluster"
-
-
-def _listens(path: Path) -> bool:
-    """Whether a local identity service is there; a killed one may have left its socket."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
-
-
-def _where_options(command: F) -> F:
-    """``--name``, or ``--kubeconfig --context --control-namespace``, passed as ``where``."""
-
-    @functools.wraps(command)
-    def wrapped(mesh: str, kubeconfig: str, context: str, control: str, **options: Any) -> Any:
-        return command(where=_Where(mesh, kubeconfig, context, control), **options)
-
-    for option in (
-        click.option("--control-namespace", "control", default=CONTROL_NAMESPACE, show_default=True, help="Where Pillion is installed."),
-        click.option("--context", default="", help="Of the kubeconfig."),
-        click.option("--kubeconfig", default="", help="Default: KUBECONFIG, else ~/.kube/config."),
-        click.option("--name", "mesh", default="", help="A local mesh; without this, the one that runs here, or the cluster."),
-    ):
-        wrapped = option(wrapped)
-    return wrapped  # type: ignore[return-value]  # click commands are built from any callable
+def _certificates(where: Where, namespace: str, workload: str) -> dict[str, Any]:
+    """What ``/certs`` of each sidecar says, by ``namespace/pod``."""
+    asked = Asked(where)
+    return {f"{pod.namespace}/{pod.name}": msgspec.json.decode(asked.sidecar(pod, "/certs")) for pod in asked.pods(namespace, workload)}
 
 
 @identity.command()
 @click.argument("workload")
 @click.option("-n", "--namespace", default="default", show_default=True, help="The workload's namespace.")
-@_where_options
+@where_options
 @output_option
-def show(workload: str, namespace: str, where: _Where, output: str) -> None:
+def show(workload: str, namespace: str, where: Where, output: str) -> None:
     """Show the certificates and trust anchors of every pod of WORKLOAD."""
-    found = where.certificates(namespace, workload)
+    found = _certificates(where, namespace, workload)
     if output == "json":
         print_json(found)
     else:
@@ -134,9 +65,9 @@ def _row(name: str, certs: dict[str, Any] | None) -> tuple[str, ...]:
 
 
 @identity.command()
-@_where_options
+@where_options
 @output_option
-def status(where: _Where, output: str) -> None:
+def status(where: Where, output: str) -> None:
     """Show trust anchors, issuer, the step of a rotation that is due, and who has picked up what."""
     with _asking(where):
         found = where.admin().status()
@@ -149,9 +80,9 @@ def status(where: _Where, output: str) -> None:
 @click.option("--wait", "wait_s", default=120.0, show_default=True, help="With --through: seconds to wait for workloads at each step.")
 @click.option("--ignore-absent", is_flag=True, help="Do not wait for workloads that are no longer heard of.")
 @click.option("--force", is_flag=True, help="Do the step even if it breaks workloads that have not picked up the last one.")
-@_where_options
+@where_options
 @output_option
-def rotate(step: str | None, through: bool, wait_s: float, ignore_absent: bool, force: bool, where: _Where, output: str) -> None:
+def rotate(step: str | None, through: bool, wait_s: float, ignore_absent: bool, force: bool, where: Where, output: str) -> None:
     """Rotate the trust anchor: add the new one, switch the issuer, drop the old one.
 
     Each call does one step. A step that would break a workload that has not picked up the last one is refused.
@@ -169,7 +100,7 @@ def rotate(step: str | None, through: bool, wait_s: float, ignore_absent: bool, 
 
 
 @contextlib.contextmanager
-def _asking(where: _Where) -> Iterator[None]:
+def _asking(where: Where) -> Iterator[None]:
     """Turn the service's refusals, and its absence, into errors of the command."""
     try:
         yield

@@ -33,9 +33,8 @@ def output_option(command: F) -> F:
     return click.option("-o", "--output", type=choice, default="table", show_default=True, help="For people, or for programs.")(command)
 
 
-def mesh_options(command: F) -> F:
-    """``-n NAMESPACE`` and ``--name MESH``."""
-    command = click.option("--name", "mesh", default="default", show_default=True, help="Which local mesh.")(command)
+def namespace_option(command: F) -> F:
+    """``-n NAMESPACE``."""
     return click.option("-n", "--namespace", default="default", show_default=True, help="The workload's namespace.")(command)
 
 

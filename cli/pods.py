@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import msgspec
 
@@ -30,6 +31,22 @@ response = connection.getresponse()
 sys.stdout.write(response.read().decode() if response.status == 200 else "")
 sys.exit(0 if response.status == 200 else 1)
 """
+
+
+_FETCH_UNIX = """
+import http.client, json, socket, sys
+class Unix(http.client.HTTPConnection):
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(10)
+        self.sock.connect(sys.argv[1])
+connection = Unix("localhost")
+connection.request("GET", sys.argv[2])
+response = connection.getresponse()
+print(json.dumps({"status": response.status, "body": json.loads(response.read())}))
+"""
+DIAGNOSTICS = "/tmp/diagnostics.sock"  # noqa: S108 - in the container, where only the controller writes
+"""Where the policy controller of an installation answers (manifests/helm/templates/policy.yaml): whoever may exec there may ask."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,19 @@ class ClusterMesh:
         """GET a path of the sidecar's admin port, over the pod's own loopback."""
         argv = ["python", "-I", "-S", "-c", _FETCH, str(ADMIN_PORT), path]
         return self.run(pod.namespace, pod.name, SIDECAR, argv).encode()
+
+    def policy(self, path: str, **query: str) -> Any:
+        """GET from the diagnostics of a policy controller that is ready: of every replica the answer is the same."""
+        found = self._call(self._core.list_namespaced_pod, self._control, label_selector="app.kubernetes.io/component=policy").items
+        ready = [pod for pod in found if any(one.ready for one in pod.status.container_statuses or ())]
+        if not ready:
+            raise CommandFailed(f"no policy controller is ready in namespace {self._control}", "pillion check")
+        argv = ["python", "-I", "-S", "-c", _FETCH_UNIX, DIAGNOSTICS, f"{path}?{urlencode(query)}"]
+        answer = msgspec.json.decode(self.run(self._control, ready[0].metadata.name, "policy", argv))
+        if answer["status"] != 200:
+            told = answer["body"].get("error") if isinstance(answer["body"], dict) else answer["body"]
+            raise CommandFailed(f"the policy controller answered {answer['status']}: {told}", "kubectl get pods")
+        return answer["body"]
 
     def identity(self) -> IdentityAdmin:
         """The operator's socket of the identity service's replica that leads; whichever that is at each request."""
