@@ -8,6 +8,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import yaml
@@ -206,6 +207,34 @@ def test_uninstall_is_refused_while_pods_have_sidecars(kube: Kube, mesh: Space, 
     objects = list(yaml.safe_load_all(forced.stdout))
     assert objects[0]["kind"] == "MutatingWebhookConfiguration" and objects[-1]["kind"] == "Namespace"
     assert not [item for item in objects if item["kind"] == "CustomResourceDefinition"]
+
+
+# --- questions to what runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_authz_and_diagnostics_answer_about_pods_of_the_cluster(kube: Kube, mesh: Space, space: Space) -> None:
+    server = {"podSelector": {"matchLabels": {"app": "client"}}, "port": 8080, "accessPolicy": "all-authenticated"}
+    space.apply(client(), {"apiVersion": "policy.pillion.dev/v1alpha1", "kind": "Server", "metadata": {"name": "mine"}, "spec": server})
+    space.ready("client")
+    where = ["-n", space.name, "--kubeconfig", kube.kubeconfig]
+    authz = until("the Server", lambda: [row for row in asked(kube, "authz", "client", *where) if row["server"]["name"] == "mine"])
+    assert [row["port"] for row in authz] == [8080]
+    report = asked(kube, "diagnostics", "policy", "client", "-p", "8080", *where)
+    assert "mine" in json.dumps(report)
+    address = f"{kube.json('get', 'pod', 'client', '-n', space.name)['status']['podIP']}:8080"
+    assert asked(kube, "diagnostics", "endpoints", address, *where)[address]["ref"]["name"] == "client"
+    config = asked(kube, "diagnostics", "config", "client", *where)
+    assert "cluster.local" in json.dumps(config)
+    done = pillion(kube, "diagnostics", "policy", "client", "-p", "1", *where, "-o", "json")
+    assert done.returncode == 0
+    gone = pillion(kube, "authz", "nobody", *where)
+    assert gone.returncode == 1 and "no pod or workload 'nobody'" in gone.stderr
+
+
+def asked(kube: Kube, *arguments: str) -> Any:
+    done = pillion(kube, *arguments, "-o", "json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 # --- roles ---------------------------------------------------------------------------------------------------------------------------
