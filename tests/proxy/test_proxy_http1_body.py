@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from proxy.protocol.http1 import body
 from proxy.protocol.http1.body import BodyError, BodyReader, Chunked, Length, UntilClose
 
 CHUNKED = b'5\r\nhello\r\n00a;x=y;z="q\\""\r\n0123456789\r\n0\r\nX-Sum: 1\r\n\r\n'
@@ -212,3 +213,19 @@ def test_what_is_accepted_others_read_as_complete_and_the_same(data: bytes) -> N
         event = peer.next_event()
     assert body == seen.body
     assert peer.trailing_data[0] == b"GET"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"1" + b";a=b" * 1000 + b"\r\nx\r\n0\r\n\r\n", b"0\r\n" + b"t: x\r\n" * 2000 + b"\r\n", b"0" + b";a=b" * 1000 + b"\r\nt: x\r\n\r\n"],
+    ids=["extensions", "trailers", "both"],
+)
+def test_single_bytes_do_not_have_all_before_them_looked_at_again(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    for name in ("_match_size", "_match_trailer"):
+        match = getattr(body, name)
+        monkeypatch.setattr(body, name, lambda *args, match=match: looks.append(args) or match(*args))
+    reader = Chunked()
+    sent, held = feed(reader, [data[at : at + 1] for at in range(len(data))])
+    assert (sent, held, reader.done) == (data, b"", True)
+    assert len(looks) < 20

@@ -20,6 +20,8 @@ TRAILER_BYTES: Final = 16384
 # Without possessive repeats: Python before 3.11.5 gets them wrong around choices. Each byte has one reading, so nothing is tried twice.
 _QUOTED: Final = rb'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
 _match_size = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;" + TOKEN + rb"+(?:=(?:" + TOKEN + rb"+|" + _QUOTED + rb"))?)*\r\n").match
+_SIZE_BYTES: Final = 17  # after so many, only an extension goes on
+_may_go_on = re.compile(rb"[\t\x20-\x7e\x80-\xff]*\r?").fullmatch
 _may_be_size = re.compile(rb"[0-9A-Fa-f]{0,16}(?:(?<=[0-9A-Fa-f]);[\t\x20-\x7e\x80-\xff]*)?\r?").fullmatch
 _match_trailer = re.compile(rb"(?:" + FIELD + rb")*+\r\n").match
 # RFC 9110 6.5.1: a recipient that merges trailers into the head would change what was decided on.
@@ -93,13 +95,15 @@ class UntilClose:
 class Chunked:
     """A body in chunks (RFC 9112 7.1)."""
 
-    __slots__ = ("_begun", "_forbidden", "_left", "_trailer_names", "done")
+    __slots__ = ("_awaited", "_begun", "_forbidden", "_known", "_left", "_trailer_names", "done")
 
     def __init__(self) -> None:
         self._forbidden = FRAMING_NAMES
         self._trailer_names = b""
         self._left = 0  # bytes of the present chunk that are still to come, its CRLF included
         self._begun = 0  # bytes of all chunks that have begun
+        self._known = 0  # bytes that were shown, were not enough, and will be shown again with more
+        self._awaited = b""  # what must be in those that are new
         self.done = False
 
     def seen(self) -> int:
@@ -109,6 +113,8 @@ class Chunked:
     def take_untrusted(self, data: bytes, at: int) -> int:
         """See BodyReader."""
         size = len(data)
+        if self._known and not self._is_enough(data, at):
+            return at
         while True:
             left = self._left
             if left > 2:
@@ -151,11 +157,28 @@ class Chunked:
         if self._trailer_names and any(b"\n" + name.replace(b"_", b"-") + b":" in self._trailer_names for name in self._forbidden):
             raise BodyError("a trailer section names a field of the head")
 
+    def _is_enough(self, data: bytes, at: int) -> bool:
+        """Whether what is shown again is worth another look: it would cost a sender of single bytes nothing to have all of it looked at
+        for each of them. Raises BodyError."""
+        if data.find(self._awaited, max(at, at + self._known - len(self._awaited) + 1)) >= 0:
+            self._known = 0
+            return True
+        if self._awaited == b"\n":
+            self._partial(data, at)
+        self._known = len(data) - at
+        if self._known > LINE_BYTES + TRAILER_BYTES:
+            raise BodyError("a too long trailer section")
+        return False
+
     def _partial(self, data: bytes, at: int) -> None:
         """Raise BodyError when the bytes from ``at`` cannot become a chunk-size line."""
         rest = data[at : at + LINE_BYTES + 1]
-        if len(rest) > LINE_BYTES or not _may_be_size(rest):
+        if len(rest) > LINE_BYTES:
+            raise BodyError("a too long chunk size")
+        looked_at = self._known - 1  # the last byte may be a CR, which only LF may follow
+        if not (_may_be_size(rest) if looked_at < _SIZE_BYTES else _may_go_on(rest, looked_at)):
             raise BodyError("not a chunk size")
+        self._known, self._awaited = len(rest), b"\n"
 
     def _trailer(self, data: bytes, at: int, begin: int) -> int:
         """The end of the body if the trailer section is there, else ``at``, the beginning of the last chunk's line."""
@@ -163,6 +186,7 @@ class Chunked:
         if found is None:
             if data.find(b"\r\n\r\n", begin - 2) >= 0 or len(data) - begin > TRAILER_BYTES:
                 raise BodyError("a malformed or too long trailer section")
+            self._known, self._awaited = len(data) - at, b"\r\n\r\n"
             return at
         end = found.end()
         if end - begin > 2:
