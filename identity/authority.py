@@ -173,9 +173,15 @@ class Authority:
         known = self._issuers.get(issuer_id)
         leaf = Leaf(issuer_id, known.ref.anchor_id if known else "", now + self.lifetime_s + CLOCK_SKEW_S)
         trusted = generation if generation <= trust.generation else 0
-        changed = self.ledger.reported(subject.pod_uid, subject.identity.uri, subject.pod, trusted, leaf, now)
+        changed = self.ledger.reported(
+            subject.pod_uid, subject.identity.uri, subject.pod, trusted, leaf, now, newest_issuer=issuer_id == trust.issuer.id
+        )
         if changed is not None:
             self._journal(changed)
+
+    def behind(self, generation: int, issuer_id: str) -> bool:
+        """Whether a workload that reports this may know a newer state than we do."""
+        return generation > self.trust.value.generation or issuer_id not in self._issuers
 
     def bundle(self) -> Bundle:
         """What is in force now."""

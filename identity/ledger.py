@@ -48,18 +48,21 @@ class Ledger:
         leaves = tuple(known for known in (old.leaves if old else ()) if known.not_after > now)
         return self._put(Holding(instance, workload, pod, old.generation if old else 0, (*leaves, leaf)[-LEAVES_MAX:], now))
 
-    def reported(self, instance: str, workload: str, pod: str, generation: int, leaf: Leaf, now: float) -> Holding | None:
+    def reported(
+        self, instance: str, workload: str, pod: str, generation: int, leaf: Leaf, now: float, *, newest_issuer: bool = False
+    ) -> Holding | None:
         """The instance says what it trusts and whose leaf it presents: older leaves are out of use.
 
         leaf: as we know it or, when the instance is unknown here, the longest-lived one it can be. An instance has one holding
-        however often it reports.
+        however often it reports. newest_issuer: the leaf is of the issuer in force, so that one that we did not hand out, another
+        replica did, later than all that we know of.
         """
         old = self._holdings.get(instance)
         if old is None:
             return self._put(Holding(instance, workload, pod, generation, (leaf,), now))
         newest = max((at for at, known in enumerate(old.leaves) if known.issuer_id == leaf.issuer_id), default=None)
         if newest is None:
-            leaves = (leaf, *old.leaves)[-LEAVES_MAX:]
+            leaves = (leaf,) if newest_issuer else (leaf, *old.leaves)[-LEAVES_MAX:]
         else:
             leaves = old.leaves[newest:]
         new = Holding(instance, workload, pod, generation, leaves, now)

@@ -59,7 +59,7 @@ class IdentityService:
     """The application. draining: set it to end the long polls at once.
 
     peer: who may ask what we know of the workloads (other replicas of ours); None for nobody. failed: learns why a caller whose token was
-    good got no certificate: a word, and a sentence without secrets.
+    good got no certificate: a word, and a sentence without secrets. catch_up: called when a caller may know a newer trust state than we do.
     """
 
     def __init__(
@@ -69,11 +69,13 @@ class IdentityService:
         *,
         peer: WorkloadId | None = None,
         failed: Callable[[Subject, str, str], None] = lambda subject, word, sentence: None,
+        catch_up: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
     ) -> None:
         self._authority = authority
         self._reviewer = reviewer
         self._peer = peer
         self._failed = failed
+        self._catch_up = catch_up
         self._started_at = trio.current_time()
         self._reviews = trio.CapacityLimiter(_REVIEWS_AT_ONCE)
         self._in_work = 0
@@ -143,6 +145,8 @@ class IdentityService:
     async def _bundle(self, request: Request) -> Response:
         generation, issuer = _reported(request)
         subject = await self._remembered_review(_bearer(request))
+        if self._authority.behind(generation, issuer):
+            await self._catch_up()
         self._authority.report(subject, generation, issuer)
         self.counters.polls += 1
         trust = self._authority.trust

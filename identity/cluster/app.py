@@ -85,7 +85,9 @@ class Replica:
         sockets = listen(*config.listen)
         try:
             self.serving = await self.first_certificate(authority)
-            self.service = IdentityService(authority, self.reviewer, peer=config.identity, failed=self.failed)
+            self.service = IdentityService(
+                authority, self.reviewer, peer=config.identity, failed=self.failed, catch_up=self.shared.catch_up
+            )
             self.drain.subscribe(self.service.drain)
             self.nursery.start_soon(self.serving.keep)
             self.nursery.start_soon(_prune, authority)

@@ -8,6 +8,7 @@ requests a second for the whole cluster, no list or watch rights on Secrets, and
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -26,6 +27,7 @@ from identity.store import StoreUnsafe
 T = TypeVar("T")
 
 LOOK_EVERY_S = 2.0
+CATCH_UP_S = 0.2
 _CALL_S = 10.0
 
 log = logs.logger("identity")
@@ -55,6 +57,7 @@ class Shared:
         self._secret: Object = {}
         self._store = SnapshotStore()
         self._lock = trio.Lock()
+        self._caught_up_at = float("-inf")
 
     async def follow(self) -> None:
         """Keep `authority` equal to the Secret; for ever."""
@@ -64,6 +67,14 @@ class Shared:
             except (ApiError, trio.TooSlowError) as error:
                 self._unreachable(str(error) or f"no answer within {_CALL_S:g} s")
             await trio.sleep(LOOK_EVERY_S)
+
+    async def catch_up(self) -> None:
+        """Look now, at most once in CATCH_UP_S, because somebody may know more than we do; a failure is for `follow` to tell."""
+        if trio.current_time() - self._caught_up_at < CATCH_UP_S:
+            return
+        self._caught_up_at = trio.current_time()
+        with contextlib.suppress(ApiError, trio.TooSlowError):
+            await self.look()
 
     async def look(self) -> None:
         """Read the Secret now. Raises ApiError or TooSlowError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,17 @@ class Mesh:
         """What the ConfigMap of a namespace holds, empty when there is none."""
         found = self.server.objects.get(("/api/v1/configmaps", namespace, "pillion-trust-anchors"))
         return str(found["data"]["ca-bundle.crt"]) if found else ""
+
+    def roaming(self, account: str) -> Workload:
+        """A workload whose every connection goes to the next replica: it is certified by one and reports to another."""
+        workload = self.workload(account, next(iter(self.replicas)))
+        turns = itertools.count()
+
+        async def dial(_: str, port: int) -> trio.SocketStream:
+            serving = sorted(self.replicas)
+            return await trio.open_tcp_stream(self.replicas[serving[next(turns) % len(serving)]].config.listen.ip, port)
+
+        return replace(workload, settings=replace(workload.settings, dial=dial))
 
     def workload(self, account: str, replica: str, pod: str = "") -> Workload:
         """A workload in namespace shop that asks this replica, as its Service happened to choose."""

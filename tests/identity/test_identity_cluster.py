@@ -6,16 +6,21 @@ import base64
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import h11
 import pytest
 import trio
 
+from core.runtime.tls import TlsStream, client_context
 from identity.cluster import anchors, census, leader, peers, shared
+from identity.exchange import exchange
 from identity.issuer import Issuer, Pair, make_issuer, make_root
 from identity.snapshot import read_secret
+from identity.wire import bundle_untrusted
 from tests.identity.identity_api import Mesh, data, mesh
-from tests.identity.identity_lab import kept_certified, wait_until
+from tests.identity.identity_lab import Workload, kept_certified, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +125,20 @@ async def test_a_rotation_goes_through_with_workloads_at_every_replica(tmp_path:
             for workload in workloads:
                 await workload.cell.wait_for(lambda value: value is not None and value.bundle_pem.decode() == cluster.bundle("shop"))
                 assert not workload.seen.failures
+
+
+async def test_a_rotation_goes_through_with_workloads_that_ask_one_replica_and_report_to_another(tmp_path: Path, port: int) -> None:
+    async with mesh(tmp_path, port) as cluster:
+        for _ in range(3):
+            await cluster.ready(await cluster.start())
+        await wait_until(lambda: cluster.bundle("shop") != "")
+        workloads = [cluster.roaming(account) for account in ("cart", "web", "bank", "mail")]
+        async with kept_certified(*workloads):
+            for workload in workloads:
+                await workload.wait_certified()
+            for step in ("add", "switch", "drop") * 2:
+                await cluster.step(step)
+            assert (await cluster.status()).generation == 5
 
 
 async def test_a_rotation_survives_the_leader_and_every_replica_in_turn(tmp_path: Path, port: int) -> None:
@@ -282,3 +301,35 @@ async def test_a_token_that_does_not_prove_the_identity_gets_no_certificate(
             [event] = [event for event in cluster.server.events() if event["reason"] == "IdentityMismatch"]
             assert event["regarding"]["name"] == "web-0"
             assert event["metadata"]["namespace"] == "shop"
+
+
+async def test_a_replica_that_lags_looks_again_before_it_tells_a_workload_the_past(
+    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with mesh(tmp_path, port) as cluster:
+        await cluster.ready(await cluster.start())
+        monkeypatch.setattr(shared, "LOOK_EVERY_S", 3600)
+        lagging = await cluster.ready(await cluster.start())
+        await cluster.step("add")
+        assert lagging.shared.authority.value is not None
+        assert lagging.shared.authority.value.trust.value.generation == 1
+        await wait_until(lambda: cluster.bundle("shop").count("BEGIN") == 2)
+        cart = cluster.workload("cart", "identity-2")
+        async with kept_certified(cart):
+            await cart.wait_certified()
+        roaming = replace(cart, settings=replace(cart.settings, addr=(lagging.config.listen.ip, port)))
+        assert await reported(roaming, 2) == 2
+        assert lagging.shared.authority.value.trust.value.generation == 2
+
+
+async def reported(workload: Workload, generation: int) -> int:
+    """Which generation the replica has, after a workload told it one."""
+    settings = workload.settings
+    context = client_context(None, settings.anchors_file.read_bytes(), (b"http/1.1",))
+    stream = TlsStream.client(await trio.open_tcp_stream(*settings.addr), context, settings.expect.server_name, settings.expect)
+    headers = [("host", "x"), ("content-length", "0"), ("authorization", f"Bearer {settings.token_file.read_text()}")]
+    request = h11.Request(method="GET", target=f"/v1/bundle?generation={generation}&issuer=old", headers=headers)
+    async with stream:
+        await stream.do_handshake()
+        _, answer = await exchange(stream, h11.Connection(h11.CLIENT), request, b"", 100_000)
+    return bundle_untrusted(answer).generation

@@ -69,3 +69,10 @@ def test_a_certification_keeps_the_generation_that_was_reported() -> None:
     ledger.certified(*CART, leaf("a"), 0)
     ledger.reported(*CART, 4, leaf("a"), 1)
     assert ledger.certified(*CART, leaf("b"), 2).generation == 4
+
+
+def test_a_leaf_of_the_issuer_in_force_that_another_replica_gave_replaces_what_we_knew() -> None:
+    ledger = Ledger()
+    ledger.certified(*CART, leaf("a"), 0)
+    ledger.reported(*CART, 1, leaf("b"), 1, newest_issuer=True)
+    assert issuers(ledger) == [["b"]]
