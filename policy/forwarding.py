@@ -19,6 +19,9 @@ from policy import wire
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9a-z]{1,256}")
 _VALUE = re.compile(r"[\t\x20-\x7e]{1,4096}")
+_HOSTNAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_PATH = re.compile(r"([/A-Za-z0-9\-._~!$&'()*+,;=:@]|%[0-9A-Fa-f]{2}){0,1024}")
+_REDIRECTS = (301, 302, 303, 307, 308)
 _WEIGHT_MAX = 1_000_000
 _FRAMING = frozenset(
     {"connection", "content-length", "expect", "host", "http2-settings", "keep-alive", "proxy-connection", "te", "trailer"}
@@ -53,6 +56,7 @@ class RuleForwarding(msgspec.Struct, frozen=True):
 
     references: tuple[Reference, ...]
     edit: wire.FieldEdit | None = None
+    redirect: wire.Redirect | None = None
 
 
 class Forwarding(msgspec.Struct, frozen=True):
@@ -91,9 +95,24 @@ class _Modifier(_Strict, frozen=True):
     remove: Annotated[tuple[str, ...], msgspec.Meta(max_length=16)] = ()
 
 
+class _RedirectPath(_Strict, frozen=True):
+    type: str
+    replace_full_path: str | None = None
+    replace_prefix_match: str | None = None
+
+
+class _Redirect(_Strict, frozen=True):
+    scheme: str = ""
+    hostname: str = ""
+    path: _RedirectPath | None = None
+    port: int | None = None
+    status_code: int = 302
+
+
 class _Filter(msgspec.Struct, frozen=True, rename="camel"):
     type: str
     request_header_modifier: _Modifier | None = None
+    request_redirect: _Redirect | None = None
 
 
 class _Rule(Protocol):
@@ -101,6 +120,8 @@ class _Rule(Protocol):
     def filters(self) -> tuple[Any, ...]: ...
     @property
     def backend_refs(self) -> tuple[Any, ...]: ...
+    @property
+    def matches(self) -> tuple[Any, ...]: ...
 
 
 class _Unsupported(Exception):
@@ -121,7 +142,8 @@ def read_forwarding(parents: tuple[ServiceParent, ...], rules: Sequence[_Rule], 
             references = tuple(
                 _reference(f"{where}.backendRefs[{position}]", raw, namespace) for position, raw in enumerate(rule.backend_refs)
             )
-            read.append(RuleForwarding(references, _edit(where, rule.filters)))
+            redirect, others = _redirect(where, rule)
+            read.append(RuleForwarding(references, _edit(where, others), redirect))
     except _Unsupported as found:
         return Forwarding(parents, (), str(found))
     return Forwarding(parents, tuple(read))
@@ -137,10 +159,58 @@ def _reference(where: str, raw: object, namespace: str) -> Reference:
     return Reference(ref.namespace or namespace, name, ref.port, ref.weight, ref.group, ref.kind, _edit(where, ref.filters))
 
 
+def _redirect(where: str, rule: _Rule) -> tuple[wire.Redirect | None, list[Any]]:
+    """The redirect among a rule's filters, and the other filters (None in its place)."""
+    others: list[Any] = list(rule.filters)
+    redirect: wire.Redirect | None = None
+    for position, raw in enumerate(rule.filters):
+        place = f"{where}.filters[{position}]"
+        found = fields.read(raw, _Filter, place)
+        if found.type != "RequestRedirect":
+            continue
+        if found.request_redirect is None:
+            raise InvalidObject(f"{place}.requestRedirect", "a value", "nothing")
+        if redirect is not None or rule.backend_refs:
+            raise InvalidObject(place, "one RequestRedirect, and no backendRefs beside it", "more")
+        redirect = _read_redirect(f"{place}.requestRedirect", found.request_redirect, rule)
+        others[position] = None
+    return redirect, others
+
+
+def _read_redirect(where: str, redirect: _Redirect, rule: _Rule) -> wire.Redirect:
+    if redirect.scheme not in ("", "http", "https"):
+        raise _Unsupported(f"{where}.scheme: {shown(redirect.scheme)} is not supported")
+    if redirect.status_code not in _REDIRECTS:
+        raise _Unsupported(f"{where}.statusCode: {redirect.status_code} is not supported")
+    if redirect.hostname and not _HOSTNAME.fullmatch(redirect.hostname):
+        raise InvalidObject(f"{where}.hostname", "a host name in lower case, without wildcard", shown(redirect.hostname))
+    if redirect.port is not None and not 1 <= redirect.port <= 65535:
+        raise InvalidObject(f"{where}.port", "a port from 1 to 65535", shown(redirect.port))
+    path, prefix = _read_redirect_path(f"{where}.path", redirect.path, rule) if redirect.path is not None else (None, None)
+    return wire.Redirect(redirect.status_code, redirect.scheme, redirect.hostname, redirect.port, path, prefix)
+
+
+def _read_redirect_path(where: str, path: _RedirectPath, rule: _Rule) -> tuple[str, str | None]:
+    full = path.type == "ReplaceFullPath"
+    if not full and path.type != "ReplacePrefixMatch":
+        raise _Unsupported(f"{where}.type: {shown(path.type)} is not supported")
+    value = path.replace_full_path if full else path.replace_prefix_match
+    if value is None or not _PATH.fullmatch(value):
+        raise InvalidObject(where, f"a path of at most 1024 characters of a URI for {path.type}", shown(value))
+    if full:
+        return value, None
+    matches = [getattr(match, "path", None) for match in rule.matches]
+    if len(matches) > 1 or any(match is None or match.type != "PathPrefix" for match in matches):
+        raise InvalidObject(where, "ReplacePrefixMatch beside exactly one match, of type PathPrefix", f"{len(matches)} matches")
+    return value, next((match.value for match in matches if match is not None), "/")
+
+
 def _edit(where: str, filters: Sequence[Any]) -> wire.FieldEdit | None:
     """The header changes of a list of filters; there is at most one of each type."""
     edit: wire.FieldEdit | None = None
     for position, raw in enumerate(filters):
+        if raw is None:
+            continue
         place = f"{where}.filters[{position}]"
         found = fields.read(raw, _Filter, place)
         if found.type != "RequestHeaderModifier":

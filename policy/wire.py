@@ -144,11 +144,24 @@ class Share(msgspec.Struct, frozen=True):
     edit: FieldEdit | None = None
 
 
+class Redirect(msgspec.Struct, frozen=True):
+    """Gateway API RequestRedirect. Empty and None: as in the request. path: None = the request's; prefix: what of it ``path`` replaces,
+    None = all of it."""
+
+    status: int = 302
+    scheme: str = ""
+    hostname: str = ""
+    port: int | None = None
+    path: str | None = None
+    prefix: str | None = None
+
+
 class Action(msgspec.Struct, frozen=True):
-    """What becomes of the requests of a rule: a share each for its backends. No share at all is an error of the route: 500."""
+    """What becomes of the requests of a rule: a redirect, or a share each for its backends. Neither is an error of the route: 500."""
 
     shares: tuple[Share, ...] = ()
     edit: FieldEdit | None = None
+    redirect: Redirect | None = None
 
 
 class ServiceRoute(msgspec.Struct, frozen=True):

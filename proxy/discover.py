@@ -117,7 +117,7 @@ class DestinationState:
         self.destination = destination
         now = self._now()
         self.balancer.replace(destination.endpoints, now)
-        self.routing = Routing(destination, self.routing, random.random, now) if destination.routes else None
+        self.routing = Routing(destination, self.addr.port, self.routing, random.random, now) if destination.routes else None
         for listener in tuple(self.changed):
             listener()
 

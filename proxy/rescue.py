@@ -32,6 +32,7 @@ class Cause(enum.Enum):
     TARGET_TOO_LONG = "request-target-too-long"
     DENIED = "denied"
     NO_ROUTE = "no-route"
+    REDIRECTED = "redirected"  # a route says so; no failure, and never counted as one
     NO_POLICY = "policy-unknown"  # fail closed: nobody told us yet who may
     NO_IDENTITY = "identity-unknown"  # fail closed: we have no certificate yet
     NO_ENDPOINTS = "no-endpoints"
@@ -61,6 +62,7 @@ _TABLE: dict[Cause, Effect] = {
     Cause.HEAD_TOO_LARGE: Effect(431, 8, "info", False),
     Cause.TARGET_TOO_LONG: Effect(414, 8, "info", False),
     Cause.DENIED: Effect(403, 7, "info", True),
+    Cause.REDIRECTED: Effect(302, 12, "debug", True),
     Cause.NO_ROUTE: Effect(404, 12, "info", True),
     Cause.NO_POLICY: Effect(503, 14, "warning", False),
     Cause.NO_IDENTITY: Effect(503, 14, "warning", False),
@@ -84,6 +86,11 @@ _TABLE: dict[Cause, Effect] = {
 }
 
 _REASONS = {
+    301: b"Moved Permanently",
+    302: b"Found",
+    303: b"See Other",
+    307: b"Temporary Redirect",
+    308: b"Permanent Redirect",
     400: b"Bad Request",
     403: b"Forbidden",
     404: b"Not Found",
@@ -108,24 +115,36 @@ class Failure(Exception):
         self.detail = detail
 
 
+class Redirect(NamedTuple):
+    """Where a client is to ask instead. location: an absolute URI that may stand in a header field."""
+
+    status: int
+    location: bytes
+
+
 def effect(cause: Cause) -> Effect:
     """What a client of this cause is to see."""
     return _TABLE[cause]
 
 
-def http1_answer(cause: Cause, *, close: bool, explain: bool, head_request: bool = False) -> bytes:
+def http1_answer(cause: Cause, *, close: bool, explain: bool, head_request: bool = False, redirect: Redirect | None = None) -> bytes:
     """A complete HTTP/1.1 response without a body (RFC 9112). explain: the peer is meshed and may know the reason."""
     row = _TABLE[cause]
-    lines = [b"HTTP/1.1 %d %s" % (row.status, _REASONS[row.status]), b"content-length: 0"]
-    if explain:
+    status = redirect.status if redirect is not None else row.status
+    lines = [b"HTTP/1.1 %d %s" % (status, _REASONS[status]), b"content-length: 0"]
+    if redirect is not None:
+        lines.append(b"location: " + redirect.location)
+    elif explain:
         lines.append(b"pillion-proxy-error: " + cause.value.encode())
     if close or not row.keep:
         lines.append(b"connection: close")
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-def http2_answer(cause: Cause, *, grpc: bool, explain: bool) -> list[tuple[bytes, bytes]]:
+def http2_answer(cause: Cause, *, grpc: bool, explain: bool, redirect: Redirect | None = None) -> list[tuple[bytes, bytes]]:
     """The header list of a complete HTTP/2 response without a body: a trailers-only one for gRPC (HTTP status 200)."""
+    if redirect is not None:
+        return [(b":status", b"%d" % redirect.status), (b"content-length", b"0"), (b"location", redirect.location)]
     row = _TABLE[cause]
     headers = [(b":status", b"200" if grpc else b"%d" % row.status)]
     if grpc:

@@ -6,21 +6,25 @@ stay. Matching is policy.match, the same as for authorization; a target is read 
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
 
 from core.refs import Ref
+from policy import wire
 from policy.match import MixedKinds, RouteTable, host_untrusted
 from policy.paths import lenient_target_untrusted, query_values
 from policy.patterns import InvalidPattern
 from policy.wire import Action, Destination, FieldEdit, Route
 from proxy.balance import Balancer
 from proxy.protocol.requests import HeadEdit, RequestHead
-from proxy.rescue import Cause
+from proxy.rescue import Cause, Redirect
 
 UNTOUCHED = HeadEdit()
+_HOST = re.compile(r"[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\]")
+_WELL_KNOWN = {"http": 80, "https": 443}
 _REMEMBERED = 1024  # request shapes whose rule is remembered; then all are forgotten
 
 
@@ -32,11 +36,12 @@ class Way(NamedTuple):
 
 
 class _Rule:
-    """A rule's ways with their cumulated weights."""
+    """A rule's ways with their cumulated weights, or where it sends the client instead."""
 
-    __slots__ = ("sums", "ways")
+    __slots__ = ("redirect", "sums", "ways")
 
     def __init__(self, action: Action, backends: list[Balancer | None]) -> None:
+        self.redirect = action.redirect
         self.ways: list[Way | None] = []
         for share in action.shares:
             balancer = backends[share.backend]
@@ -45,9 +50,10 @@ class _Rule:
 
 
 class Routing:
-    """The routes of one destination. before: what this replaces; its endpoints keep their averages."""
+    """The routes of one destination. port: the dialled one. before: what this replaces; its endpoints keep their averages."""
 
-    def __init__(self, destination: Destination, before: Routing | None, random: Callable[[], float], now: float) -> None:
+    def __init__(self, destination: Destination, port: int, before: Routing | None, random: Callable[[], float], now: float) -> None:
+        self._port = port
         self._random = random
         self._memo: dict[tuple[object, ...], _Rule | None] = {}
         self._balancers: dict[tuple[Ref, int], Balancer] = {}
@@ -68,7 +74,7 @@ class Routing:
         except (InvalidPattern, MixedKinds):
             pass  # the controller admits no such thing; requests are refused rather than sent anywhere
 
-    def choose(self, head: RequestHead) -> Way | Cause:
+    def choose(self, head: RequestHead) -> Way | Redirect | Cause:
         """Decide about one request: NO_ROUTE when no rule wants it, NO_BACKEND when its share leads nowhere."""
         table = self._table
         if table is None:
@@ -84,6 +90,8 @@ class Routing:
             self._memo[key] = rule
         if rule is None:
             return Cause.NO_ROUTE
+        if rule.redirect is not None:
+            return location(rule.redirect, head, self._port)
         if not rule.sums:
             return Cause.NO_BACKEND
         at = bisect_right(rule.sums, self._random() * rule.sums[-1]) if len(rule.sums) > 1 else 0
@@ -96,6 +104,23 @@ class Routing:
         host = host_untrusted(head.authority) if table.reads_host else ""
         found = table.find(host, head.method.decode("latin-1"), path, values, fields)
         return self._rules[found.route_index][found.rule_index] if found else None
+
+
+def location(redirect: wire.Redirect, head: RequestHead, port: int) -> Redirect | Cause:
+    """Where a redirect sends a request that came to ``port`` (HTTPRequestRedirectFilter); BAD_REQUEST for a host of nonsense."""
+    host = redirect.hostname or host_untrusted(head.authority)
+    if not _HOST.fullmatch(host):
+        return Cause.BAD_REQUEST
+    scheme = redirect.scheme or "http"
+    given = redirect.port or (_WELL_KNOWN[scheme] if redirect.scheme else port)
+    authority = host if given == _WELL_KNOWN[scheme] else f"{host}:{given}"
+    path, mark, query = head.target.decode("latin-1").partition("?")
+    if redirect.prefix is not None and redirect.path is not None:
+        rest = lenient_target_untrusted(head.target).path[len(redirect.prefix.rstrip("/")) :]
+        path = redirect.path.rstrip("/") + rest if rest else redirect.path
+    elif redirect.path is not None:
+        path = redirect.path
+    return Redirect(redirect.status, f"{scheme}://{authority}/{path.removeprefix('/')}{mark}{query}".encode("latin-1"))
 
 
 def _head_edit(rule: FieldEdit | None, share: FieldEdit | None) -> HeadEdit:

@@ -64,7 +64,10 @@ def routing(
     made = []
     for route in routes:
         assert route.forwarding is not None, "rivals have one"
-        actions = tuple(wire.Action(tuple(_shares(store, rule.references, ready, backends)), rule.edit) for rule in route.forwarding.rules)
+        actions = tuple(
+            wire.Action(tuple(_shares(store, rule.references, ready, backends)), rule.edit, rule.redirect)
+            for rule in route.forwarding.rules
+        )
         made.append(wire.ServiceRoute(route.ref, route.kind, route.hostnames, route.rules, actions))
     return tuple(made), tuple(backends)
 

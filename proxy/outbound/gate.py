@@ -22,7 +22,7 @@ from proxy.outbound.pool import Http1Pool, Http2Pool
 from proxy.protocol.http1 import Http1Client, Http1Upstream
 from proxy.protocol.http2 import Http2Client, Http2Upstream
 from proxy.protocol.requests import LATER, Answer, Bodies, Forward, RequestHead, Verdict
-from proxy.rescue import Cause, Failure
+from proxy.rescue import Cause, Failure, Redirect
 from proxy.routing import UNTOUCHED, Way
 from proxy.telemetry.record import Note, OutboundRecord
 from proxy.transport.connect import Dialer, Dialled
@@ -77,6 +77,8 @@ class _Gate(ABC):
         way, routing = self._straight, self._destination.routing
         if routing is not None:
             chosen = routing.choose(head)
+            if isinstance(chosen, Redirect):
+                return Answer(Cause.REDIRECTED, self.explain, self._unsent(now, head), chosen)
             if isinstance(chosen, Cause):
                 return Answer(chosen, self.explain, self._unsent(now, head))
             way = chosen

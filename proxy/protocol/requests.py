@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple, Protocol
 
-from proxy.rescue import Cause
+from proxy.rescue import Cause, Redirect
 
 
 class RequestHead(Protocol):
@@ -54,11 +54,15 @@ class Forward:
 
 
 class Answer:
-    """Do not forward; the client gets what rescue.py says. explain: the client is meshed and may be told the cause."""
+    """Do not forward; the client gets what rescue.py says. explain: the client is meshed and may be told the cause.
 
-    __slots__ = ("cause", "exchange", "explain")
+    redirect: with Cause.REDIRECTED, where to; `Gate.finished` is then told of no cause.
+    """
 
-    def __init__(self, cause: Cause, explain: bool, exchange: object = None) -> None:
+    __slots__ = ("cause", "exchange", "explain", "redirect")
+
+    def __init__(self, cause: Cause, explain: bool, exchange: object = None, redirect: Redirect | None = None) -> None:
+        self.redirect = redirect
         self.cause = cause
         self.explain = explain
         self.exchange = exchange

@@ -150,6 +150,53 @@ def test_a_wrong_change_is_refused(change: dict[str, Any]) -> None:
         modified({"type": "RequestHeaderModifier", "requestHeaderModifier": change})
 
 
+def redirected(matches: list[dict[str, Any]] | None = None, **redirect: Any) -> wire.Redirect | None:
+    raw = route("web", filters=[{"type": "RequestRedirect", "requestRedirect": redirect}], path="/old")
+    del raw["spec"]["rules"][0]["backendRefs"]
+    if matches is not None:
+        raw["spec"]["rules"][0]["matches"] = matches
+    read = read_http_route(raw)
+    assert read.forwarding is not None and not read.forwarding.unsupported, read.forwarding
+    return read.forwarding.rules[0].redirect
+
+
+def test_redirects_are_read() -> None:
+    assert redirected() == wire.Redirect()
+    assert redirected(hostname="example.org", statusCode=308, port=8080, scheme="https") == wire.Redirect(308, "https", "example.org", 8080)
+    assert redirected(path={"type": "ReplaceFullPath", "replaceFullPath": "/new"}) == wire.Redirect(path="/new")
+    assert redirected(path={"type": "ReplacePrefixMatch", "replacePrefixMatch": "/new"}) == wire.Redirect(path="/new", prefix="/old")
+    assert redirected([], path={"type": "ReplacePrefixMatch", "replacePrefixMatch": "/new"}) == wire.Redirect(path="/new", prefix="/")
+
+
+@pytest.mark.parametrize(
+    "redirect",
+    [
+        {"hostname": "*.example.org"},
+        {"hostname": "a\r\nb"},
+        {"port": 0},
+        {"path": {"type": "ReplaceFullPath"}},
+        {"path": {"type": "ReplaceFullPath", "replaceFullPath": "/a\r\nb: c"}},
+        {"unheardOf": 1},
+    ],
+)
+def test_a_wrong_redirect_is_refused(redirect: dict[str, Any]) -> None:
+    with pytest.raises(InvalidObject, match=r"spec\.rules\[0\]\.filters\[0\]\.requestRedirect"):
+        redirected(**redirect)
+
+
+def test_a_prefix_can_only_be_replaced_where_there_is_one() -> None:
+    path = {"type": "ReplacePrefixMatch", "replacePrefixMatch": "/new"}
+    for matches in ([{"path": {"type": "Exact", "value": "/a"}}], [{"path": {"value": "/a"}}, {"path": {"value": "/b"}}]):
+        with pytest.raises(InvalidObject, match="exactly one match"):
+            redirected(matches, path=path)
+
+
+@pytest.mark.parametrize("redirect", [{"scheme": "gopher"}, {"statusCode": 418}])
+def test_a_redirect_that_cannot_be_done_is_said(redirect: dict[str, Any]) -> None:
+    read = read_http_route(route("web", filters=[{"type": "RequestRedirect", "requestRedirect": redirect}]))
+    assert read.forwarding is not None and "is not supported" in read.forwarding.unsupported
+
+
 @pytest.mark.parametrize("backend", [{"weight": -1}, {"weight": 1_000_001}, {"port": 0}, {"name": ""}, {"unheardOf": 1}])
 def test_a_wrong_backend_is_refused(backend: dict[str, Any]) -> None:
     with pytest.raises(InvalidObject, match=r"spec\.rules\[0\]\.backendRefs\[0\]"):

@@ -8,6 +8,7 @@ from itertools import cycle
 import pytest
 
 from core.refs import Ref
+from policy import wire
 from policy.wire import (
     Action,
     Backend,
@@ -23,8 +24,8 @@ from policy.wire import (
     ValueMatch,
 )
 from proxy.protocol.requests import HeadEdit
-from proxy.rescue import Cause
-from proxy.routing import UNTOUCHED, Routing, Way
+from proxy.rescue import Cause, Redirect
+from proxy.routing import UNTOUCHED, Routing, Way, location
 
 WEB = Ref("", "Service", "shop", "web")
 
@@ -58,10 +59,10 @@ def destination(rules: list[tuple[Rule, Action]], *backends: Backend, kind: str 
 
 
 def routing(found: Destination, random: Callable[[], float] = lambda: 0.0, before: Routing | None = None) -> Routing:
-    return Routing(found, before, random, 0.0)
+    return Routing(found, 80, before, random, 0.0)
 
 
-def addr(way: Way | Cause) -> str:
+def addr(way: Way | Redirect | Cause) -> str:
     assert isinstance(way, Way)
     load = way.balancer.choose(0.0)
     assert load is not None
@@ -149,6 +150,43 @@ def test_a_replacement_keeps_what_is_known_about_endpoints() -> None:
     before = way.balancer.choose(0.0)
     again = routing(TWO, before=first).choose(Head("/v1"))
     assert isinstance(again, Way) and again.balancer.choose(0.0) is before
+
+
+@pytest.mark.parametrize(
+    ("redirect", "target", "port", "expected"),
+    [
+        (wire.Redirect(hostname="example.org"), "/a?b=c", 80, "http://example.org/a?b=c"),
+        (wire.Redirect(), "/a", 8080, "http://web:8080/a"),
+        (wire.Redirect(scheme="https"), "/a", 8080, "https://web/a"),
+        (wire.Redirect(scheme="https", port=443), "/", 80, "https://web/"),
+        (wire.Redirect(scheme="https", port=80), "/", 80, "https://web:80/"),
+        (wire.Redirect(port=8083), "/", 80, "http://web:8083/"),
+        (wire.Redirect(port=80), "/", 8080, "http://web/"),
+        (wire.Redirect(path="/full"), "/a/b?c", 80, "http://web/full?c"),
+        (wire.Redirect(path="/xyz", prefix="/foo"), "/foo/bar", 80, "http://web/xyz/bar"),
+        (wire.Redirect(path="/xyz/", prefix="/foo"), "/foo/bar", 80, "http://web/xyz/bar"),
+        (wire.Redirect(path="/xyz", prefix="/foo/"), "/foo/bar", 80, "http://web/xyz/bar"),
+        (wire.Redirect(path="/xyz", prefix="/foo"), "/foo", 80, "http://web/xyz"),
+        (wire.Redirect(path="/xyz", prefix="/foo"), "/foo/", 80, "http://web/xyz/"),
+        (wire.Redirect(path="", prefix="/foo"), "/foo", 80, "http://web/"),
+        (wire.Redirect(path="/", prefix="/foo"), "/foo", 80, "http://web/"),
+        (wire.Redirect(path="", prefix="/foo"), "/foo/bar", 80, "http://web/bar"),
+        (wire.Redirect(path="/xyz", prefix="/"), "/foo", 80, "http://web/xyz/foo"),
+    ],
+)
+def test_where_a_redirect_leads(redirect: wire.Redirect, target: str, port: int, expected: str) -> None:
+    assert location(redirect, Head(target, host="WEB:8080"), port) == Redirect(302, expected.encode())
+
+
+@pytest.mark.parametrize("host", ["", "a b", "evil/..", "a@b", "[::1", "x" * 300])
+def test_a_host_of_nonsense_is_not_repeated(host: str) -> None:
+    assert location(wire.Redirect(), Head(host=host), 80) is Cause.BAD_REQUEST
+    assert isinstance(location(wire.Redirect(hostname="web"), Head(host=host), 80), Redirect)
+
+
+def test_a_rule_that_redirects_needs_no_backend() -> None:
+    found = routing(destination([(prefix("/"), Action(redirect=wire.Redirect(301, hostname="example.org")))]))
+    assert found.choose(Head("/a")) == Redirect(301, b"http://example.org/a")
 
 
 def test_patterns_that_do_not_compile_send_nothing_anywhere() -> None:

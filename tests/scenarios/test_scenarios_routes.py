@@ -6,7 +6,7 @@ import h2.events
 import trio
 
 from core.refs import Ref
-from policy.wire import Action, Backend, Destination, Endpoint, FieldEdit, HttpMatch, PathMatch, Rule, ServiceRoute, Share
+from policy.wire import Action, Backend, Destination, Endpoint, FieldEdit, HttpMatch, PathMatch, Redirect, Rule, ServiceRoute, Share
 from tests.scenarios.h2_peers import H2App
 from tests.scenarios.mesh import CART, VIP, WEB, Mesh, mesh
 from tests.scenarios.peers import Http1
@@ -83,6 +83,23 @@ async def test_http2_requests_of_one_connection_go_different_ways() -> None:
             assert answers[0][1] == f"{CART.uri}|".encode()
             (head, _) = [dict(event.headers) for event in app.connections[0].events if isinstance(event, h2.events.RequestReceived)]
             assert head["x-new"] == "1"
+
+
+async def test_a_redirect_is_answered_and_no_failure() -> None:
+    moved = Action(redirect=Redirect(301, "https", "example.org", None, "/new", "/old"))
+    async with mesh(H2App(greet)) as made:
+        tell(made, ("/old", moved), backends=())
+        client = Http1(await made.dial())
+        for body in (b"", b"some body"):
+            status, _, headers = await client.ask("/old/x?y", "POST", body)
+            assert (status, headers[b"location"]) == (301, b"https://example.org/new/x?y")
+            assert b"pillion-proxy-error" not in headers
+        async with connected(made) as second:
+            number = await second.request("/old")
+            assert (await second.answer(number))[0] == "301"
+            head = dict(second.got(number, h2.events.ResponseReceived)[0].headers)
+            assert head["location"] == "https://example.org/new"
+        assert made.metric(made.client, "pillion_response_total", status_code="301", classification="success") == 3
 
 
 async def test_a_change_of_routes_counts_for_the_next_request_of_a_connection() -> None:

@@ -236,7 +236,7 @@ class Http1Client(ClientConnection):
         if verdict.__class__ is not Forward:
             self._exchange = verdict.exchange
             assert not isinstance(verdict, Forward)
-            return self._answer(verdict.cause, verdict.explain)
+            return self._answer(verdict.cause, verdict.explain, verdict.redirect)
         assert isinstance(verdict, Forward)
         up: Http1Upstream = verdict.upstream
         edit = verdict.edit

@@ -16,7 +16,7 @@ from proxy.protocol.http1.responses import switching, translated
 from proxy.protocol.http1.upstream import Http1Upstream
 from proxy.protocol.requests import Gate, HeadEdit
 from proxy.protocol.sides import Sink
-from proxy.rescue import Cause, effect, http1_answer
+from proxy.rescue import Cause, Redirect, effect, http1_answer
 
 HEAD: Final = 0  # idle, or a head is arriving
 DECIDING: Final = 1  # the gate owes a verdict
@@ -160,15 +160,17 @@ class ClientConnection:
         self.sink.abort()
         return self._gate.finished(exchange, self._status, cause, -1, self)
 
-    def _answer(self, cause: Cause, explain: bool) -> None:
+    def _answer(self, cause: Cause, explain: bool, redirect: Redirect | None = None) -> None:
         head, row = self.head, effect(cause)
         keep = row.keep and head.keep and not (head.old or head.connects or self._closing or self._draining)
         keep = keep and (self.sent or (self._can_discard() and (self._continued or not head.expects)))
         self._closing = not keep
         self._state = WAIT
-        self.sink.write(http1_answer(cause, close=not keep, explain=explain, head_request=head.method == b"HEAD"))
+        self.sink.write(http1_answer(cause, close=not keep, explain=explain, head_request=head.method == b"HEAD", redirect=redirect))
         exchange, self._exchange = self._exchange, None
-        if exchange is not None:
+        if exchange is not None and redirect is not None:
+            self._gate.finished(exchange, redirect.status, None, -1, self)
+        elif exchange is not None:
             self._gate.finished(exchange, row.status, cause, -1, self)
         self._settle()
 

@@ -218,7 +218,7 @@ class Http2Client(Connection):
         if isinstance(verdict, Answer):
             if verdict.exchange is None:
                 stream.attempts = 0  # the gate has no note to be told about
-            return self._answer(stream, verdict.cause, verdict.explain)
+            return self._answer(stream, verdict.cause, verdict.explain, verdict.redirect)
         stream.edit = verdict.edit
         stream.attempts += 1
         upstream: Http2Upstream = verdict.upstream
@@ -295,20 +295,21 @@ class Http2Client(Connection):
 
     # ---- ending an exchange
 
-    def _answer(self, end: ClientStream, cause: Cause, explain: bool) -> None:
+    def _answer(self, end: ClientStream, cause: Cause, explain: bool, redirect: rescue.Redirect | None = None) -> None:
         """Answer for the upstream, and ask for no more of the request (RFC 9113 section 8.1)."""
         drop(end.other)
-        fields = rescue.http2_answer(cause, grpc=end.head.grpc, explain=explain)
+        fields = rescue.http2_answer(cause, grpc=end.head.grpc, explain=explain, redirect=redirect)
         end.status = int(fields[0][1])
-        if end.head.grpc:
-            end.grpc_status = rescue.effect(cause).grpc
-        end.cause = cause
+        if redirect is None:
+            if end.head.grpc:
+                end.grpc_status = rescue.effect(cause).grpc
+            end.cause = cause
         whole = end.remote_done
         end.other.over = True
         self.send_block(end, encode([(name, value, False) for name, value in fields]), True)
         if not whole:
             self.send_reset(end.id, frames.NO_ERROR)
-            self._finish(end, cause)
+            self._finish(end, end.cause)
 
     def _abandon(self, end: ClientStream, code: int) -> None:
         """The client does not want the answer any more."""
