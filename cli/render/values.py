@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from injector.options import InvalidOption, check_defaults
+
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Replicas = Annotated[int, msgspec.Meta(ge=1, le=99)]
 Resources = dict[Literal["requests", "limits"], dict[str, str]]
@@ -75,6 +77,7 @@ class Agent(_Values, frozen=True):
 
     enabled: bool = True
     resources: Resources = msgspec.field(default_factory=lambda: _resources("20m", "120Mi", "512Mi"))
+    priority_class_name: str = "system-node-critical"
     tolerations: list[dict[str, Any]] = msgspec.field(default_factory=lambda: [{"operator": "Exists"}])
 
 
@@ -141,6 +144,10 @@ def _contradiction(values: Values) -> str:
         return "identity.issuer.source is values: certificate, key and anchors are needed, all PEM"
     if issuer.source != "values" and any(pems):
         return "identity.issuer has certificate, key or anchors: set identity.issuer.source=values to use them"
+    try:
+        check_defaults(values.sidecar.defaults)
+    except InvalidOption as error:
+        return f"sidecar.defaults.{error.name} is {error.value!r}: expected {error.expected}"
     return ""
 
 

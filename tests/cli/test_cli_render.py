@@ -120,6 +120,8 @@ def test_objects_merge_and_everything_else_is_replaced() -> None:
         ({"injector": {"failurePolicy": "Maybe"}}, "injector.failurePolicy: invalid enum value 'Maybe'"),
         ({"identity": {"issuer": {"source": "values"}}}, "certificate, key and anchors are needed"),
         ({"identity": {"issuer": {"key": "x"}}}, "set identity.issuer.source=values"),
+        ({"sidecar": {"defaults": {"log-level": "loud"}}}, "sidecar.defaults.log-level is 'loud': expected one of"),
+        ({"sidecar": {"defaults": {"lag-level": "info"}}}, "sidecar.defaults.lag-level"),
     ],
 )
 def test_a_setting_that_means_nothing_is_refused_by_name(given: dict[str, Any], told: str) -> None:
