@@ -124,7 +124,7 @@ class Sidecar:
 
     def admit(self) -> bool:
         """Whether one more connection may be accepted."""
-        return self.relay.open_links < 2 * self.config.max_connections
+        return self.relay.open_links + 2 * self.live.arriving < 2 * self.config.max_connections
 
     async def serve_inbound(self, accepted: Accepted) -> None:
         """Serve what was meant for this pod; raises Failure.

@@ -35,6 +35,11 @@ class Live:
         self._draining = False
         self._changed = trio.Event()
 
+    @property
+    def arriving(self) -> int:
+        """Accepted, and neither added nor over yet."""
+        return self._arriving
+
     def __len__(self) -> int:
         return len(self._links) + self._arriving
 

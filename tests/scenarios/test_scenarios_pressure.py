@@ -214,6 +214,19 @@ async def test_more_connections_than_allowed_are_refused_and_the_others_live():
             await made.client.live.wait_none()
 
 
+async def test_connections_that_say_nothing_count_as_well():
+    async with mesh(H11App(_reply), policy=inbound_policy(ANYONE, protocol="http1"), PILLION_MAX_CONNECTIONS="2") as made:
+        silent = [await made.dial_unmeshed() for _ in range(2)]
+        while made.server.live.arriving < 2:
+            await trio.lowlevel.checkpoint()
+        assert not made.server.admit()
+        for stream in silent:
+            await stream.aclose()
+        with trio.fail_after(10):
+            await made.server.live.wait_none()
+        assert made.server.admit()
+
+
 @pytest.mark.parametrize(
     "request_bytes",
     [
