@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Each prepares .venv by itself (tools/prepare.py).
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: demo demo-keep test test-compiled test-unit test-netns test-cluster cluster cluster-down image check lint bench bench-quick architecture manifests lock venv clean help
+.PHONY: bench-scale demo demo-keep test test-compiled test-unit test-netns test-cluster cluster cluster-down image check lint bench bench-quick architecture manifests lock venv clean help
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
@@ -48,6 +48,9 @@ check: lint test-compiled test ## lint, then test both ways
 
 bench: venv ## the full measurements (minutes; needs a quiet machine)
 	$(BIN)/python -m bench
+
+bench-scale: venv ## one policy controller, a simulated cluster of 10,000 pods and 2,000 sidecars (a minute; needs a quiet machine)
+	$(BIN)/python -m bench.scale --out bench/results/scale.json
 
 bench-quick: venv ## the same in seconds, to see that nothing fell over
 	$(BIN)/python -m bench --quick
