@@ -27,8 +27,12 @@ from injector.metrics import Metrics
 from injector.patch import Operation
 from injector.patch import review as review_pod
 
-_IN_WORK_MAX = 32  # a review of 4 MiB is some 20 MiB of objects
+# What strangers can make us hold: JSON becomes up to 20 times its size as objects. A review of an ordinary pod has some 20 KiB; those
+# that are much larger are taken one at a time, the others by the number of connections, and of all only a few are objects at once.
+_ORDINARY_BYTES = 256 << 10
+_AT_ONCE = 8
 _NAMESPACE_S = 4.0  # the API server waits 10 s for us
+_TURN_S = 8.0
 
 log = logs.logger("injector")
 
@@ -64,7 +68,8 @@ class Webhook:
         self._namespaces = namespaces
         self._teller = teller
         self._metrics = metrics
-        self._in_work = 0
+        self._work = trio.CapacityLimiter(_AT_ONCE)
+        self._large = trio.CapacityLimiter(1)
 
     def application(self) -> Starlette:
         """For `core.k8s.https`."""
@@ -72,13 +77,12 @@ class Webhook:
 
     async def _mutate(self, request: Request) -> Response:
         started = time.perf_counter()
-        if self._in_work >= _IN_WORK_MAX:
+        try:
+            with trio.fail_after(_TURN_S):
+                answer = await self._turn(request)
+        except trio.TooSlowError:
             self._metrics.failed("busy")
             return Response("too many reviews are in work, try again\n", 503)
-        self._in_work += 1
-        try:
-            asked = review.read_review_untrusted(await read_body(request, review.BODY_MAX_BYTES))
-            answer = await self._answer(asked)
         except BadBody as error:
             self._metrics.failed("bad-request")
             return Response(f"{error}\n", error.status)
@@ -93,10 +97,19 @@ class Webhook:
             self._metrics.failed("internal")
             log.error("review failed", exc_info=error)
             return Response("the injector failed on this request, see its log\n", 500)
-        finally:
-            self._in_work -= 1
         self._metrics.took(time.perf_counter() - started)
         return Response(answer, media_type="application/json")
+
+    async def _turn(self, request: Request) -> bytes:
+        length = request.headers.get("content-length", "")
+        if length.isascii() and length.isdigit() and int(length[:12]) <= _ORDINARY_BYTES:
+            return await self._reviewed(await read_body(request, _ORDINARY_BYTES))
+        async with self._large:
+            return await self._reviewed(await read_body(request, review.BODY_MAX_BYTES))
+
+    async def _reviewed(self, body: bytes) -> bytes:
+        async with self._work:
+            return await self._answer(review.read_review_untrusted(body))
 
     async def _answer(self, asked: review.Request) -> bytes:
         if (asked.kind.group, asked.kind.kind, asked.operation) != ("", "Pod", "CREATE") or asked.object is None:

@@ -25,7 +25,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from core.runtime import logs
 
-_CONNECTIONS_MAX = 256
+_CONNECTIONS_MAX = 128
 _BODY_TIMEOUT_S = 5.0
 _GRACE_S = 2.0
 
@@ -53,6 +53,8 @@ def server_context() -> ssl.SSLContext:
 
 async def read_body(request: Request, most_bytes: int) -> bytes:
     """The whole body; raises BadBody."""
+    if request.scope["http_version"] != "1.1":
+        raise BadBody(400, "HTTP/1.1 only")  # hypercorn lets clients upgrade, and one connection must not be a hundred requests
     body = bytearray()
     try:
         with trio.fail_after(_BODY_TIMEOUT_S):

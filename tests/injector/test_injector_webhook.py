@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import ssl
 from typing import Any
 
 import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
-from injector_lab import review_of, webhook
+from injector_lab import NAME, review_of, webhook
 
 from core.k8s import review
 from injector.decide import Refuse, Skip
@@ -135,6 +136,102 @@ async def test_a_body_that_is_too_long_is_refused() -> None:
         status, _ = await lab.post(b" " * (review.BODY_MAX_BYTES + 1))
         assert status == 413
         assert (await lab.review(annotated()))["allowed"] is True
+
+
+async def test_a_large_pod_is_reviewed_and_large_ones_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once: list[int] = []
+    inside = 0
+
+    async def slow(*_: Any) -> dict[str, str]:
+        nonlocal inside
+        inside += 1
+        at_once.append(inside)
+        await trio.sleep(0.02)
+        inside -= 1
+        return {}
+
+    large = annotated()
+    large["spec"]["containers"][0]["env"] = [{"name": f"N{number}", "value": "x" * 100} for number in range(5000)]
+    async with webhook() as lab:
+        monkeypatch.setattr(lab.namespaces, "annotations", slow)
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(lab.review, large)
+        assert at_once == [1, 1, 1, 1]
+        assert (await lab.review(large))["allowed"] is True
+
+
+NOISE = [
+    b"\r\n\r\n",
+    b"GET\r\n\r\n",
+    b"POST /mutate HTTP/1.1\r\n\r\n",
+    b"POST /mutate HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\n",
+    b"POST /mutate HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
+    b"POST /mutate HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+    b"POST /mutate HTTP/1.1\r\n" + b"a: " + b"b" * 40_000 + b"\r\n\r\n",
+    b"POST /mutate HTTP/9.9\r\nhost: x\r\n\r\n",
+    b"GET /mutate HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\n"
+    b"sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0" + b"\xff" * 64,
+    bytes(range(256)) * 64,
+]
+
+
+async def test_noise_inside_tls_ends_its_own_connection_only() -> None:
+    async with webhook() as lab:
+        context = ssl.create_default_context(cadata=lab.ca_pem.decode())
+        for noise in NOISE:
+            tcp = await trio.open_tcp_stream("127.0.0.1", lab.port)
+            stream = trio.SSLStream(tcp, context, server_hostname=NAME, https_compatible=True)
+            await stream.send_all(noise)
+            answer = b""
+            with trio.move_on_after(0.2):
+                try:
+                    while chunk := await stream.receive_some():
+                        answer += chunk
+                except trio.BrokenResourceError:
+                    pass
+            assert b" 200 " not in answer.partition(b"\r\n")[0]
+            await trio.aclose_forcefully(stream)
+        assert (await lab.review(annotated()))["allowed"] is True
+
+
+async def test_http_2_is_refused() -> None:
+    import h2.config
+    import h2.connection
+    import h2.events
+
+    async with webhook() as lab:
+        context = ssl.create_default_context(cadata=lab.ca_pem.decode())
+        tcp = await trio.open_tcp_stream("127.0.0.1", lab.port)
+        stream = trio.SSLStream(tcp, context, server_hostname=NAME, https_compatible=True)
+        http = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+        http.initiate_connection()
+        head = [(":method", "POST"), (":path", "/mutate"), (":scheme", "https"), (":authority", NAME)]
+        http.send_headers(1, head, end_stream=False)
+        await stream.send_all(http.data_to_send())
+        found: list[str] = []
+        with trio.move_on_after(2):
+            while not found and (data := await stream.receive_some()):
+                events = http.receive_data(bytes(data))
+                found += [dict(event.headers)[":status"] for event in events if isinstance(event, h2.events.ResponseReceived)]
+        assert found in ([], ["400"])
+        await trio.aclose_forcefully(stream)
+
+
+async def test_who_sends_nothing_does_not_keep_others_waiting() -> None:
+    async with webhook() as lab:
+        context = ssl.create_default_context(cadata=lab.ca_pem.decode())
+        silent = []
+        for length in [b"1000"] * 12 + [b"1000000"]:
+            tcp = await trio.open_tcp_stream("127.0.0.1", lab.port)
+            stream = trio.SSLStream(tcp, context, server_hostname=NAME, https_compatible=True)
+            await stream.send_all(b"POST /mutate HTTP/1.1\r\nhost: x\r\ncontent-length: " + length + b"\r\n\r\n{")
+            silent.append(stream)
+        with trio.fail_after(3):
+            assert (await lab.review(annotated()))["allowed"] is True
+        for stream in silent:
+            await trio.aclose_forcefully(stream)
 
 
 async def test_other_paths_and_methods_are_refused() -> None:
