@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from ebpf import attach, bpfsys, layout, loader, metrics, nft
+from ebpf import attach, bpfsys, layout, loader, metrics, nft, probe
 from ebpf.maps import PinnedPrograms
 from ebpf.plan import CONNECT, NFT_SOCKMAP, REFUSED, Ability, choose
 from ebpf.pods import LOOK_AFTER_S, LOOK_AGAIN_S, Pods
@@ -65,11 +65,15 @@ class CannotRun(RuntimeError):
 
 
 class Loaded(NamedTuple):
-    """programs: None when not even maps could be pinned. fingerprint: of the sources they were made from."""
+    """programs: None when not even maps could be pinned. fingerprint: of the sources they were made from.
+
+    problems: of loading them, "" for what worked.
+    """
 
     programs: PinnedPrograms | None
     ability: Ability
     fingerprint: str
+    problems: list[str]
 
 
 def fingerprint() -> str:
@@ -92,21 +96,29 @@ def load(options: Options, before: Mapping[str, Any]) -> Loaded:
         attach.prepare(root)
     except OSError as error:
         problem = f"there is no bpf file system at {root.parent}, and it cannot be mounted: {os.strerror(error.errno or 0)}"
-        return Loaded(None, Ability(problem, problem, problem, no_rules), "")
-    if before.get("fingerprint") == ours:
-        with contextlib.suppress(attach.NotInstalled, OSError, TypeError):
-            return Loaded(PinnedPrograms(root), Ability(*before["ability"])._replace(nft=no_rules), ours)
+        return Loaded(None, Ability(problem, problem, problem, no_rules), "", [problem])
+    if before.get("fingerprint") == ours and not any(before.get("loaded") or ["unknown"]):
+        # everything worked for the agent before us; what failed is tried again at every start
+        with contextlib.suppress(attach.NotInstalled, OSError):
+            programs = PinnedPrograms(root)
+            return Loaded(programs, _really(programs, Ability(nft=no_rules), options), ours, list(before["loaded"]))
     try:
         report = loader.install(root)
     except (loader.LoaderFailed, OSError, subprocess.TimeoutExpired) as error:
         report = loader.Report(os.uname().release, problem=f"the loader failed: {error}")
-    ability = Ability(report.why_not(_CONNECT), report.why_not(["inbound"]), report.why_not(["sockops", "redirect"]), no_rules)
+    tried = probe.find()  # a program that loads may still not keep what it promises on this kernel
+    ability = Ability(
+        report.why_not(_CONNECT) or tried.connect,
+        report.why_not(["inbound"]) or tried.steer,
+        report.why_not(["sockops", "redirect"]) or tried.sockmap,
+        no_rules,
+    )
     try:
         programs = PinnedPrograms(root)
     except (attach.NotInstalled, OSError) as error:
         problem = report.problem or str(error)
-        return Loaded(None, Ability(problem, problem, problem, no_rules), "")
-    return Loaded(programs, _really(programs, ability, options), ours)
+        return Loaded(None, Ability(problem, problem, problem, no_rules), "", [problem])
+    return Loaded(programs, _really(programs, ability, options), ours, list(ability[:3]))
 
 
 def _really(programs: PinnedPrograms, ability: Ability, options: Options) -> Ability:
@@ -208,7 +220,7 @@ class Agent:
         self.options = options
         before = read_state(options.state)
         loaded = load(options, before)
-        self.programs, self._fingerprint = loaded.programs, loaded.fingerprint
+        self.programs, self._loaded = loaded.programs, loaded
         lowest, highest = _RUNGS[options.capture]
         self.pods = Pods(loaded.programs, loaded.ability, lowest, highest, self._save)
         self.pods.restore(list(before.get("pods") or []))
@@ -225,7 +237,8 @@ class Agent:
         return choose(self.pods.ability, lowest=self.pods.lowest, highest=self.pods.highest).level
 
     def _save(self) -> None:
-        state = {"fingerprint": self._fingerprint, "ability": list(self.pods.ability), "pods": self.pods.records()}
+        loaded = self._loaded
+        state = {"fingerprint": loaded.fingerprint, "loaded": loaded.problems, "pods": self.pods.records()}
         write_state(self.options.state, state)
 
     def asked(self, request: Request, fds: list[int]) -> dict[str, Any] | Delayed:

@@ -30,7 +30,7 @@ from ebpf import attach, bpfsys, btf, layout
 _HERE = Path(__file__).resolve().parent
 _BCC = Path("/usr/lib/python3/dist-packages/bcc")
 _CAPABILITY_BITS = {"CAP_BPF": 39, "CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_SYSLOG": 34}
-_SYS_ADMIN_BIT = 21  # contains the others but NET_ADMIN
+_SYS_ADMIN_BIT = 21  # contains BPF and PERFMON
 CAPABILITIES = tuple(_CAPABILITY_BITS)
 """What the child needs. SYSLOG: without kallsyms bcc silently replaces bpf_probe_read_kernel, which sk_msg may not call then."""
 
@@ -119,11 +119,12 @@ def refusal(program: layout.Program, error: OSError, kernel: str) -> str:
 
 
 def missing_capabilities(status: str) -> list[str]:
-    """Which of CAPABILITIES a process lacks, from its /proc/PID/status."""
+    """Which of CAPABILITIES a process lacks, from its /proc/PID/status. Without SYSLOG all but acceleration works, which says so itself."""
     found = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
     effective = int(found[1], 16) if found else 0
     admin = effective >> _SYS_ADMIN_BIT & 1
-    return [name for name, bit in _CAPABILITY_BITS.items() if not (effective >> bit & 1 or (admin and name != "CAP_NET_ADMIN"))]
+    has = {name: effective >> bit & 1 or (admin and name != "CAP_NET_ADMIN") for name, bit in _CAPABILITY_BITS.items()}
+    return [name for name, there in has.items() if not there and name != "CAP_SYSLOG"]
 
 
 def _import_bcc() -> Any:

@@ -19,7 +19,7 @@ from ebpf.plan import Entry
 from ebpf.redirect import ADMIN_PORT
 from ebpf.wire import PodFacts
 
-_IPS_A_FAMILY = 2
+_IPS_A_FAMILY = layout.OWN_MAX
 
 
 class PinnedPrograms:
@@ -123,11 +123,11 @@ class PinnedPrograms:
 
 
 def pod_of(entry: Entry, facts: PodFacts) -> layout.Pod:
-    """The value for the programs. Towards the app too the short way is taken again after TCP: readers that cannot bear that opt out."""
+    """The value for the programs. Towards the app a connection that fell back stays on TCP: resuming would hang a reader in MSG_WAITALL."""
     flags = PodFlag(0)
     for flag, on in (
         (PodFlag.CAPTURE, entry.capture),
-        (PodFlag.ACCELERATE | PodFlag.RESUME, entry.accelerate),
+        (PodFlag.ACCELERATE, entry.accelerate),
         (PodFlag.TRANSLATED, entry.nat),
         (PodFlag.CALLER, entry.caller),
     ):

@@ -1,4 +1,4 @@
-"""Whether the loaded programs do on this kernel what they are for: tried, in a namespace and a cgroup made for it, before any pod has them.
+"""Whether the loaded programs do on this kernel what they are for: tried, in a namespace made for it, before any pod has them.
 
 ``python -m ebpf.probe`` loads everything once more into a bpf file system that ends with the process, and runs connections through it. A
 program that loads may still not do its work: a kernel whose redirect does not account memory, or counts other bytes as read, would lose
@@ -19,7 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,12 +75,12 @@ def find(folder: Path | None = None, seconds: float = 60.0) -> Findings:
 
 
 def trial(sources: Path | None = None) -> Findings:
-    """Everything, in this process, which is in other namespaces and another cgroup afterwards: it should end soon."""
+    """Everything, in this process, which is in other namespaces afterwards: it should end soon."""
     import tempfile  # here, because the agent imports this module and its memory is a headline number
 
     bpfsys.unshare(_CLONE_NEWNS | _CLONE_NEWNET)
     bpfsys.make_mounts_private()
-    with tempfile.TemporaryDirectory(prefix="pillion-probe-") as folder, _cgroup() as cgroup:
+    with tempfile.TemporaryDirectory(prefix="pillion-probe-") as folder:
         bpfsys.mount_bpffs(Path(folder))
         try:
             root = Path(folder) / "pillion"
@@ -90,36 +90,17 @@ def trial(sources: Path | None = None) -> Findings:
             if report.problem:
                 return Findings(connect, steer, sockmap)
             with attach.Node(attach.Pins(root)) as node:
-                return _try_all(node, cgroup, Findings(connect, steer, sockmap))
+                return _try_all(node, Findings(connect, steer, sockmap))
         finally:
             bpfsys.unmount(Path(folder))
 
 
-@contextlib.contextmanager
-def _cgroup() -> Iterator[Path]:
-    """A cgroup of our own, with us in it; we leave it for the root's before it goes."""
-    top = bpfsys.cgroup2()
-    if top is None:
-        raise _Wrong("the unified cgroup hierarchy is not mounted (cgroup2); mount it: mount -t cgroup2 none /sys/fs/cgroup")
-    home = next((line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/")
-    cgroup = top / f"pillion-probe-{os.getpid()}"
-    cgroup.mkdir()
-    try:
-        (cgroup / "cgroup.procs").write_text(str(os.getpid()))
-        yield cgroup
-    finally:
-        (top / home.lstrip("/") / "cgroup.procs").write_text(str(os.getpid()))
-        cgroup.rmdir()
-
-
-def _try_all(node: attach.Node, cgroup: Path, found: Findings) -> Findings:
+def _try_all(node: attach.Node, found: Findings) -> Findings:
     _loopback_up()
     cookie = bpfsys.netns_cookie()
     node.write_pod(cookie, layout.Pod(0xFFFFFFFE, PodFlag.CAPTURE | PodFlag.ACCELERATE, _PORT, 4143))
     if not found.connect:
-        fd = os.open(cgroup, os.O_RDONLY)
-        found = found._replace(connect=_attempt("capture of connect()", lambda: node.link_cgroup(fd, "probe")))
-        os.close(fd)
+        found = found._replace(connect=_attempt("capture of connect()", lambda: _hang_on_root(node)))
     if not found.connect:
         found = found._replace(connect=_attempt("capture of connect()", _captures))
     if not found.steer:
@@ -131,6 +112,18 @@ def _try_all(node: attach.Node, cgroup: Path, found: Findings) -> Findings:
         if not found.sockmap:
             found = found._replace(sockmap=_attempt(f"acceleration ({name})", check))
     return found
+
+
+def _hang_on_root(node: attach.Node) -> None:
+    """For a moment, on the cgroup that everybody is in; for every namespace but ours the programs do nothing."""
+    cgroup = bpfsys.cgroup2()
+    if cgroup is None:
+        raise _Wrong("the unified cgroup hierarchy is not mounted (cgroup2); mount it: mount -t cgroup2 none /sys/fs/cgroup")
+    fd = os.open(cgroup, os.O_RDONLY)
+    try:
+        node.link_cgroup(fd, "probe")
+    finally:
+        os.close(fd)
 
 
 def _attempt(what: str, check: Callable[[], None]) -> str:

@@ -75,11 +75,11 @@ def test_what_is_no_report_is_an_error(output: bytes) -> None:
 
 
 def test_missing_capabilities_are_named() -> None:
-    assert loader.missing_capabilities("CapEff:\t0000000000000000\n") == list(loader.CAPABILITIES)
+    assert loader.missing_capabilities("CapEff:\t0000000000000000\n") == ["CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"]
     assert loader.missing_capabilities("CapEff:\t000001ffffffffff\n") == []
     assert loader.missing_capabilities(f"CapEff:\t{1 << 21:016x}\n") == ["CAP_NET_ADMIN"]
-    everything = 1 << 39 | 1 << 12 | 1 << 38
-    assert loader.missing_capabilities(f"CapEff:\t{everything:016x}\n") == ["CAP_SYSLOG"]
+    enough_to_capture = 1 << 39 | 1 << 12 | 1 << 38
+    assert loader.missing_capabilities(f"CapEff:\t{enough_to_capture:016x}\n") == []
 
 
 def test_a_kernel_without_types_says_what_it_was_built_without(tmp_path: Path) -> None:

@@ -7,14 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ebpf import bpfsys, loader, probe
+from ebpf import loader, probe
 
 pytestmark = pytest.mark.kernel
-
-
-def _cgroups() -> set[str]:
-    top = bpfsys.cgroup2()
-    return {path.name for path in top.glob("pillion-probe-*")} if top else set()
 
 
 def test_our_programs_pass_and_nothing_is_left() -> None:
@@ -64,9 +59,3 @@ def test_without_privileges_the_reason_is_said() -> None:
     done = subprocess.run(words, capture_output=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "Operation not permitted" in probe.read_findings(done.stdout).connect
-
-
-def test_cgroups_of_trials_go_with_them() -> None:
-    before = _cgroups()
-    probe.find()
-    assert _cgroups() <= before
