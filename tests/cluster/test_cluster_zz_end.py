@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ NEVER_LOGGED = {
 # --- what was used -------------------------------------------------------------------------------------------------------------------
 
 
+STARTED = datetime.now(UTC).isoformat()
+"""What was forbidden before is an earlier session's: one that took roles away."""
+
+
 def audited(log: Path) -> tuple[set[tuple[str, ...]], list[str]]:
     """(component, verb, group, resource/subresource, name) of what our components asked with success, and what was forbidden."""
     used, forbidden = set(), []
@@ -42,7 +47,7 @@ def audited(log: Path) -> tuple[set[tuple[str, ...]], list[str]]:
         resource = f"{ref['resource']}/{ref['subresource']}" if ref.get("subresource") else ref["resource"]
         row = (component, event["verb"], ref.get("apiGroup", ""), resource, ref.get("name", ""))
         if (event.get("responseStatus") or {}).get("code") == 403:
-            forbidden.append(" ".join(row))
+            forbidden += [" ".join(row)] if event["requestReceivedTimestamp"] > STARTED else []
         else:
             used.add(row)
     return used, forbidden
