@@ -22,7 +22,6 @@ from core.k8s.objects import Object
 from core.k8s.serving import MountedFiles, ServingCertificate, SharedSecret, service_name
 from core.refs import Ref
 from core.runtime import logs
-from core.runtime.drain import Drain
 from core.runtime.listen import listen
 from core.runtime.watch import Cell
 from policy.admission import parse_object
@@ -107,13 +106,13 @@ class Beside:
             self._sockets = [listen(self._config.webhook_listen)]
         self._statuses = controller.listener = StatusWriter(self._api, controller.index, self._refusals, leads)
 
-    async def run(self, controller: Controller, drain: Drain) -> None:
+    async def run(self, controller: Controller) -> None:
         """For ever."""
         async with trio.open_nursery() as nursery:
             if self._serving is not None:
                 nursery.start_soon(self._serving.keep)
                 application = self._webhook.application()
-                nursery.start_soon(serve_https, application, self._serving.context, self._sockets, drain.wait_started)
+                nursery.start_soon(serve_https, application, self._serving.context, self._sockets, trio.sleep_forever)
             if self._elector is not None:
                 await controller.wait_synced()  # whoever leads must know what to write
                 nursery.start_soon(self._elector.run)

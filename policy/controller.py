@@ -27,6 +27,7 @@ from policy.server import PolicyServer
 
 _log = logs.logger("controller")
 
+LAME_S = 1.0
 _REPORT_EVERY_S = 5.0  # looking for conflicts is one pass over everything, so not at every change
 
 
@@ -130,7 +131,7 @@ class Companion(Protocol):
     def attach(self, controller: Controller) -> None:
         """Before the source runs."""
 
-    async def run(self, controller: Controller, drain: Drain) -> None:
+    async def run(self, controller: Controller) -> None:
         """For ever."""
 
     def not_ready(self) -> list[str]:
@@ -168,8 +169,8 @@ async def run(config: Config, source: Source, keep_certified: KeepCertified, com
             await nursery.start(private.serve, [listen_unix(config.diagnostics_socket)])
         nursery.start_soon(keep_certified, credentials)
         if companion is not None:
-            nursery.start_soon(companion.run, controller, drain)
-        await nursery.start(_until_drained, controller, credentials, drain, nursery.cancel_scope)
+            nursery.start_soon(companion.run, controller)
+        await nursery.start(_until_drained, controller, credentials, drain, nursery.cancel_scope, LAME_S if companion else 0.0)
         _log.info("serving", listen=str(config.listen), identity=config.identity.uri)
         await controller.server.serve([trio_listener(policy_socket)], credentials)
 
@@ -179,14 +180,20 @@ async def _until_drained(
     credentials: Cell[Credentials | None],
     drain: Drain,
     scope: trio.CancelScope,
+    lame_s: float,
     *,
     task_status: trio.TaskStatus[None],
 ) -> None:
-    """Started when there is something to serve; a drain ends the process at once, because sidecars keep what they know."""
+    """Started when there is something to serve; a drain ends the process at once, because sidecars keep what they know.
+
+    lame_s: but for this long, because an API server still has our webhook's address for a moment after we said that we are not ready.
+    """
     async with trio.open_nursery() as nursery:
 
         async def wait_drain() -> None:
             await drain.wait_started()
+            with trio.move_on_after(lame_s):
+                await drain.wait_hurried()
             scope.cancel()
 
         nursery.start_soon(wait_drain)
