@@ -25,7 +25,7 @@ from injector.metrics import Metrics
 from injector.webhook import Webhook
 
 _LOOK_S = 2.0  # the kubelet brings a changed ConfigMap within a minute or so; this is what we add
-_LAME_S = 1.0  # between /ready's no and the end of accepting: the API server still has our address for a moment
+_LAME_S = 5.0  # between /ready's no and the end of accepting: until then the API server may still have our address
 
 log = logs.logger("injector")
 
@@ -95,6 +95,7 @@ async def run(config: Config) -> None:
 
         async def ended() -> None:
             await drain.wait_started()
+            webhook.closing = True
             with trio.move_on_after(_LAME_S):
                 await drain.wait_hurried()
 

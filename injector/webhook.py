@@ -61,9 +61,14 @@ class Teller(Protocol):
 
 
 class Webhook:
-    """The application. mesh: read at each request, so that new settings count at once."""
+    """The application. mesh: read at each request, so that new settings count at once.
+
+    closing: set it when the process is about to end; answers then ask the API server to connect anew, elsewhere, because a request on a
+    connection that ends under it is not sent again, and failurePolicy would decide.
+    """
 
     def __init__(self, mesh: MeshSource, namespaces: Namespaces, teller: Teller, metrics: Metrics) -> None:
+        self.closing = False
         self._mesh = mesh
         self._namespaces = namespaces
         self._teller = teller
@@ -98,7 +103,7 @@ class Webhook:
             log.error("review failed", exc_info=error)
             return Response("the injector failed on this request, see its log\n", 500)
         self._metrics.took(time.perf_counter() - started)
-        return Response(answer, media_type="application/json")
+        return Response(answer, media_type="application/json", headers={"connection": "close"} if self.closing else None)
 
     async def _turn(self, request: Request) -> bytes:
         length = request.headers.get("content-length", "")

@@ -73,6 +73,7 @@ class Lab:
     namespaces: KnownNamespaces
     told: Told
     metrics: Metrics
+    webhook: Webhook
 
     async def post(self, body: bytes, path: str = "/mutate", method: str = "POST") -> tuple[int, bytes]:
         return await trio.to_thread.run_sync(partial(post, self.port, self.ca_pem, body, path, method))
@@ -119,10 +120,12 @@ async def webhook(connections_max: int = 64) -> AsyncIterator[Lab]:
     serving = ServingCertificate(Fixed(pair))
     await serving.refresh()
     mesh, namespaces, told, metrics = Cell(DEFAULT_MESH), KnownNamespaces(), Told(), Metrics()
-    application = Webhook(mesh, namespaces, told, metrics).application()
+    application = Webhook(mesh, namespaces, told, metrics)
     sock = listen(ListenAddr(parse_addr("127.0.0.1:0")))
     end = trio.Event()
     async with trio.open_nursery() as nursery:
-        await nursery.start(partial(serve_https, application, serving.context, [sock], end.wait, connections_max=connections_max))
-        yield Lab(sock.getsockname()[1], pair.ca_pem, mesh, namespaces, told, metrics)
+        await nursery.start(
+            partial(serve_https, application.application(), serving.context, [sock], end.wait, connections_max=connections_max)
+        )
+        yield Lab(sock.getsockname()[1], pair.ca_pem, mesh, namespaces, told, metrics, application)
         end.set()

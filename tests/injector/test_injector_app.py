@@ -138,7 +138,7 @@ async def cluster() -> AsyncIterator[FakeApiServer]:
 async def test_the_process_serves_the_api_server_and_ends_in_order(tmp_path: Path) -> None:
     async with cluster() as server:
         environ = settings(tmp_path, server)
-        async with injector(environ):
+        async with injector(environ) as process:
             response = await ask(environ, server, POD, "shop")
             after = apply_patch(POD, json.loads(base64.b64decode(response["patch"])))
             assert after["spec"]["initContainers"][0]["image"] == "first:1"
@@ -156,6 +156,12 @@ async def test_the_process_serves_the_api_server_and_ends_in_order(tmp_path: Pat
             with trio.fail_after(10):
                 while b"second:2" not in base64.b64decode((await ask(environ, server, POD, "shop"))["patch"]):  # noqa: ASYNC110  # a process
                     await trio.sleep(0.1)
+            process.terminate()
+            with trio.fail_after(10):
+                while (await admin(environ, "/ready"))[0] != 503:  # noqa: ASYNC110  # a process
+                    await trio.sleep(0.05)
+            response = await ask(environ, server, POD, "shop")
+            assert "patch" in response, "who still has our address is answered while others learn that we end"
         written = {line for line in server.requests if not line.startswith("GET")}
         assert written == {
             "PUT /api/v1/namespaces/pillion/secrets/pillion-injector-tls",

@@ -234,6 +234,24 @@ async def test_who_sends_nothing_does_not_keep_others_waiting() -> None:
             await trio.aclose_forcefully(stream)
 
 
+async def test_before_the_end_answers_ask_for_a_new_connection() -> None:
+    async with webhook() as lab:
+        context = ssl.create_default_context(cadata=lab.ca_pem.decode())
+        body = json.dumps(review_of(annotated(), "shop")).encode()
+        tcp = await trio.open_tcp_stream("127.0.0.1", lab.port)
+        stream = trio.SSLStream(tcp, context, server_hostname=NAME, https_compatible=True)
+        for closing in (False, True):
+            lab.webhook.closing = closing
+            await stream.send_all(b"POST /mutate HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+            answer = b""
+            while b"\r\n\r\n" not in answer or not answer.endswith(b"}"):
+                answer += await stream.receive_some()
+            assert (b"connection: close" in answer.lower()) is closing
+        with trio.fail_after(5):
+            assert await stream.receive_some() == b""
+        await trio.aclose_forcefully(stream)
+
+
 async def test_other_paths_and_methods_are_refused() -> None:
     async with webhook() as lab:
         assert (await lab.post(b"", "/"))[0] == 404
