@@ -295,8 +295,10 @@ def _restored_issuer(stored: StoredIssuer, anchors: dict[str, x509.Certificate],
     if key_pem is None:
         raise StoreUnsafe(f"the key of issuer {stored.id} is missing: restore it, or remove the directory to start a new mesh")
     chain = tuple(x509.load_pem_x509_certificates(stored.chain.encode())) if stored.chain else ()
-    certificate = x509.load_pem_x509_certificate(stored.certificate.encode())
-    return Issuer(Pair(certificate, _p256(key_pem, stored.id)), chain, anchors[stored.anchor_id])
+    certificate, key = x509.load_pem_x509_certificate(stored.certificate.encode()), _p256(key_pem, stored.id)
+    if certificate.public_key() != key.public_key():
+        raise StoreUnsafe(f"the key of issuer {stored.id} does not belong to its certificate: restore it")
+    return Issuer(Pair(certificate, key), chain, anchors[stored.anchor_id])
 
 
 def _p256(key_pem: bytes, name: str) -> ec.EllipticCurvePrivateKey:

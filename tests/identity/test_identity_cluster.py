@@ -333,3 +333,24 @@ async def reported(workload: Workload, generation: int) -> int:
         await stream.do_handshake()
         _, answer = await exchange(stream, h11.Connection(h11.CLIENT), request, b"", 100_000)
     return bundle_untrusted(answer).generation
+
+
+async def test_an_authority_of_our_own_gives_way_to_a_given_one_without_a_break(tmp_path: Path, port: int) -> None:
+    async with mesh(tmp_path, port) as cluster:
+        own = await cluster.start()
+        await cluster.ready(own)
+        await wait_until(lambda: cluster.bundle("shop") != "")
+        mine = cluster.bundle("shop")
+        cluster.server.secret("pillion-identity-state")
+        await cluster.stop(own)
+        for _ in range(2):
+            await cluster.ready(await cluster.start("pillion-issuer"))
+        assert cluster.bundle("shop") == mine
+        cart = cluster.roaming("cart")
+        async with kept_certified(cart):
+            await cart.wait_certified()
+            root = make_root("cluster.local", time.time())
+            given(cluster, make_issuer("cluster.local", root, time.time()), root)
+            with trio.fail_after(15):
+                await cart.cell.wait_for(lambda value: value is not None and value.bundle_pem == root.certificate_pem)
+            assert cart.seen.failures == []

@@ -108,3 +108,13 @@ def test_a_key_of_another_kind_is_refused() -> None:
     other = SnapshotStore(store.state, {**store.keys, ("issuer", store.state.issuer.id): key})
     with pytest.raises(StoreUnsafe, match="not ECDSA P-256"):
         Authority.restored(store.state, other, "cluster.local", lifetime_s=3600, clock=authority.clock)
+
+
+def test_a_key_that_somebody_replaced_is_not_signed_with() -> None:
+    authority, store = made()
+    _, stranger = made()
+    assert store.state is not None
+    data = secret_data(store) | {"tls.key": secret_data(stranger)["tls.key"]}
+    read = read_secret({"data": data})
+    with pytest.raises(StoreUnsafe, match="does not belong to its certificate"):
+        Authority.restored(store.state, read, "cluster.local", lifetime_s=3600, clock=authority.clock)
