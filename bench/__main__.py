@@ -54,7 +54,7 @@ def contestants(found: peers.Peers, wanted: str) -> list[Contestant]:
         everyone += [Envoy(), Envoy("envoy-h2", between="http2")]
     if found.haproxy:
         everyone.append(Haproxy())
-    everyone.append(Pillion())
+    everyone += [Pillion(), Pillion("pillion-ebpf", ebpf=True)]
     names = set(wanted.split(",")) if wanted else {one.name for one in everyone}
     return [one for one in everyone if one.name in names]
 

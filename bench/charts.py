@@ -7,7 +7,14 @@ from html import escape
 
 from bench.measure import HIGHER_IS_BETTER, Result
 
-COLOURS = {"pillion": "#c2410c", "envoy": "#7c3aed", "envoy-h2": "#a78bfa", "haproxy": "#2563eb", "none": "#9ca3af"}
+COLOURS = {
+    "pillion": "#c2410c",
+    "pillion-ebpf": "#f59e0b",
+    "envoy": "#7c3aed",
+    "envoy-h2": "#a78bfa",
+    "haproxy": "#2563eb",
+    "none": "#9ca3af",
+}
 _WIDTH, _LEFT, _RIGHT, _BAR, _GAP = 760, 250, 110, 16, 14
 
 CHARTS = (

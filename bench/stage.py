@@ -142,11 +142,16 @@ class Proc:
             return ""
 
 
-def _enter(ns_path: str | None, uid: int | None, cores: frozenset[int] | None) -> Callable[[], None]:
-    """What a child does between fork and exec: new or given network namespace, cores, limits, uid, death with its parent."""
+def _enter(ns_path: str | None, uid: int | None, cores: frozenset[int] | None, cgroup: Path | None = None) -> Callable[[], None]:
+    """What a child does between fork and exec: cgroup, new or given network namespace, cores, limits, uid, death with its parent."""
     parent, files = os.getpid(), file_limit()
+    members = None if cgroup is None else str(cgroup / "cgroup.procs")
 
     def enter() -> None:
+        if members is not None:
+            handle = os.open(members, os.O_WRONLY)
+            os.write(handle, b"0")
+            os.close(handle)
         if ns_path is None:
             if _libc.unshare(_CLONE_NEWNET) != 0:
                 os._exit(126)
@@ -171,6 +176,20 @@ def _enter(ns_path: str | None, uid: int | None, cores: frozenset[int] | None) -
     return enter
 
 
+@contextlib.contextmanager
+def _member_of(cgroup: Path | None) -> Iterator[None]:
+    """This process in another cgroup for a moment: programs attached there see what it dials."""
+    if cgroup is None:
+        yield
+        return
+    own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    (cgroup / "cgroup.procs").write_text("0")
+    try:
+        yield
+    finally:
+        (cgroup.parent / own.lstrip("/") / "cgroup.procs").write_text("0")
+
+
 @dataclass
 class Pod:
     """A network namespace, and what runs in it."""
@@ -179,16 +198,17 @@ class Pod:
     workdir: Path
     holder: subprocess.Popen[bytes]
     cores: frozenset[int] | None
+    cgroup: Path | None = None
     procs: list[Proc] = field(default_factory=list)
 
     @classmethod
-    def create(cls, name: str, workdir: Path, cores: frozenset[int] | None) -> Pod:
+    def create(cls, name: str, workdir: Path, cores: frozenset[int] | None, cgroup: Path | None = None) -> Pod:
         """Make an empty namespace with loopback up; raises StageError when the kernel or the user's rights do not allow it."""
         try:
             holder = subprocess.Popen(["sleep", "infinity"], preexec_fn=_enter(None, None, None), stdin=subprocess.DEVNULL)
         except (OSError, subprocess.SubprocessError) as error:
             raise StageError(f"cannot make a network namespace ({error}): the benchmark needs root") from error
-        pod = cls(name, workdir, holder, cores)
+        pod = cls(name, workdir, holder, cores, cgroup)
         # Popen returns once exec succeeded, so the namespace exists; a failed unshare ends the process instead.
         if holder.poll() is not None:
             raise StageError("cannot make a network namespace: the benchmark needs root (CAP_SYS_ADMIN)")
@@ -229,7 +249,7 @@ class Pod:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **env} if env is not None else None,
                 cwd=cwd,
-                preexec_fn=_enter(self.ns_path, uid, cores or self.cores),
+                preexec_fn=_enter(self.ns_path, uid, cores or self.cores, self.cgroup),
             )
         proc = Proc(name, popen, log)
         self.procs.append(proc)
@@ -243,7 +263,7 @@ class Pod:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=ROOT,
-            preexec_fn=_enter(self.ns_path, None, self.cores),
+            preexec_fn=_enter(self.ns_path, None, self.cores, self.cgroup),
         ) as popen:
             try:
                 out, err = popen.communicate(timeout=timeout_s)
@@ -254,8 +274,8 @@ class Pod:
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """This process itself in the pod's network, for small probes; the caller must not start threads meanwhile."""
-        with open("/proc/self/ns/net", "rb") as home, open(self.ns_path, "rb") as there:
+        """This process itself in the pod's network and cgroup, for small probes; the caller must not start threads meanwhile."""
+        with open("/proc/self/ns/net", "rb") as home, open(self.ns_path, "rb") as there, _member_of(self.cgroup):
             if _libc.setns(there.fileno(), _CLONE_NEWNET) != 0:
                 raise StageError(f"cannot enter the namespace of {self.name}: errno {ctypes.get_errno()}")
             try:
@@ -273,14 +293,20 @@ class Pod:
 
 
 class Stage:
-    """A client pod and a server pod joined by a veth pair; a third namespace for a control plane on demand."""
+    """A client pod and a server pod joined by a veth pair; a third namespace for a control plane on demand.
+
+    cgroup: what every process of the stage is in, None where there is no unified hierarchy: programs attached to it concern this stage
+    only. on_close: called, last added first, before the pods end.
+    """
 
     def __init__(self, name: str, workdir: Path, pinning: Pinning, endpoints: int = 1) -> None:
         self.name = name
         self.workdir = workdir
         self.pinning = pinning
         self.endpoints = endpoint_ips(endpoints)
+        self.on_close: list[Callable[[], None]] = []
         self._pods: list[Pod] = []
+        self.cgroup = _make_cgroup(workdir.name)
         try:
             self.client = self._pod("client", pinning.client)
             self.server = self._pod("server", pinning.server)
@@ -290,7 +316,7 @@ class Stage:
             raise
 
     def _pod(self, name: str, cores: frozenset[int] | None) -> Pod:
-        pod = Pod.create(name, self.workdir, cores)
+        pod = Pod.create(name, self.workdir, cores, self.cgroup)
         self._pods.append(pod)
         return pod
 
@@ -327,8 +353,38 @@ class Stage:
 
     def close(self) -> None:
         """End everything; safe to call twice."""
+        while self.on_close:
+            self.on_close.pop()()
         while self._pods:
             self._pods.pop().close()
+        if self.cgroup is not None:
+            _remove_cgroup(self.cgroup)
+            self.cgroup = None
+
+
+def _make_cgroup(name: str) -> Path | None:
+    """A cgroup of version 2 of our own, also beside version 1; one that is left when the benchmark is killed is empty and does nothing."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, where, kind, *_ = line.split(" ")
+        if kind == "cgroup2":
+            path = Path(where) / f"pillion-bench-{name}"
+            try:
+                path.mkdir(exist_ok=True)
+            except OSError:
+                return None
+            return path
+    return None
+
+
+def _remove_cgroup(path: Path) -> None:
+    for _ in range(100):
+        try:
+            path.rmdir()
+            return
+        except FileNotFoundError:
+            return
+        except OSError:
+            time.sleep(0.02)  # a process that was killed leaves it a moment later
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float, procs: Sequence[Proc] = ()) -> float:

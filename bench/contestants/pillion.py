@@ -2,6 +2,9 @@
 
 Nothing here is made for the benchmark: redirect, tokens, certificates and policy come to the sidecars as they do on a cluster. The
 control plane is in a namespace of its own; only the sidecars' CPU and memory count, as only the proxies' do for the others.
+
+Two contestants: `pillion` is led by the same nftables redirect as everybody else; `pillion-ebpf` by the node's agent, with the hops
+between app and sidecar accelerated, which is what runs where the kernel allows it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.certs import NAMESPACE, TRUST_DOMAIN
+from bench.contestants.agent import Agent
 from bench.contestants.base import Context, Running, Setup, http_ok, wait_ready
 from bench.contestants.objects import objects
 from bench.stage import (
@@ -41,20 +45,29 @@ _IDENTITY_PORT, _POLICY_PORT, _IDENTITY_ADMIN, _POLICY_ADMIN = 8080, 8090, 9990,
 
 
 class Pillion:
-    """HTTP/1.1 stays HTTP/1.1 and HTTP/2 stays HTTP/2 between the sidecars."""
+    """HTTP/1.1 stays HTTP/1.1 and HTTP/2 stays HTTP/2 between the sidecars. ebpf: captured by the agent instead of nftables."""
 
-    name = "pillion"
+    def __init__(self, name: str = "pillion", *, ebpf: bool = False) -> None:
+        self.name = name
+        self._ebpf = ebpf
 
     def missing(self, setup: Setup) -> str | None:
-        """Takes part in everything once there is a sidecar."""
-        return None if (ROOT / "proxy" / "app.py").exists() else "there is no sidecar yet (proxy/app.py)"
+        """Takes part in everything."""
+        return None
 
     def start(self, context: Context, stage: Stage, setup: Setup) -> Running:
         """Control plane, redirect, both sidecars; ready means certified."""
         sidecar = program()
         tokens = _Tokens(stage.workdir)
         self._control_plane(context, stage, setup, tokens)
-        stage.redirect(outbound=not setup.inbound_only)
+        agent = None
+        if self._ebpf:
+            agent = Agent(stage)
+            agent.capture(stage.server)
+            if not setup.inbound_only:
+                agent.capture(stage.client)
+        else:
+            stage.redirect(outbound=not setup.inbound_only)
         proxies: dict[str, Proc] = {}
         ready: dict[str, float] = {}
         for role in ("inbound",) if setup.inbound_only else ("outbound", "inbound"):
@@ -64,6 +77,8 @@ class Pillion:
             proc = pod.spawn(f"pillion-{role}", command, uid=PROXY_UID, cores=context.pinning.proxy(role), env=env, cwd=sidecar)
             ready[role] = wait_ready(stage, proc, role, "/ready", ADMIN_PORT)
             proxies[role] = proc
+            if agent is not None:
+                agent.steer(pod)
         dial = (stage.endpoints[0], APP_PORT) if setup.inbound_only else (SERVICE_IP, SERVICE_PORT)
         return Running(dial, proxies, ready, alpn="pillion-http/1.1")
 

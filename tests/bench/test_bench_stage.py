@@ -43,17 +43,36 @@ from pathlib import Path
 from bench.stage import Pinning, Stage
 stage = Stage("t", Path({str(tmp_path)!r}), Pinning())
 proc = stage.server.spawn("app", ["sleep", "600"], uid=2102)
-print(stage.client.holder.pid, stage.server.holder.pid, proc.pid, flush=True)
+print(stage.client.holder.pid, stage.server.holder.pid, proc.pid, stage.cgroup or "", flush=True)
 input()
 """
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as bench:
         assert bench.stdout is not None
-        pids = [int(word) for word in bench.stdout.readline().split()]
+        *numbers, cgroup = bench.stdout.readline().decode().rstrip("\n").split(" ")
+        pids = [int(number) for number in numbers]
         assert len(pids) == 3
         assert all(alive(pid) for pid in pids)
         bench.send_signal(signal.SIGKILL)
         bench.wait()
     wait_until(lambda: not any(alive(pid) for pid in pids), "the children end", 5)
+    if cgroup:
+        Path(cgroup).rmdir()  # an empty folder is all that is left, and it can be removed
+
+
+def test_every_process_of_a_stage_is_in_its_cgroup_and_the_cgroup_goes_with_it(tmp_path: Path) -> None:
+    with contextlib.closing(Stage("t", tmp_path, Pinning())) as stage:
+        if stage.cgroup is None:
+            pytest.skip("no cgroup2 hierarchy is mounted")
+        cgroup, before = stage.cgroup, Path("/proc/self/cgroup").read_text()
+        proc = stage.server.spawn("app", ["sleep", "60"], uid=2102)
+        assert str(proc.pid) in (cgroup / "cgroup.procs").read_text().split()
+        code, out, _ = stage.client.output(["cat", "/proc/self/cgroup"], 10)
+        assert code == 0
+        assert f"/{cgroup.name}" in out
+        with stage.client.inside():
+            assert f"/{cgroup.name}" in Path("/proc/self/cgroup").read_text()
+        assert Path("/proc/self/cgroup").read_text() == before
+    assert not cgroup.exists()
 
 
 def alive(pid: int) -> bool:
