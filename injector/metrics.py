@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -23,6 +22,7 @@ class Metrics:
             "pillion_injector_failures", "Requests without a decision; failurePolicy decides.", ["cause"], registry=into
         )
         self._seconds = Histogram("pillion_injector_review_seconds", "From a request to its answer.", buckets=_BUCKETS, registry=into)
+        ProcessCollector(registry=into)
         self._reloads = Counter("pillion_injector_mesh_reloads", "Readings of changed mesh settings.", ["result"], registry=into)
 
     def decided(self, decision: str, reason: str) -> None:
@@ -44,10 +44,6 @@ class Metrics:
     def watch(self, name: str, meaning: str, read: Callable[[], float]) -> None:
         """A gauge that is read when somebody asks."""
         Gauge(name, meaning, registry=self._registry).set_function(read)
-
-    def add(self, collector: Collector) -> None:
-        """Further metrics, such as those of the process."""
-        self._registry.register(collector)
 
     def exposition(self) -> bytes:
         """Prometheus' text format."""

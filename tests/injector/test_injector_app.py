@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -151,6 +152,10 @@ async def test_the_process_serves_the_api_server_and_ends_in_order(tmp_path: Pat
             assert (event["reason"], event["regarding"]["name"]) == ("InjectionSkipped", "a")
             status, metrics = await admin(environ, "/metrics")
             assert status == 200 and 'pillion_injector_decisions_total{decision="skipped",reason="host-network"} 1.0' in metrics
+            assert "process_resident_memory_bytes" in metrics and "pillion_injector_serving_expiry_timestamp_seconds" in metrics
+            page = (Path(__file__).parents[2] / "docs" / "injection.md").read_text(encoding="utf-8")
+            names = {line.split()[2] for line in metrics.splitlines() if line.startswith("# TYPE pillion_") and "_created " not in line}
+            assert names == set(re.findall(r"\| `(pillion_injector_[a-z_]+)` \|", page))
             # new settings are taken while it runs
             (tmp_path / "mesh.yaml").write_text("image: second:2\n")
             with trio.fail_after(10):
