@@ -8,7 +8,7 @@ import subprocess
 import threading
 
 from ebpf import procs
-from ebpf.redirect import capture
+from ebpf.redirect import TABLE, capture
 
 _TIMEOUT_S = 15
 _CLONE_NEWNET = 0x40000000
@@ -25,6 +25,16 @@ def apply(netns: int, text: str) -> None:
         procs.inside(netns, lambda: apply_here(text))
     except OSError as error:
         raise RulesFailed(f"the pod's network namespace cannot be entered: {error}") from None
+
+
+def captures(netns: int) -> bool:
+    """Is our table in a namespace already, put there by somebody before us? False too when nft cannot say."""
+    command = ["nft", "list", "table", "inet", TABLE]
+    try:
+        done = procs.inside(netns, lambda: subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, check=False))
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0 and b"redirect to" in done.stdout
 
 
 def apply_here(text: str) -> None:

@@ -109,6 +109,7 @@ class Pods:
             if pod is not None:
                 self.unregister(facts.id)  # its sandbox was made anew
             pod = Pod(facts, cookie, inode)
+            pod.rules = nft.captures(netns)
         else:
             pod.facts = facts
         self._bring(pod, netns, self.lowest)

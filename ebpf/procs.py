@@ -1,13 +1,15 @@
 """What the agent learns from /proc about a pod, and takes from its processes: network namespace, cookie, the sidecar's listener.
 
-Needs CAP_SYS_PTRACE (to read other users' /proc/PID/ns and fd, and for pidfd_getfd) and CAP_SYS_ADMIN (to enter a namespace); the agent
+Needs CAP_SYS_PTRACE (to read other users' /proc/PID/ns, and for pidfd_getfd) and CAP_SYS_ADMIN (to enter a namespace); the agent
 must see the pods' processes (``hostPID: true``). Decides nothing. Called by ebpf.pods and ebpf.cluster_pods. Linux only.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -20,6 +22,7 @@ PROC = "/proc"
 _SO_NETNS_COOKIE = 71
 _SO_PROTOCOL = 38
 _LISTEN = "0A"
+_DESCRIPTORS = 1024  # a sidecar binds its ports before anything else
 
 
 def inside(netns: int, work: Callable[[], T]) -> T:
@@ -141,17 +144,25 @@ def take_listeners(pid: int, port: int, uid: int, cookie: int) -> list[socket.so
     taken: list[socket.socket] = []
     pidfd = os.pidfd_open(pid)
     try:
-        for entry in os.scandir(f"{PROC}/{pid}/fd"):
+        for number in range(_DESCRIPTORS):  # listing /proc/PID/fd would need one capability more (DAC_READ_SEARCH)
             try:
-                target = os.readlink(entry.path)
-            except OSError:
-                continue  # closed meanwhile
-            if target.startswith("socket:[") and int(target[8:-1]) in wanted:
-                sock = socket.socket(fileno=bpfsys.take_fd(pidfd, int(entry.name)))
-                if _is_listener(sock, port, cookie):
-                    taken.append(sock)
-                else:
-                    sock.close()
+                fd = bpfsys.take_fd(pidfd, number)
+            except OSError as error:
+                if error.errno == errno.EBADF:
+                    continue
+                raise
+            status = os.fstat(fd)
+            if not stat.S_ISSOCK(status.st_mode) or status.st_ino not in wanted:
+                os.close(fd)
+                continue
+            sock = socket.socket(fileno=fd)
+            if _is_listener(sock, port, cookie):
+                taken.append(sock)
+            else:
+                sock.close()
+            wanted.discard(status.st_ino)
+            if not wanted:
+                break
     except BaseException:
         for sock in taken:
             sock.close()

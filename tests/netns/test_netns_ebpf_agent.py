@@ -183,11 +183,11 @@ def test_a_killed_agent_leaves_capture_as_it_is_and_a_new_one_takes_over_without
     lab.start()
     one, two = lab.meshed()
     load = Load(one, two.ips[0])
-    before = bpfsys.ids("prog")
+    before = objects(lab)
     lab.kill(signal.SIGKILL)
     assert one.call(two.ips[0], count=20)[-1]["error"] == "", "new connections while there is no agent"
     node = lab.start()
-    assert node["level"] == CONNECT and bpfsys.ids("prog") >= before
+    assert node["level"] == CONNECT and objects(lab) == before
     assert one.status()["level"] == two.status()["level"] == CONNECT and two.status()["listens"]
     connections, failed, held = load.stop()
     assert connections > 20 and not failed and held
@@ -319,6 +319,18 @@ def test_the_capabilities_that_are_documented_are_enough(lab: Lab) -> None:
     assert lab.start(before=only(*AGENT_CAPABILITIES))["level"] == CONNECT
     one, two = lab.meshed()
     assert one.call(two.ips[0])[0]["error"] == ""
+    assert [pod.status()["level"] for pod in lab.pods] == [CONNECT, CONNECT], "nothing was found missing on the way"
+
+
+@pytest.mark.parametrize("missing", AGENT_CAPABILITIES)
+def test_each_of_the_documented_capabilities_is_needed_and_a_restart_with_it_climbs(lab: Lab, missing: str) -> None:
+    lab.start(before=only(*(set(AGENT_CAPABILITIES) - {missing})))
+    if missing != "sys_admin":  # without it nothing can enter a pod
+        assert lab.pods[0].register()["pod"]["level"] != CONNECT
+    lab.kill()
+    assert lab.start(before=only(*AGENT_CAPABILITIES))["level"] == CONNECT
+    assert lab.pods[0].register()["pod"]["level"] == CONNECT
+    assert "redirect" not in lab.pods[0].rules()
 
 
 def test_without_ptrace_nftables_captures_and_the_hop_is_still_shortened(lab: Lab) -> None:
