@@ -11,19 +11,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import trio
 
 from core import alpn
 from core.names import WorkloadId
+from core.runtime.tls import HandshakeFailed
 from policy.authorize import Client, Denied, Permit
 from proxy.config import Config
 from proxy.discover import Discovery, PortState
 from proxy.inbound.authorize import Authorization
 from proxy.inbound.forward import Forwarder
 from proxy.inbound.gate import InboundGate, forwarded_fields
+from proxy.inbound.refuse import RefusingGate
 from proxy.live import Live
 from proxy.protocol.client_hello import ClientHello
 from proxy.protocol.detect import Detected, FirstLine
@@ -81,10 +84,14 @@ class Inbound:
     async def serve(self, accepted: Accepted) -> None:
         """Take one connection from accept to the relay; raises Failure, HandshakeFailed, trio.BrokenResourceError."""
         self._refuse_loops(accepted)
-        port = await self.discovery.wait_port(accepted.dst.port)
+        try:
+            port = await self.discovery.wait_port(accepted.dst.port)
+        except Failure as failure:
+            await self._refuse(accepted, failure.cause)
+            raise
         heard = await self._listen(accepted, port)
         try:
-            peer = await self._authenticate(accepted, heard.sniffed, port)
+            peer = await self._authenticate(accepted, heard.sniffed, _declared(port))
         except BaseException:
             if heard.to_app is not None:
                 heard.to_app.close()
@@ -145,13 +152,31 @@ class Inbound:
             raise Failure(Cause.HEAD_TIMEOUT, f"the client said nothing for {patience_s:g} s")
         return otherwise
 
-    async def _authenticate(self, accepted: Accepted, sniffed: Sniffed, port: PortState) -> Authenticated:
+    async def _refuse(self, accepted: Accepted, cause: Cause) -> None:
+        """Answer what is HTTP; everything else is cut by who called us."""
+        with contextlib.suppress(Failure, HandshakeFailed, trio.BrokenResourceError):
+            config = self.config
+            sniffed = await sniff(accepted.stream, config.detect_silence_s, config.detect_timeout_s)
+            peer = await self._authenticate(accepted, sniffed, None)
+            if peer.protocol not in _HTTP:
+                return
+            gate = RefusingGate(cause, self.relay, explain=peer.identity is not None)
+            link = self.relay.adopt(accepted.stream.release(), NOBODY, peer.records)
+            if peer.protocol is Detected.HTTP1:
+                gate.engine = Http1Client(link, gate, replace(self.http1_limits, idle_timeout_s=config.detect_timeout_s))
+            else:
+                gate.engine = Http2Client(link, gate, replace(self.http2_limits, idle_timeout_s=config.detect_timeout_s))
+            with self.relay.batch():
+                begin(self.relay, link, gate.engine, peer.data)
+                self.live.add(link, gate.engine, lambda: None)
+
+    async def _authenticate(self, accepted: Accepted, sniffed: Sniffed, declared: Detected | None) -> Authenticated:
         if sniffed.hello is not None and self._addressed_to_us(sniffed.hello):
             secured = await self.security.accept(accepted.stream, sniffed.data)
             return Authenticated(secured.peer, "", _INSIDE[secured.alpn], b"", secured.records)
         if sniffed.hello is not None:
             return Authenticated(None, "tls-not-addressed-to-us", Detected.OPAQUE, sniffed.data, None)
-        return Authenticated(None, "plaintext", _plain_protocol(sniffed, _declared(port)), sniffed.data, None)
+        return Authenticated(None, "plaintext", _plain_protocol(sniffed, declared), sniffed.data, None)
 
     def _addressed_to_us(self, hello: ClientHello) -> bool:
         """TLS is ours to terminate when it names this workload and offers what only sidecars speak; any other is the app's own."""

@@ -15,6 +15,7 @@ from cryptography import x509
 from core.addrs import Addr, OriginalDst
 from policy.wire import Destination, Endpoint, HttpMatch, InboundPolicy, PathMatch, Route, Rule
 from tests.certs import Authority
+from tests.scenarios.h2_peers import H2
 from tests.scenarios.mesh import ANYONE, CART, FOR_CART, WEB, inbound_policy, mesh, only
 from tests.scenarios.peers import MIB, H11App, program, read_all, read_until, run
 
@@ -257,6 +258,35 @@ async def test_without_any_policy_a_connection_waits_and_is_then_refused(autojum
             assert 0.7 <= trio.current_time() - began < 0.9
         assert app.said == []
         assert made.metric(made.server, "pillion_errors_total", error="policy-unknown") == 2
+
+
+async def test_without_any_policy_requests_are_answered_with_503_and_the_connection_ends(autojump_clock: trio.testing.MockClock):
+    app = Recorded(_echo)
+    async with mesh(app, policy=None) as made:
+        for meshed, dial in ((True, made.dial), (False, made.dial_unmeshed)):
+            began = trio.current_time()
+            stream = await dial()
+            await stream.send_all(b"GET / HTTP/1.1\r\nhost: web\r\n\r\n")
+            answer = await read_all(stream) if not meshed else await read_until(stream, b"\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert (b"pillion-proxy-error: policy-unknown" in answer) is meshed
+            assert 2 <= trio.current_time() - began < 2.5
+            await stream.aclose()
+        for dial in (made.dial, made.dial_unmeshed):
+            stream = await dial()
+            client = H2(stream, client=True)
+            await client.start()
+            await client.request()
+            got = b""
+            with trio.fail_after(10):
+                while b"\x08\x03503" not in got:  # :status
+                    got += await stream.receive_some(65536) or b"<end>\x08\x03503"
+            assert b"<end>" not in got
+            await stream.aclose()
+        assert app.said == []
+        assert made.metric(made.server, "pillion_errors_total", error="policy-unknown") == 4
+        with trio.fail_after(30):
+            await made.server.live.wait_none()
 
 
 async def test_a_connection_that_waits_is_served_as_soon_as_its_policy_arrives(autojump_clock: trio.testing.MockClock):
