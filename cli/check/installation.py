@@ -305,6 +305,8 @@ async def capture_level(cluster: Cluster) -> str:
         raise Skipped("no agent is installed: pods capture by an init container")
     told, names = [], set()
     for pod in await _agents(cluster):
+        if not _condition(pod, "Ready") or pod["metadata"].get("deletionTimestamp"):
+            continue  # agent-ready tells about it
         found = await cluster.raw(f"/api/v1/namespaces/{NAMESPACE}/pods/{pod['metadata']['name']}:9991/proxy/status")
         node = found.get("node") or {}
         level = int(node.get("level", REFUSED))
