@@ -62,7 +62,7 @@ def read_stored(ref: Ref, raw: Raw) -> Stored:
         str(metadata.get("resourceVersion") or ""),
         generation if isinstance(generation, int) else 0,
         tuple(_dict(parent) for parent in parents) if isinstance(parents, list) and ref.group == GATEWAY_GROUP else (),
-        {key: status[key] for key in ("parents", "conditions") if isinstance(status.get(key), list)},
+        {key: [_dict(entry) for entry in status[key]] for key in ("parents", "conditions") if isinstance(status.get(key), list)},
     )
 
 
@@ -203,7 +203,7 @@ def _conditions(verdicts: Iterable[Verdict], old: Sequence[Any], generation: int
     return list(old) if len(result) == len(old) and all(entry in old for entry in result) else result
 
 
-def _key(ref: Ref, parent: Raw) -> tuple[Any, ...]:
+def _key(ref: Ref, parent: Raw) -> tuple[str, ...]:
     defaults = (
         ("group", GATEWAY_GROUP),
         ("kind", "Gateway"),
@@ -212,7 +212,7 @@ def _key(ref: Ref, parent: Raw) -> tuple[Any, ...]:
         ("sectionName", None),
         ("port", None),
     )
-    return tuple(parent.get(field, default) for field, default in defaults)
+    return tuple(str(parent.get(field, default)) for field, default in defaults)
 
 
 def _dict(value: object) -> dict[str, Any]:

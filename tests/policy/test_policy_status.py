@@ -208,6 +208,11 @@ def test_a_server_that_an_older_one_overlaps_says_so_and_foreign_conditions_stay
         {"metadata": {"generation": "x"}, "spec": {"parentRefs": "x"}, "status": []},
         {"metadata": 3, "spec": 3, "status": {"parents": {}}},
         {"metadata": {}, "spec": {"parentRefs": [3, None]}, "status": {"parents": [{"parentRef": 3}]}},
+        {"spec": {"parentRefs": [SERVICE | {"name": {}, "port": []}]}, "status": {"parents": [3, {"controllerName": CONTROLLER}]}},
+        {
+            "spec": {"parentRefs": [SERVER | {"name": ["cart"]}]},
+            "status": {"parents": [{"parentRef": {"name": {}}, "controllerName": CONTROLLER}]},
+        },
         {},
     ],
 )
