@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import PILLION, Ground
-from tests.cluster.kube import Space, container, pod, pod_spec, service, workload
+from tests.cluster.kube import Space, container, pod, pod_spec, service, until, workload
 from tests.cluster.test_cluster_workloads import caller, identity
 from tools import image
 
@@ -56,6 +56,12 @@ def version(space: Space, app: str) -> set[str]:
     return {each["image"] for pod in pods for each in pod["spec"]["initContainers"] if each["name"] == "pillion-proxy"}
 
 
+def _injectors(mesh: Space) -> set[str]:
+    """Images of the injector's pods, ending ones included: they may still be asked."""
+    pods = mesh.json("get", "pods", "--selector=app.kubernetes.io/component=injector")["items"]
+    return {container["image"] for pod in pods for container in pod["spec"]["containers"]}
+
+
 def test_an_upgrade_from_the_previous_commit_fails_no_request(
     ground: Ground, mesh: Space, space: Space, previous: Path, old_images: None
 ) -> None:
@@ -76,6 +82,7 @@ def test_an_upgrade_from_the_previous_commit_fails_no_request(
             new = [*PILLION, "upgrade", "--image", ground.image, "--agent-image", ground.agent_image]
             ground.kube.apply(printed([*new, "--kubeconfig", ground.kube.kubeconfig], image.ROOT))
             mesh.rolled_out(*CONTROL, "daemonset/pillion-agent")
+            until("the old injector is gone", lambda: _injectors(mesh) == {ground.image}, 60)
             space.run("rollout", "restart", "deployment/web")
             space.rolled_out("deployment/web")
         for load in (kept, fresh):
