@@ -90,9 +90,9 @@ async def injected(cluster: Cluster) -> str:
     pods = await cluster.pods()
     found = list(unmeshed(pods, namespaces))
     if found:
-        raise Failed(
-            "\n".join(f"{name}: {sentence}" for name, _, sentence in found[:20]), "kubectl rollout restart -n NAMESPACE deploy/NAME"
-        )
+        late = any(reason == "not-injected" for _, reason, _ in found)
+        hint = "kubectl rollout restart -n NAMESPACE deploy/NAME" if late else "docs/injection.md#who-gets-none-and-who-is-told"
+        raise Failed("\n".join(f"{name}: {sentence}" for name, _, sentence in found[:20]), hint)
     return f"{sum(map(is_meshed, pods))} of {len(pods)} pods have a sidecar"
 
 
