@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import policy_lab as lab
@@ -12,6 +14,7 @@ import pytest
 import trio
 from certs import Authority
 from policy_lab import CART
+from prometheus_client.parser import text_string_to_metric_families
 
 from core.credentials import Credentials
 from core.env import load
@@ -24,6 +27,9 @@ from policy.client import PolicyClient
 from policy.cluster import RESOURCES, Beside, parse_slim
 from policy.config import Config
 from policy.controller import run
+from policy.diagnostics import exposition
+from policy.index import Index
+from policy.server import Counters
 from policy.wire import Hello, InboundPolicy
 from tests.core.fake_apiserver import FakeApiServer, running
 
@@ -195,3 +201,16 @@ def test_annotations_that_nobody_reads_are_not_kept() -> None:
     assert found is not None
     assert set(found.metadata.annotations) == {"pillion.dev/status", "config.pillion.dev/opaque-ports"}
     assert "example.com/huge" in raw["metadata"]["annotations"]
+
+
+async def test_every_metric_is_documented() -> None:
+    async with cluster() as (server, authority, nursery):
+        replica = Replica(server, authority, "policy-a", free_port())
+        nursery.start_soon(replica.run)
+        server.put(created(lab.server()))
+        await until_status(server, "Server", "cart")
+        assert replica.beside is not None
+        text = (exposition(Index(), Counters(), ()) + replica.beside.exposition()).decode()
+        families = {family.name + ("_total" if family.type == "counter" else "") for family in text_string_to_metric_families(text)}
+        page = Path(__file__).parents[2].joinpath("docs/metrics.md").read_text(encoding="utf-8").partition("## Policy controller")[2]
+        assert families == set(re.findall(r"`(pillion_\w+)`", page))
