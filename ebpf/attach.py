@@ -15,9 +15,11 @@ imports neither bcc nor libbpf. Not safe for two writers at once: the agent is a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +27,10 @@ from ebpf import bpfsys, layout
 from ebpf.layout import Counter, Pod, PortKind
 
 DEFAULT_ROOT = Path("/sys/fs/bpf/pillion")
+
+
+SETTLE_S = 0.5
+"""From the end of capture to the end of the programs: a handshake over loopback, and the sidecar's question for the target."""
 
 
 class NotInstalled(OSError):
@@ -246,12 +252,31 @@ def prepare(root: Path) -> bool:
 
 
 def remove(root: Path) -> None:
-    """Detach everything of every layout version and leave nothing pinned. Links first, so that no pod is half captured for long."""
-    if root.exists():
-        for version in root.iterdir():
-            _remove(version / "cgroups")
-            _remove(version / "pods")
-        _remove(root)
+    """Detach everything of every layout version and leave nothing pinned; takes SETTLE_S where programs hang on a cgroup.
+
+    Capture ends first, everywhere. Connections that were led to a sidecar a moment ago get their time to be paired and to be asked for
+    their target; without that the sidecar would refuse them.
+    """
+    if not root.exists():
+        return
+    for version in root.iterdir():
+        _remove(version / "pods")
+        if _stop_capturing(version):
+            time.sleep(SETTLE_S)
+        _remove(version / "cgroups")
+    _remove(root)
+
+
+def _stop_capturing(version: Path) -> bool:
+    """Forget every pod; returns whether somebody's connect() may be half done."""
+    with contextlib.suppress(FileNotFoundError):
+        fd = bpfsys.pinned(version / "maps" / "pods")
+        try:
+            for key in list(bpfsys.map_keys(fd, 8)):
+                bpfsys.map_delete(fd, key)
+        finally:
+            os.close(fd)
+    return (version / "cgroups").is_dir() and any((version / "cgroups").iterdir())
 
 
 def _remove(path: Path) -> None:

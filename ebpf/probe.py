@@ -19,6 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -82,17 +83,37 @@ def trial(sources: Path | None = None) -> Findings:
     bpfsys.make_mounts_private()
     with tempfile.TemporaryDirectory(prefix="pillion-probe-") as folder:
         bpfsys.mount_bpffs(Path(folder))
+        root = Path(folder) / "pillion"
         try:
-            root = Path(folder) / "pillion"
             report = loader.install(root, folder=sources)
-            connect, steer = report.why_not(CONNECT), report.why_not(["inbound"])
-            sockmap = report.why_not(["sockops", "redirect"])
+            found = Findings(report.why_not(CONNECT), report.why_not(["inbound"]), report.why_not(["sockops", "redirect"]))
             if report.problem:
-                return Findings(connect, steer, sockmap)
+                return found
             with attach.Node(attach.Pins(root)) as node:
-                return _try_all(node, Findings(connect, steer, sockmap))
+                found = _try_all(node, found)
         finally:
+            made = _programs(root)
+            attach.remove(root)
             bpfsys.unmount(Path(folder))
+        _wait_until_gone(made)
+        return found
+
+
+def _programs(root: Path) -> set[int]:
+    """The kernel's ids of the pinned programs."""
+    found = set()
+    for path in attach.Pins(root).programs.glob("*"):
+        fd = bpfsys.pinned(path)
+        found.add(bpfsys.object_id(fd))
+        os.close(fd)
+    return found
+
+
+def _wait_until_gone(programs: set[int]) -> None:
+    """The kernel frees programs a grace period after their last user; whoever counts them after us shall not count ours."""
+    end = time.monotonic() + 2
+    while programs & bpfsys.ids("prog") and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def _try_all(node: attach.Node, found: Findings) -> Findings:
