@@ -10,6 +10,7 @@ import trio
 
 from core.k8s.api import Api
 from core.k8s.cluster import connect
+from core.k8s.errors import ApiError
 from core.k8s.events import About, EventRecorder, Type
 from core.k8s.lease import Election, Elector, Leases
 from core.runtime import logs
@@ -18,6 +19,7 @@ from core.runtime.drain import Drain, drain_on_signals
 from identity.admin import listen_admin, serve_admin
 from identity.admin_wire import Answer
 from identity.authority import Authority
+from identity.cluster.given import GivenSecret
 from identity.cluster.leader import Leader
 from identity.cluster.peers import Peers
 from identity.cluster.shared import Shared, Superseded
@@ -55,6 +57,9 @@ class Replica:
         self.shared = Shared(api, config.control_namespace, config.state_secret, config.trust_domain, lifetime_s=config.leaf_lifetime_s)
         self.elector = Elector(Leases(api), election or Election(config.control_namespace, SERVICE_ACCOUNT, config.pod_name))
         self.events = EventRecorder(api, "pillion.dev/identity", config.pod_name)
+        self.given: GivenSecret | None = None
+        if config.issuer_secret:
+            self.given = GivenSecret(api, config.identity, config.issuer_secret, self.shared.clock, self.tell)
         self.reviewer = KubernetesReviewer(api, config.trust_domain)
         self.service: IdentityService | None = None
         self.serving: ServingCertificate | None = None
@@ -69,13 +74,23 @@ class Replica:
         routes = standard_routes(not_ready=self.not_ready, metrics=self.metrics, shutdown=self.drain.start)
         listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]
         await nursery.start(AdminServer(routes).serve, listeners)
-        for task in (self.shared.follow, self.events.run, self.elector.run, self.lead, self.serve):
+        for task in (self.shared.follow, self.events.run, self.elector.run, self.begin, self.lead, self.serve):
             nursery.start_soon(task)
         if config.admin_socket is not None:
             nursery.start_soon(serve_admin, self.answer, listen_admin(config.admin_socket))
         await self.drain.wait_started()
         if self.service is not None:
             await self.served.wait()
+
+    async def begin(self) -> None:
+        """With a given issuer, any replica may make the first state: while a mesh moves to one, a replica of the old kind still leads."""
+        while self.given is not None and self.shared.authority.value is None:
+            try:
+                if self.shared.vacant:
+                    await self.given.begin(self.shared)
+            except (ApiError, trio.TooSlowError, Superseded) as error:
+                log.warning("no first state yet, will be tried again", reason=str(error) or type(error).__name__)
+            await trio.sleep(_ISSUER_RETRY_S)
 
     async def serve(self) -> None:
         """Hand out certificates from the moment there is an authority, until the drain."""
@@ -120,9 +135,7 @@ class Replica:
         leading = self.elector.leader
         while True:
             await leading.wait_for(bool)
-            peers = self.peers()
-            config = self.config
-            self.leader = Leader(self.api, self.shared, peers, config.identity, config.issuer_secret, self.known, self.tell)
+            self.leader = Leader(self.api, self.shared, self.peers(), self.config.identity, self.given, self.known, self.tell)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.leader.run)
                 await leading.wait_for(lambda leads: not leads)
@@ -152,8 +165,8 @@ class Replica:
             reasons.append(self.shared.problem)
             if self.shared.unreachable:
                 reasons.append(f"the API server does not answer: {self.shared.unreachable}")
-            if self.leader is not None and self.leader.given_problem:
-                reasons.append(self.leader.given_problem)
+            if self.given is not None and self.given.problem:
+                reasons.append(self.given.problem)
             if not self.elector.holder:
                 reasons.append("nobody leads yet")
         elif self.expired or authority.issuer.not_after <= authority.clock():

@@ -9,25 +9,22 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 import trio
-from cryptography import x509
 
-from core.k8s.api import Api, object_path
-from core.k8s.errors import ApiError, NotFound
-from core.k8s.events import Type
+from core.k8s.api import Api
+from core.k8s.errors import ApiError
 from core.names import WorkloadId
 from core.runtime import logs
 from identity.admin import answer_of, read_ask
 from identity.admin_wire import Answer, Ask
 from identity.authority import Authority
-from identity.bundle import Refusal, Step, certificate_id, due_step
+from identity.bundle import Refusal, Step, due_step
 from identity.cluster.anchors import Publisher
 from identity.cluster.census import Replica, merged, obstacles
+from identity.cluster.given import GivenSecret, Tell, differs
 from identity.cluster.peers import Peers
 from identity.cluster.pods import list_pods
 from identity.cluster.shared import LOOK_EVERY_S, Shared, Superseded
-from identity.issuer import Issuer, IssuerInvalid, load_issuer
 from identity.ledger import Ledger
-from identity.snapshot import SnapshotDamaged, secret_values
 from identity.wire import Known
 
 _TEND_EVERY_S = 30.0
@@ -35,20 +32,16 @@ _WAIT_S = 5.0  # between two looks at whether the next step of a given issuer is
 
 log = logs.logger("identity")
 
-Tell = Callable[[Type, str, str], None]
-"""(type, reason, note) of an Event about this pod."""
-
 
 class Leader:
-    """The duties, for as long as `run` runs. given: name of the Secret that gives the issuer, empty when we make our own."""
+    """The duties, for as long as `run` runs. given: the Secret that gives the issuer, None when we make our own."""
 
     def __init__(
-        self, api: Api, shared: Shared, peers: Peers, ours: WorkloadId, given: str, known: Callable[[], Known], tell: Tell
+        self, api: Api, shared: Shared, peers: Peers, ours: WorkloadId, given: GivenSecret | None, known: Callable[[], Known], tell: Tell
     ) -> None:
         self.publisher = Publisher(api)
         self.waits_for: tuple[str, ...] = ()
         """What the next step towards a given issuer waits for."""
-        self.given_problem = ""
         self._api = api
         self._shared = shared
         self._peers = peers
@@ -61,7 +54,7 @@ class Leader:
         """For ever; cancel when leadership ends."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._publish)
-            nursery.start_soon(self._keep, self._follow_given if self._given else self._tend)
+            nursery.start_soon(self._keep, self._tend if self._given is None else self._follow_given)
 
     async def _publish(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -100,17 +93,16 @@ class Leader:
     # --- an issuer that others give ------------------------------------------------------------------------------------------
 
     async def _follow_given(self) -> float:
-        found = await self._read_given()
-        if found is None:
+        assert self._given is not None, "run"
+        shared = self._shared
+        found = await self._given.read()
+        if shared.vacant:
+            await self._given.begin(shared)
+        authority = shared.authority.value
+        if found is None or authority is None:
             return LOOK_EVERY_S
         issuer, anchors = found
-        shared, trust_domain = self._shared, self._ours.trust_domain
-        if shared.vacant:
-            await shared.begin(lambda store: Authority.given(trust_domain, issuer, anchors, store))
-        authority = shared.authority.value
-        if authority is None:
-            return LOOK_EVERY_S
-        if due_step(authority.trust.value) is Step.ADD and not _differs(authority, issuer, anchors):
+        if due_step(authority.trust.value) is Step.ADD and not differs(authority, issuer, anchors):
             self.waits_for = ()
             return LOOK_EVERY_S
         before = authority.trust.value
@@ -118,41 +110,12 @@ class Leader:
         waits_for = tuple(await shared.change(lambda trial: trial.converge(issuer, anchors), ledger, in_the_way))
         after = authority.trust.value
         if after != before:
-            self._tell(
-                "Normal", "TrustChanged", f"bundle generation {after.generation}, issuer {after.issuer.id}, as {self._where} gives it"
-            )
+            note = f"bundle generation {after.generation}, issuer {after.issuer.id}, as {self._given.where} gives it"
+            self._tell("Normal", "TrustChanged", note)
         if waits_for and waits_for != self.waits_for:
             log.warning("the next step towards the given issuer waits", count=len(waits_for), first="; ".join(waits_for[:5]))
         self.waits_for = waits_for
         return _WAIT_S if waits_for else LOOK_EVERY_S
-
-    async def _read_given(self) -> tuple[Issuer, list[x509.Certificate]] | None:
-        try:
-            secret = await self._api.get(object_path("", "v1", "secrets", self._ours.namespace, self._given))
-            values = secret_values(secret)
-            absent = [name for name in ("tls.crt", "tls.key", "ca.crt") if not values.get(name)]
-            if absent:
-                raise IssuerInvalid(f"it has no {', '.join(absent)}")
-            found = load_issuer(values["tls.crt"], values["tls.key"], values["ca.crt"], self._shared.clock())
-        except NotFound:
-            self._refuse_given("it does not exist")
-        except (SnapshotDamaged, IssuerInvalid) as error:
-            self._refuse_given(str(error))
-        else:
-            self.given_problem = ""
-            return found
-        return None
-
-    def _refuse_given(self, why: str) -> None:
-        problem = f"{self._where} is not used: {why}"
-        if problem != self.given_problem:
-            log.error("given issuer", problem=problem)
-            self._tell("Warning", "IssuerInvalid", problem)
-        self.given_problem = problem
-
-    @property
-    def _where(self) -> str:
-        return f"Secret {self._ours.namespace}/{self._given}"
 
     # --- rotation ------------------------------------------------------------------------------------------------------------
 
@@ -198,8 +161,8 @@ class Leader:
 
         def work(trial: Authority) -> tuple[Step, Refusal | None]:
             step = Step(ask.step) if ask.step else due_step(trial.trust.value)
-            if self._given and step in (Step.ADD, Step.ABORT):
-                return step, Refusal(f"the issuer is given: change {self._where}, the steps that are safe follow by themselves")
+            if self._given is not None and step in (Step.ADD, Step.ABORT):
+                return step, Refusal(f"the issuer is given: change {self._given.where}, the steps that are safe follow by themselves")
             return step, trial.rotate(step, ignore_absent=ask.ignore_absent, force=ask.force)
 
         step, refusal = await self._shared.change(work, ledger, in_the_way)
@@ -211,9 +174,3 @@ class Leader:
         else:
             log.warning("rotation step refused", step=step.value, reason=refusal.sentence)
         return answer_of(self._shared.view(ledger, in_the_way), step, refusal)
-
-
-def _differs(authority: Authority, issuer: Issuer, anchors: list[x509.Certificate]) -> bool:
-    """Whether `Authority.converge` would change anything."""
-    trust, wanted = authority.trust.value, {certificate_id(anchor) for anchor in anchors}
-    return issuer.ref.id != trust.issuer.id or wanted != set(trust.kept) or any(trust.anchor(one) is None for one in wanted)

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from core.runtime.tls import TlsStream, client_context
-from identity.cluster import anchors, census, leader, peers, shared
+from identity.cluster import anchors, app, census, leader, peers, shared
 from identity.exchange import exchange
 from identity.issuer import Issuer, Pair, make_issuer, make_root
 from identity.snapshot import read_secret
@@ -31,6 +31,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leader, "_WAIT_S", 0.05)
     monkeypatch.setattr(leader, "_TEND_EVERY_S", 0.1)
     monkeypatch.setattr(census, "SETTLED_S", 0.2)
+    monkeypatch.setattr(app, "_ISSUER_RETRY_S", 0.05)
     monkeypatch.setattr(anchors, "_RETRY_FIRST_S", 0.05)
 
 
@@ -339,12 +340,15 @@ async def test_an_authority_of_our_own_gives_way_to_a_given_one_without_a_break(
     async with mesh(tmp_path, port) as cluster:
         own = await cluster.start()
         await cluster.ready(own)
-        await wait_until(lambda: cluster.bundle("shop") != "")
+        for step in ("add", "switch", "drop"):
+            await cluster.step(step)
+        await wait_until(lambda: cluster.bundle("shop").count("BEGIN") == 1)
         mine = cluster.bundle("shop")
         cluster.server.secret("pillion-identity-state")
+        for _ in range(2):  # as a rolling update does: the old one leads until the new ones are ready
+            assert await cluster.ready(await cluster.start("pillion-issuer"))
         await cluster.stop(own)
-        for _ in range(2):
-            await cluster.ready(await cluster.start("pillion-issuer"))
+        assert (await cluster.status()).generation == 3
         assert cluster.bundle("shop") == mine
         cart = cluster.roaming("cart")
         async with kept_certified(cart):
