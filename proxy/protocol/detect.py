@@ -16,12 +16,12 @@ HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _METHOD_MAX = 24  # the longest registered method is UPDATEREDIRECTREF with 17 (IANA HTTP Method Registry)
 _REQUEST_START = re.compile(rb"[A-Z][A-Z-]{0,%d} [/*a-zA-Z0-9\[]" % (_METHOD_MAX - 1))
 _METHOD_PREFIX = re.compile(rb"[A-Z][A-Z-]{0,%d} ?" % (_METHOD_MAX - 1))
-_TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
-_SPACE: Final = b" \t\x0b\x0c\r"  # what lenient servers take between the parts of a request line (RFC 9112 section 3)
-_ENDS_HTTP = re.compile(rb"[" + _SPACE + rb"]HTTP/[0-9]+(?:\.[0-9]*)?$", re.IGNORECASE)
-_REQUEST_LINE = re.compile(_TOKEN + rb"{1,%d}[" % _METHOD_MAX + _SPACE + rb"][^\n]*$")
-_tokens = re.compile(_TOKEN + rb"*").match
-_TAIL: Final = 32  # the end of a line that can hold a version
+# What servers take between the words of a request line: RFC 9112 section 3, and all that Python's str.split takes for white space.
+_BLANK: Final = b" \t\x0b\x0c\r\x1c\x1d\x1e\x1f\x85\xa0"
+_ONE_BLANK: Final = bytes.maketrans(_BLANK, b" " * len(_BLANK))
+# A version at the end; or a request of HTTP/0.9, behind which some servers read header fields too.
+_is_request = re.compile(rb"(?i)(?:.* )?HTTP/[0-9]+(?:\.[0-9]*)? ?$|GET (?:/|https?:)", re.DOTALL).match
+_KEPT: Final = 64  # of the beginning and of the end of a line
 LINE_MAX = 16 * 1024
 
 
@@ -45,19 +45,24 @@ def detect_untrusted(data: bytes, ended: bool = False) -> Detected | None:
         return Detected.OPAQUE if ended else None
     if data[0] == 0x16:
         return Detected.TLS
-    if data[0] in b"\r\n":
-        data = data.lstrip(b"\r\n")
-    usual = _could_be_request(data)
+    data = data.lstrip(_BLANK + b"\n")
     end = data.find(b"\n")
     if end >= 0:
-        line = data[:end].rstrip(_SPACE)
-        http = (usual or _REQUEST_LINE.match(line)) and _ENDS_HTTP.search(line)
-        return Detected.HTTP1 if http else Detected.OPAQUE
-    if not usual:
+        return Detected.HTTP1 if _is_request(_words(data[:end])) else Detected.OPAQUE
+    if not _could_be_request(data):
         return Detected.OPAQUE
     if len(data) >= LINE_MAX:
         return Detected.HTTP1  # a request line beyond every limit: the HTTP engine answers 414
     return Detected.OPAQUE if ended else None
+
+
+def _words(line: bytes) -> bytes:
+    """The line with one space for each run of blanks, at its end too; of a long one the middle is missing."""
+    if len(line) > 2 * LINE_MAX:
+        line = line[:LINE_MAX] + line[-LINE_MAX:]
+    plain = line.translate(_ONE_BLANK)
+    words = b" ".join(plain.split())
+    return words + b" " if plain.endswith(b" ") else words
 
 
 def _could_be_request(data: bytes) -> bool:
@@ -69,36 +74,21 @@ def _could_be_request(data: bytes) -> bool:
 class FirstLine:
     """Watches what is carried as opaque bytes until its first line has ended: a request line makes it HTTP, however it was split.
 
-    Bounded: holds the end of the line only.
+    Bounded: holds the beginning and the end of the line only.
     """
 
-    __slots__ = ("_in_token", "_named", "_tail")
+    __slots__ = ("_line",)
 
     def __init__(self) -> None:
-        self._named = False  # a method has begun
-        self._in_token = True
-        self._tail = b""
+        self._line = b""
 
     def is_http_untrusted(self, data: bytes) -> bool | None:
         """The next bytes: whether the stream is HTTP, None while that is open. Not to be called again after an answer."""
-        if not self._named:
-            data = data.lstrip(b"\r\n")
-            if not data:
-                return None
-        if self._in_token:
-            found = _tokens(data)
-            assert found is not None
-            self._named = self._named or found.end() > 0
-            if found.end() == len(data):
-                return None
-            data = data[found.end() :]
-            if not self._named or data[0] not in _SPACE:
-                return False
-            self._in_token = False
+        if not self._line:
+            data = data.lstrip(_BLANK + b"\n")
         end = data.find(b"\n")
-        line = self._tail + (data if end < 0 else data[:end])
-        kept = line.rstrip(_SPACE)
+        line = _words(self._line + (data if end < 0 else data[:end]))
         if end >= 0:
-            return _ENDS_HTTP.search(kept) is not None
-        self._tail = kept[-_TAIL:] + (line[-1:] if len(kept) < len(line) else b"")
+            return _is_request(line) is not None
+        self._line = line if len(line) <= 2 * _KEPT else line[:_KEPT] + line[-_KEPT:]
         return None
