@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import socket
 import ssl
 import threading
@@ -26,7 +25,7 @@ from ebpf.pods import Pods
 from ebpf.wire import BadMessage, PodFacts
 
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-_PAGE = 50  # pods of one list request: bounds the memory for JSON
+_PAGE = 8  # pods of one list request: bounds the memory for JSON
 _LINE_BYTES_MAX = 4 << 20  # an object in etcd has 1.5 MB at most
 _WATCH_S = 300
 _RETRY_MAX_S = 30.0
@@ -163,7 +162,7 @@ class ClusterPods:
                 self.failure = str(error)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 self.failure = f"the API server's answer cannot be understood: {error!r}"
-            time.sleep(pause_s * random.uniform(0.5, 1.0))
+            time.sleep(pause_s * (0.5 + os.urandom(1)[0] / 510))
             pause_s = min(pause_s * 2, _RETRY_MAX_S)
 
     def list_once(self) -> str:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import ipaddress
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from typing import NamedTuple
 
 VERSION = "1"
 """The layout's version, and the name of its folder among the pins."""
@@ -69,8 +69,7 @@ class Counter(IntEnum):
     ORIGINAL_DST = 15
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """name: of the C function and of the pin. prog_type, attach_type: enum bpf_prog_type, enum bpf_attach_type (linux/bpf.h)."""
 
     name: str
@@ -124,8 +123,7 @@ MAPS: dict[str, tuple[int, int]] = {
 """Size of key and value of every map that the programs share, as the kernel reports them."""
 
 
-@dataclass(frozen=True)
-class Pod:
+class Pod(NamedTuple):
     """One pod as the programs see it. uid: the sidecar's, as the initial user namespace counts. ips: its own, at most OWN_MAX a family."""
 
     uid: int

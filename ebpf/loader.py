@@ -21,9 +21,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from types import MappingProxyType
+from typing import IO, Any, NamedTuple
 
 from ebpf import attach, bpfsys, btf, layout
 
@@ -39,8 +39,7 @@ class LoaderFailed(RuntimeError):
     """The child said nothing that can be understood; the text is what it wrote last."""
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """What came of it. installed: names of pinned programs. refused: name of a program -> sentence (program, helper, kernel, reason).
 
     problem: one sentence when nothing at all could be done (no bcc, no privileges, no bpf file system), else "".
@@ -48,7 +47,7 @@ class Report:
 
     kernel: str
     installed: tuple[str, ...] = ()
-    refused: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = MappingProxyType({})
     problem: str = ""
 
     def why_not(self, names: Sequence[str]) -> str:
@@ -298,7 +297,7 @@ def main(words: Sequence[str] | None = None) -> int:
     limits = {name: int(value) for name, _, value in (word.partition("=") for word in options.limit)}
     with _quiet_stdout():
         report = load(options.pins, limits, options.sources)
-    print(json.dumps(asdict(report)), flush=True)
+    print(json.dumps(report._asdict() | {"refused": dict(report.refused)}), flush=True)
     return 1 if report.problem or report.refused else 0
 
 
