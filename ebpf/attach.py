@@ -30,7 +30,7 @@ DEFAULT_ROOT = Path("/sys/fs/bpf/pillion")
 
 
 SETTLE_S = 0.5
-"""From the end of capture to the end of the programs: a handshake over loopback, and the sidecar's question for the target."""
+"""From the end of capture to the end of the programs: a handshake over loopback, and the question for the target of a busy sidecar."""
 
 
 class NotInstalled(OSError):
