@@ -14,6 +14,10 @@ COLOURS = {
     "envoy-h2": "#a78bfa",
     "haproxy": "#2563eb",
     "none": "#9ca3af",
+    "nftables": "#9ca3af",
+    "connect": "#fbbf24",
+    "connect+sockmap": "#f59e0b",
+    "direct": "#d1d5db",
 }
 _WIDTH, _LEFT, _RIGHT, _BAR, _GAP = 760, 250, 110, 16, 14
 
@@ -26,6 +30,8 @@ CHARTS = (
     ("P5", "connections_per_cpu_s"),
     ("P6", "pss_idle"),
     ("P7", "bytes_per_connection"),
+    ("P8", "latency_p50"),
+    ("P8", "bandwidth"),
     ("P9", "added_p99"),
     ("P12", "growth"),
 )

@@ -18,6 +18,7 @@ TITLES = {
     "P5": "New mutual TLS connections per second of CPU, one request each",
     "P6": "Memory of idle sidecars (proportional set size), all running on one machine",
     "P7": "Idle keep-alive connections with mutual TLS through one inbound sidecar; given back: 15 s after they closed",
+    "P8": "The hop between app and sidecar by each way of capture, with a relay in C; ratios in the table are to plain nftables",
     "P9": "Latency at fixed rates, open loop (no coordinated omission), and what the pair adds to it",
     "P11": "From exec to ready, certificate included",
     "P12": "P1 as policy and service grow; growth is CPU per request over that of the smallest size",
@@ -26,7 +27,8 @@ TITLES = {
 METHOD = """\
 - Every contestant is a pair of proxies in two network namespaces, a client pod and a server pod, joined by a veth pair. The client dials
   the service; the same nftables redirect, with the same exemption by uid, leads the traffic of **every** contestant through its proxies,
-  as it does in a mesh. `none` is the client dialling the server pod without proxies and without redirect.
+  as it does in a mesh. `pillion-ebpf` alone is led, and accelerated, by the node's agent ([ebpf.md](ebpf.md)): what a node runs whose
+  kernel allows it. `none` is the client dialling the server pod without proxies and without redirect.
 - One worker each: Envoy `--concurrency 1`, HAProxy `nbthread 1`, Pillion's one process. Mutual TLS 1.3 with ECDSA P-256 certificates on
   the hop between the proxies; both ends verify each other (Envoy and Pillion by SPIFFE URI, HAProxy 2.6, which cannot read one, by DNS
   name and common name). No session resumption for anybody.
@@ -102,11 +104,13 @@ def _metric(verdict: Verdict) -> str:
 
 
 def _verdict_table(verdicts: Sequence[Verdict]) -> str:
-    lines = ["| row | work | figure | must be | is |", "|---|---|---|---|---|"]
+    lines = ["| row | work | figure | must be | is | with eBPF |", "|---|---|---|---|---|---|"]
     for one in verdicts:
         sign, unit = (">=" if one.target.at_least else "<="), ("x" if one.target.against else f" {one.unit}")
         assert one.figure is not None
-        lines.append(f"| {one.target.row} | {one.work} | {_metric(one)} | {sign} {one.target.value:g}{unit} | **{one.figure:.3g}{unit}** |")
+        fast = "" if one.accelerated is None else f"{one.accelerated:.3g}{unit}"
+        must = f"{sign} {one.target.value:g}{unit}"
+        lines.append(f"| {one.target.row} | {one.work} | {_metric(one)} | {must} | **{one.figure:.3g}{unit}** | {fast} |")
     return "\n".join(lines)
 
 

@@ -42,7 +42,7 @@ class Plan:
         return self.warmup_s + (endpoints * 0.012 if endpoints > 1 else 0)
 
 
-FULL = Plan(rounds=5, seconds=3, warmup_s=1, quick=False)
+FULL = Plan(rounds=5, seconds=2, warmup_s=0.7, quick=False)
 QUICK = Plan(rounds=2, seconds=0.5, warmup_s=0, quick=True)
 
 

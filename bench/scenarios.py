@@ -37,7 +37,8 @@ from bench.rig import (
 from bench.stage import ROOT, StageError, file_limit, wait_until
 
 MB = 1e6
-_SAME_PROCESS_OR_NONE = ("none", "envoy-h2")  # where what the proxies speak between them makes no difference
+# Where neither what the proxies speak between them nor how they are led makes a difference.
+_SAME_PROCESS_OR_NONE = ("none", "envoy-h2", "pillion-ebpf")
 
 
 def _wrk(bench: Bench, connections: int) -> Load:

@@ -9,11 +9,12 @@ from typing import Literal
 from bench.measure import HIGHER_IS_BETTER, Result
 
 US = "pillion"
+ACCELERATED = "pillion-ebpf"
 
 
 @dataclass(frozen=True)
 class Target:
-    """Pillion's figure of ``metric`` over that of ``against`` (None: the figure itself) must be at least or at most ``value``.
+    """The figure of ``us`` in ``metric`` over that of ``against`` (None: the figure itself) must be at least or at most ``value``.
 
     work: the work it holds for; empty: every work of the row.
     """
@@ -21,8 +22,9 @@ class Target:
     row: str
     work: str
     metric: str
-    against: Literal["envoy", "envoy-h2", "haproxy"] | None
+    against: Literal["envoy", "envoy-h2", "haproxy", "nftables"] | None
     value: float
+    us: str = US
 
     @property
     def at_least(self) -> bool:
@@ -51,6 +53,9 @@ TARGETS = (
     Target("P6", "", "pss_after_load", None, 28),
     Target("P7", "", "bytes_per_connection", None, 27),
     Target("P7", "", "given_back", None, 90),
+    *(Target("P8", f"round trip, {size:,} bytes", "latency_p50", "nftables", 0.55, "connect+sockmap") for size in (100, 1024, 16384)),
+    Target("P8", "bulk, 64 KiB writes", "bandwidth", "nftables", 2.0, "connect+sockmap"),
+    Target("P8", "bulk, 64 KiB writes", "cpu_per_gb", "nftables", 0.5, "connect+sockmap"),
     Target("P9", "", "added_p50", "envoy", 1.0),
     Target("P9", "", "added_p99", "envoy", 1.0),
     Target("P11", "", "ready", None, 0.5),
@@ -60,12 +65,13 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target in one work. figure: the ratio, or the value itself; None: not measured."""
+    """A target in one work. figure: the ratio, or the value itself; None: not measured. accelerated: the same with eBPF."""
 
     target: Target
     work: str
     figure: float | None
     unit: str
+    accelerated: float | None = None
 
     @property
     def met(self) -> bool:
@@ -91,9 +97,17 @@ def _verdicts(target: Target, rows: Sequence[Result]) -> Iterator[Verdict]:
     if not works:
         yield Verdict(target, target.work, None, "")
     for work in works:
-        own = medians.get((work, US))
+        own = medians.get((work, target.us))
         peer = medians.get((work, target.against)) if target.against else None
-        figure = own.median if own else None
-        if target.against:
-            figure = figure / peer.median if figure is not None and peer is not None and peer.median else None
-        yield Verdict(target, work, figure, "" if target.against else own.unit if own else "")
+        fast = medians.get((work, ACCELERATED)) if target.us == US else None
+        figure, accelerated = _figure(target, own, peer), _figure(target, fast, peer)
+        yield Verdict(target, work, figure, "" if target.against else own.unit if own else "", accelerated)
+
+
+def _figure(target: Target, own: Result | None, peer: Result | None) -> float | None:
+    """The value, or its ratio to the peer's; None when either was not measured."""
+    if own is None or own.median is None:
+        return None
+    if target.against is None:
+        return own.median
+    return own.median / peer.median if peer is not None and peer.median else None

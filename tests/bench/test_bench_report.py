@@ -57,6 +57,20 @@ def test_a_target_without_peer_is_the_figure_itself() -> None:
     assert verdict([row("pillion", "pss_idle", 27.0, name="P6")], "P6", "pss_idle", None) == (27.0, True)
 
 
+def test_what_acceleration_adds_stands_beside_and_decides_nothing() -> None:
+    rows = [*P1_BEHIND, row("pillion-ebpf", "throughput", 18.0)]
+    found = next(one for one in judge(rows) if (one.target.row, one.target.metric, one.target.against) == ("P1", "throughput", "envoy"))
+    assert (found.figure, found.accelerated, found.met) == (1.5, 1.8, False)
+    assert "| >= 1.7x | **1.5x** | 1.8x |" in performance_page(FACTS, rows)
+
+
+def test_the_hop_is_judged_by_the_way_that_accelerates() -> None:
+    rows = [
+        row(who, "bandwidth", value, name="P8", work="bulk, 64 KiB writes") for who, value in (("nftables", 2.0), ("connect+sockmap", 5.0))
+    ]
+    assert verdict(rows, "P8", "bandwidth", "nftables") == (2.5, True)
+
+
 def test_a_work_whose_name_begins_like_another_is_not_judged_by_its_target() -> None:
     rows = [row(who, "throughput", 10.0, name="P3", work="gRPC, 8 x 16") for who in ("pillion", "envoy")]
     works = {(one.target.work, one.work) for one in judge(rows) if one.target.row == "P3" and one.figure is not None}
