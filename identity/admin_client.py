@@ -14,7 +14,7 @@ import msgspec
 from identity.admin_wire import Answer, Ask, Status
 
 _TIMEOUT_S = 90.0
-_RETRY_S = 0.2
+_RETRY_FIRST_S, _RETRY_MOST_S = 0.2, 2.0  # on a cluster each look asks every replica and lists all pods
 _ANSWER_MAX_BYTES = 16 * 1024 * 1024
 
 
@@ -76,6 +76,7 @@ class IdentityAdmin:
 
     def _step_done(self, step: str, ignore_absent: bool, deadline: float) -> Status:
         """The status after ``step``. The step is named, so that one whose answer was lost is not followed by one that nobody asked for."""
+        pause = _RETRY_FIRST_S
         while True:
             try:
                 return self.rotate(step, ignore_absent=ignore_absent)[1]
@@ -85,7 +86,8 @@ class IdentityAdmin:
             except OSError:
                 if time.monotonic() > deadline:
                     raise
-            time.sleep(_RETRY_S)
+            time.sleep(pause)
+            pause = min(_RETRY_MOST_S, pause * 1.5)
             with contextlib.suppress(AdminRefused, OSError):
                 status = self.status()
                 if status.due != step:

@@ -31,7 +31,7 @@ _BODY_TIMEOUT_S = 5.0
 _REVIEWS_AT_ONCE = 64
 _SIGNATURES_AT_ONCE = 256  # requests in work; more wait at the door and then get 503
 _POLLS_MAX = 20_000  # one a sidecar: about 20 KiB each
-_REMEMBER_REVIEW_S = 60.0  # a poll every 30 s must not cost the API server a review each; certificates are never given on a memory
+_REMEMBER_REVIEW_S = 300.0  # a poll every 30 s must not cost the API server a review each; only polls are answered on a memory
 _REMEMBERED_MAX = 20_000
 
 log = logs.logger("identity")
@@ -157,7 +157,7 @@ class IdentityService:
         return _json(200, self._authority.bundle())
 
     async def _ledger(self, request: Request) -> Response:
-        subject = await self._remembered_review(_bearer(request))
+        subject = await self._reviewed(_bearer(request))
         if subject.identity != self._peer:
             raise Rejected(403, f"this is for replicas of the identity service, the token is of {subject.identity.uri}")
         return _json(200, self.known())

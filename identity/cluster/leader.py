@@ -30,6 +30,14 @@ from identity.wire import Known
 _TEND_EVERY_S = 30.0
 _WAIT_S = 5.0  # between two looks at whether the next step of a given issuer is safe
 
+_DONE = {
+    Step.ADD: "TrustAnchorAdded",
+    Step.SWITCH: "IssuerSwitched",
+    Step.DROP: "TrustAnchorDropped",
+    Step.ABORT: "TrustAnchorTakenBack",
+}
+"""The reason of the Event: one each, because equal ones become a count on the first."""
+
 log = logs.logger("identity")
 
 
@@ -169,7 +177,7 @@ class Leader:
         if refusal is None:
             generation = self._shared.view(ledger, ()).trust.value.generation
             log.warning("rotation step done", step=step.value, forced=ask.force, generation=generation)
-            self._tell("Normal", "TrustRotated", f"step {step.value} of a rotation is done, bundle generation {generation}")
+            self._tell("Normal", _DONE[step], f"step {step.value} of a rotation is done, bundle generation {generation}")
             in_the_way = (await self.census(ignore_absent=ask.ignore_absent))[1]
         else:
             log.warning("rotation step refused", step=step.value, reason=refusal.sentence)
