@@ -2,9 +2,10 @@
 
     app (client) ==== capture ====> relay (uid 2102) ==== the pod's own address ====> app (server)
 
-Every way has a pod of its own: plain nftables REDIRECT, eBPF capture without and with acceleration, and no capture or relay at all. Rounds
-are interleaved. CPU is that of client, relay and server, and of the kernel's workers, which carry what is redirected. The same rows with
-Pillion's own sidecars are P1 to P4 of the contestants ``pillion`` and ``pillion-ebpf``.
+Every way has a pod of its own: plain nftables REDIRECT, eBPF capture without and with acceleration, the same where bytes towards the app
+stay on TCP once a message took it, and no capture or relay at all. Rounds are interleaved. CPU is that of client, relay and server, and of
+the kernel's workers, which carry what is redirected. The same rows with Pillion's own sidecars are P1 to P4 of the contestants ``pillion``
+and ``pillion-ebpf``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ebpf.redirect import capture
 from ebpf.wire import PodFacts, Register, Status
 
 ROW = "P8"
-WAYS = ("nftables", "connect", "connect+sockmap", "direct")
+WAYS = ("nftables", "connect", "connect+sockmap", "connect+sockmap, sticky", "direct")
 _SIZES = (100, 1024, 16384)
 _BULK = "bulk, 64 KiB writes"
 _APP_UID = 1000
@@ -96,7 +97,7 @@ def _attempt(bench: Bench, way: Way, work: str, measure: Callable[[], dict[str, 
         bench.say(f"P8 {work:24} {way.name}: {error}")
         return
     series.add(figures)
-    bench.say(f"P8 {work:24} {way.name:15} " + " ".join(f"{name}={value:,.4g}" for name, value in figures.items()))
+    bench.say(f"P8 {work:24} {way.name:22} " + " ".join(f"{name}={value:,.4g}" for name, value in figures.items()))
 
 
 def _latency(bench: Bench, way: Way, size: int) -> dict[str, float]:
@@ -257,7 +258,7 @@ def _capture(name: str, netns: str, agent: Path) -> None:
             raise StageError(f"nft: {rules.stderr}")
     elif name != "direct":
         with open(f"/run/netns/{netns}", "rb") as file:
-            facts = PodFacts(netns, "bench", netns, addresses=(_OWN,), accelerate=name == "connect+sockmap")
+            facts = PodFacts(netns, "bench", netns, addresses=(_OWN,), accelerate="sockmap" in name, resume="sticky" not in name)
             answer = client.ask(agent, Register(facts), (file.fileno(),))
         if not answer["ok"] or answer["pod"]["level"] != 1:
             raise StageError(f"{name}: {answer}")
@@ -266,7 +267,7 @@ def _capture(name: str, netns: str, agent: Path) -> None:
 def _check(name: str, netns: str, agent: Path) -> None:
     """That what was measured is what it is called; raises StageError."""
     counters = next(pod["counters"] for pod in client.ask(agent, Status())["pods"] if pod["id"] == netns)
-    if not counters["captured"] or bool(counters["bytes"]) != (name == "connect+sockmap"):
+    if not counters["captured"] or bool(counters["bytes"]) != ("sockmap" in name):
         raise StageError(f"{name} did not measure what it says: {counters}")
 
 
@@ -284,4 +285,4 @@ def _ratios(bench: Bench, ways: list[Way]) -> None:
             for metric, values in way.series[work].samples.items():
                 if metric != "latency_p99" and reference.samples.get(metric) and way is not base:
                     ratio = median(values) / median(reference.samples[metric])
-                    bench.say(f"P8 {work:24} {way.name:15} {metric} x{ratio:.2f} of nftables")
+                    bench.say(f"P8 {work:24} {way.name:22} {metric} x{ratio:.2f} of nftables")

@@ -123,11 +123,17 @@ class PinnedPrograms:
 
 
 def pod_of(entry: Entry, facts: PodFacts) -> layout.Pod:
-    """The value for the programs. Towards the app a connection that fell back stays on TCP: resuming would hang a reader in MSG_WAITALL."""
+    """The value for the programs.
+
+    Towards an app too the short way is resumed after TCP, unless the pod's facts say no: without that one slow moment leaves a connection
+    slower than plain TCP for good. A reader in MSG_WAITALL cannot bear it, but such readers have to opt out in any case: what they get is
+    short.
+    """
     flags = PodFlag(0)
     for flag, on in (
         (PodFlag.CAPTURE, entry.capture),
         (PodFlag.ACCELERATE, entry.accelerate),
+        (PodFlag.RESUME, entry.accelerate and facts.resume),
         (PodFlag.TRANSLATED, entry.nat),
         (PodFlag.CALLER, entry.caller),
     ):

@@ -28,7 +28,8 @@ class PodFacts(NamedTuple):
 
     skip_inbound, skip_outbound: ports that are not captured. accelerate: False when its app reads in ways that acceleration breaks;
     unaccelerated: the same for single ports, of the app or of what it calls. real_caller: whether the app sees callers' addresses.
-    addresses: the pod's own, which it reaches without its sidecar; empty when the agent shall look into the namespace.
+    addresses: the pod's own, which it reaches without its sidecar; empty when the agent shall look into the namespace. resume: whether
+    bytes towards the app may go back to the short way after some went by TCP.
     """
 
     id: str
@@ -43,6 +44,7 @@ class PodFacts(NamedTuple):
     unaccelerated: tuple[Range, ...] = ()
     real_caller: bool = True
     addresses: tuple[str, ...] = ()
+    resume: bool = True
 
 
 class Register(NamedTuple):
@@ -137,6 +139,7 @@ def pod_facts(body: object) -> PodFacts:
         unaccelerated=_ranges(body, "unaccelerated"),
         real_caller=_flag(body, "real_caller"),
         addresses=_addresses(body),
+        resume=_flag(body, "resume"),
     )
 
 

@@ -15,8 +15,9 @@ texts = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, 
 ports = st.integers(1, 65535)
 ranges = st.lists(st.tuples(ports, ports).map(lambda pair: (min(pair), max(pair))), max_size=5).map(tuple)
 addresses = st.lists(st.ip_addresses().map(str).map(canonical_ip), max_size=4).map(tuple)
+flags = st.booleans()
 pods = st.builds(
-    PodFacts, texts, texts, texts, st.integers(0, 65536), ports, ports, ranges, ranges, st.booleans(), ranges, st.booleans(), addresses
+    PodFacts, texts, texts, texts, st.integers(0, 65536), ports, ports, ranges, ranges, flags, ranges, flags, addresses, flags
 )  # fmt: skip
 requests = st.one_of(st.builds(Register, pods), st.builds(Unregister, texts), st.builds(Steer, texts), st.just(Status()), st.just(Remove()))
 
