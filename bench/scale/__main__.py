@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def usage(pid: int) -> Usage:
 @dataclass(frozen=True)
 class Row:
     """One kind of change. interested: sidecars told of one change, on average. Times in milliseconds, of the *last* interested sidecar
-    (whole) and of each of them (each). cpu_ms: of the controller, for one change.
+    (whole) and of each of them (each). cpu_ms, load_cpu_ms: of the controller and of this load tool, for one change.
     """
 
     change: str
@@ -62,6 +63,7 @@ class Row:
     each_p99: float
     whole_worst: float
     cpu_ms: float
+    load_cpu_ms: float
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -88,7 +90,7 @@ class Bench:
         """Make ``count`` changes one after the other; ``change`` gives the objects and who must hear of them."""
         each: list[float] = []
         whole: list[float] = []
-        before = usage(self.controller)
+        before, own = usage(self.controller), time.process_time()
         told = 0
         for number in range(count):
             changed, expected = change(number)
@@ -105,7 +107,8 @@ class Bench:
         cpu = usage(self.controller).cpu_s - before.cpu_s
         each_ms, whole_ms = [1000 * value for value in each], max(whole) * 1000
         p50, p99 = percentile(each_ms, 0.5), percentile(each_ms, 0.99)
-        row = Row(name, count, told / count, round(p50, 1), round(p99, 1), round(whole_ms, 1), round(1000 * cpu / count, 1))
+        spent = [round(1000 * seconds / count, 1) for seconds in (cpu, time.process_time() - own)]
+        row = Row(name, count, told / count, round(p50, 1), round(p99, 1), round(whole_ms, 1), *spent)
         print(f"  {name}: {row}", flush=True)
         return row
 
