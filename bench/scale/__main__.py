@@ -176,7 +176,8 @@ async def run(size: Size, out: Path | None, hold: bool) -> None:
                     await fleet.run(certified, nursery)
                 connected = usage(process.pid)
                 took = trio.current_time() - began
-                print(f"  {size.sidecars} sidecars told everything after {took:.1f} s: {connected}, {fleet.messages} messages", flush=True)
+                heard = f"{fleet.messages} messages, {fleet.received / size.sidecars / 1000:.1f} KB a sidecar"
+                print(f"  {size.sidecars} sidecars told everything after {took:.1f} s: {connected}, {heard}", flush=True)
                 rows = await measured(Bench(size, server, fleet, process.pid))
                 ended = usage(process.pid)
                 idle = await idle_cpu(process.pid)
