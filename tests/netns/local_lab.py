@@ -83,6 +83,12 @@ def network_namespaces(pids: Sequence[int]) -> set[str]:
     return {os.readlink(f"/proc/{pid}/ns/net") for pid in pids}
 
 
+def mounts() -> list[str]:
+    """What is mounted on this machine, but for what other tests mount in folders of their own meanwhile."""
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+    return [line for line in lines if not line.split()[1].startswith(("/tmp/", "/run/netns/"))]
+
+
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 20) -> None:
     """Real processes have no virtual clock: ask again every 50 ms, fail with ``what`` after the timeout."""
     deadline = time.monotonic() + timeout_s

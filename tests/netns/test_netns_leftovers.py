@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from local_lab import LocalMesh, wait_until
+from local_lab import LocalMesh, mounts, wait_until
 
 pytestmark = [pytest.mark.netns, pytest.mark.slow, pytest.mark.needs("lsns")]
 
@@ -22,11 +22,11 @@ def machine() -> dict[str, object]:
     """What could be left on this machine, but for what other programs do meanwhile: they make no links and no rules."""
     run = lambda *words: subprocess.run(words, capture_output=True, text=True, check=True).stdout
     return {
-        "mounts": Path("/proc/self/mounts").read_text(),
+        "mounts": mounts(),
         "links": sorted(link["ifname"] for link in json.loads(run("ip", "-j", "link")) if link["ifname"].startswith("pod")),
         "routes": run("ip", "route"),
         "rules": run("nft", "list", "tables"),
-        "named namespaces": run("ip", "netns"),
+        "named namespaces": [line for line in run("ip", "netns").splitlines() if line.startswith(("left-", "pod"))],
     }
 
 
