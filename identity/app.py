@@ -76,7 +76,7 @@ async def run(config: Config) -> None:
         await nursery.start(drain_on_signals, drain)
         await nursery.start(admin.serve, [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in admin_sockets])
         if config.admin_socket is not None:
-            nursery.start_soon(serve_admin, partial(_answer, authority), listen_admin(config.admin_socket))
+            nursery.start_soon(serve_admin, partial(_answer, authority, config.pods_file), listen_admin(config.admin_socket))
         if files is not None:
             nursery.start_soon(follow_files, files, authority)
         if config.bundle_file is not None:
@@ -91,8 +91,18 @@ async def run(config: Config) -> None:
         config.admin_socket.unlink(missing_ok=True)
 
 
-async def _answer(authority: Authority, line: bytes) -> Answer:
+async def _answer(authority: Authority, pods_file: Path | None, line: bytes) -> Answer:
+    if pods_file is not None and (pods := pods_of(pods_file)):
+        authority.ledger.keep(pods)
     return answer(authority, line)
+
+
+def pods_of(path: Path) -> frozenset[str]:
+    """The uids in a file, one a line; none when that is not known."""
+    try:
+        return frozenset(path.read_text(encoding="ascii").split())
+    except (OSError, UnicodeDecodeError):
+        return frozenset()
 
 
 async def publish_bundle(authority: Authority, path: Path) -> None:

@@ -30,7 +30,8 @@ _RENEW_ISSUER_AT = 1 / 3  # of its life left: months of room for a service that 
 class Authority:
     """See the module. trust: the state in force, for everybody who waits for the next one.
 
-    obstacles: what else stands in the way of SWITCH and DROP besides the workloads in the ledger, each as one phrase.
+    obstacles: what else stands in the way of SWITCH and DROP besides the workloads in the ledger, each as one phrase. is_given: somebody
+    else keeps the issuer, and `converge` follows him.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Authority:
         self.clock = clock
         self.issued_total = 0
         self.obstacles: tuple[str, ...] = ()
+        self.is_given = False
         self._issuers = issuers
         self._roots = roots
         self._store = store
@@ -68,7 +70,9 @@ class Authority:
         """The authority in ``store`` or, on first start, a fresh root and issuer. Raises StoreUnsafe."""
         stored = store.load() if store else None
         if store is not None and stored is not None:
-            return cls.restored(stored, store, trust_domain, lifetime_s=lifetime_s, clock=clock)
+            again = cls.restored(stored, store, trust_domain, lifetime_s=lifetime_s, clock=clock)
+            again.keep_none()
+            return again
         root = make_root(trust_domain, clock())
         issuer = make_issuer(trust_domain, root, clock())
         trust = TrustState(1, (_anchor(root.certificate, 1),), issuer.ref)
@@ -122,6 +126,7 @@ class Authority:
             made._keep_keys(issuer, None)
             made._commit(trust)
         made._roots = {}
+        made.is_given = True
         made.converge(issuer, anchors)
         return made
 
@@ -147,6 +152,11 @@ class Authority:
             if refusal is not None:
                 return list(refusal.workloads)
         return []
+
+    def keep_none(self) -> None:
+        """Nobody gives the issuer any more: anchors that were listed beside it go with the next DROP."""
+        if self.trust.value.kept:
+            self._commit(replace(self.trust.value, kept=()))
 
     @property
     def issuer(self) -> Issuer:
@@ -191,7 +201,7 @@ class Authority:
     def rotate(self, step: Step, *, ignore_absent: bool = False, force: bool = False) -> Refusal | None:
         """Do one step of a rotation, or say why not."""
         trust = self.trust.value
-        if step in (Step.ADD, Step.ABORT) and not self._roots:
+        if step in (Step.ADD, Step.ABORT) and self.is_given:
             return Refusal("the issuer is given: change what gives it, the steps that are safe follow by themselves")
         refusal = bundle.check_step(trust, step, self.ledger.live(self.clock()), self.clock(), ignore_absent=ignore_absent, force=force)
         if refusal is None and self.obstacles and step in (Step.SWITCH, Step.DROP) and not force:

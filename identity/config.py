@@ -76,6 +76,12 @@ class Config:
     bundle_file: Path | None = setting(
         "PILLION_BUNDLE_FILE", optional_path, default="", reason="where to publish the trust bundle for pods that start later"
     )
+    pods_file: Path | None = setting(
+        "PILLION_PODS_FILE",
+        optional_path,
+        default="",
+        reason="local: uids of the pods that exist, one a line; a rotation waits for no other",
+    )
     issuer_secret: str = setting(
         "PILLION_ISSUER_SECRET", text, default="", reason="kubernetes: Secret with a given issuer, followed live; empty: it makes its own"
     )

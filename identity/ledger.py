@@ -6,7 +6,7 @@ journal of its entries). Called by `authority`. Pure; times are seconds since th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import msgspec
 
@@ -79,6 +79,13 @@ class Ledger:
         for instance in dead:
             del self._holdings[instance]
         return len(dead)
+
+    def keep(self, instances: Collection[str]) -> int:
+        """Forget every instance but these, the only ones that exist; returns how many. The journal still has them: ask again later."""
+        gone = [instance for instance in self._holdings if instance not in instances]
+        for instance in gone:
+            del self._holdings[instance]
+        return len(gone)
 
     def live(self, now: float) -> Iterator[Holding]:
         """Holdings with an unexpired leaf."""

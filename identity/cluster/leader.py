@@ -93,7 +93,7 @@ class Leader:
         if shared.authority.value is None:
             return LOOK_EVERY_S
         before = shared.authority.value.issuer.ref.id
-        await shared.change(lambda trial: trial.renew_issuer())
+        await shared.change(_tended)
         if shared.authority.value.issuer.ref.id != before:
             self._tell("Normal", "IssuerRenewed", "the issuer below the same trust anchor was renewed")
         return LOOK_EVERY_S if shared.vacant else _TEND_EVERY_S
@@ -182,3 +182,8 @@ class Leader:
         else:
             log.warning("rotation step refused", step=step.value, reason=refusal.sentence)
         return answer_of(self._shared.view(ledger, in_the_way), step, refusal)
+
+
+def _tended(trial: Authority) -> None:
+    trial.keep_none()
+    trial.renew_issuer()

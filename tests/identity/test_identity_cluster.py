@@ -358,3 +358,20 @@ async def test_an_authority_of_our_own_gives_way_to_a_given_one_without_a_break(
             with trio.fail_after(15):
                 await cart.cell.wait_for(lambda value: value is not None and value.bundle_pem == root.certificate_pem)
             assert cart.seen.failures == []
+
+
+async def test_a_given_authority_gives_way_to_one_of_our_own_from_a_copy_of_its_state(tmp_path: Path, port: int) -> None:
+    async with mesh(tmp_path, port) as cluster:
+        root = make_root("cluster.local", time.time())
+        cluster.server.secret("pillion-identity-state")
+        given(cluster, make_issuer("cluster.local", root, time.time()), root)
+        before = await cluster.start("pillion-issuer")
+        await cluster.ready(before)
+        await wait_until(lambda: cluster.bundle("shop") == root.certificate_pem.decode())
+        cluster.server.secret("pillion-issuer", **data(cluster.server.get("Secret", "pillion", "pillion-identity-state")))
+        await cluster.stop(before)
+        await cluster.ready(await cluster.start())
+        for step in ("add", "switch", "drop"):
+            await cluster.step(step)
+        await wait_until(lambda: cluster.bundle("shop").count("BEGIN") == 1)
+        assert cluster.bundle("shop") != root.certificate_pem.decode()

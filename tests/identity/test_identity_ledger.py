@@ -56,6 +56,16 @@ def test_an_instance_cannot_grow_without_bound_and_keeps_its_newest_leaves() -> 
     assert issuers(ledger) == [[str(number) for number in range(100 - LEAVES_MAX, 100)]]
 
 
+def test_instances_that_exist_no_more_are_forgotten_until_they_are_heard_again() -> None:
+    ledger = Ledger()
+    ledger.certified(*CART, leaf("a", 10), 0)
+    ledger.certified("uid-2", CART[1], "shop/cart-1", leaf("a", 20), 0)
+    assert ledger.keep(frozenset({"uid-2", "uid-3"})) == 1
+    assert [holding.instance for holding in ledger.live(0)] == ["uid-2"]
+    ledger.reported(*CART, 2, leaf("a", 10), 0)
+    assert len(ledger) == 2
+
+
 def test_expired_instances_are_forgotten() -> None:
     ledger = Ledger()
     ledger.certified(*CART, leaf("a", 10), 0)
