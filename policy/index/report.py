@@ -15,8 +15,9 @@ import msgspec
 from core.k8s.objects import Namespace, Node, Object, Pod, Service
 from core.refs import Ref
 from policy import wire
+from policy.forwarding import Forwarding
 from policy.gateway import InboundRoute
-from policy.index import inbound, options
+from policy.index import inbound, options, routing
 from policy.index.inbound import EVERYWHERE, Granted
 from policy.index.index import Index
 from policy.model import AuthorizationPolicy, Server
@@ -184,12 +185,30 @@ def _policy_problems(index: Index, policy: AuthorizationPolicy) -> Iterator[Prob
 def _route_problems(index: Index, route: InboundRoute) -> Iterator[Problem]:
     for sentence in route.unattachable:
         yield Problem(route.ref, "unattachable-parent", sentence)
-    if route.unsupported:
+    if route.unsupported and (route.servers or route.unattachable):
         yield Problem(route.ref, "unsupported", f"{route.unsupported}; the route lets nobody in")
     servers = index.store.servers.get(route.metadata.namespace, {})
     for name in route.servers:
         if name not in servers:
             yield Problem(route.ref, "no-such-parent", f"there is no Server {name} in namespace {route.metadata.namespace}")
+    if route.forwarding is not None:
+        yield from _forwarding_problems(index, route.ref, route.forwarding)
+
+
+def _forwarding_problems(index: Index, ref: Ref, forwarding: Forwarding) -> Iterator[Problem]:
+    if forwarding.unsupported:
+        yield Problem(ref, "unsupported", f"{forwarding.unsupported}; the route is not applied to its Services")
+    for parent in forwarding.parents:
+        service = index.store.services.get(parent.namespace, {}).get(parent.name)
+        if service is None:
+            yield Problem(ref, "no-such-parent", f"there is no Service {parent.name} in namespace {parent.namespace}")
+        elif not any(routing.means(parent, service, port) for port in service.spec.ports):
+            yield Problem(ref, "no-such-parent", f"{service.ref} has no port that the route names")
+    for rule in forwarding.rules:
+        for reference in rule.references:
+            _, sentence = routing.unresolved(index.store, reference)
+            if sentence:
+                yield Problem(ref, "unresolved-backend", f"{sentence}; its share of the requests gets an error")
 
 
 def _server_problems(index: Index, server: Server) -> Iterator[Problem]:

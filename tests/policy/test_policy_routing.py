@@ -12,6 +12,7 @@ from core.k8s.fields import InvalidObject
 from policy import wire
 from policy.gateway import read_http_route
 from policy.index import Index, IpKey
+from policy.index.report import problems
 
 ADDR = "10.96.0.1:80"
 SERVICE = {"group": "", "kind": "Service", "name": "cart"}
@@ -113,6 +114,20 @@ def test_everybody_who_may_be_affected_hears_of_it() -> None:
     assert index.delete(parsed(made).ref) == {CART_VIP}
     assert IpKey("10.96.0.2") in index.apply(parsed(lab.service("v1", "10.96.0.2", port=81)))
     assert not index.store.routes_by_service and not index.store.routes_by_backend
+
+
+def test_what_does_not_act_as_meant_is_reported() -> None:
+    def reported(made: dict[str, Any]) -> list[tuple[str, str]]:
+        return [(problem.reason, problem.message) for problem in problems(shop(made))]
+
+    assert reported(route("web", to("v1"))) == []
+    assert reported(route("web", to("nobody"))) == [
+        ("unresolved-backend", "there is no Service nobody in namespace shop; its share of the requests gets an error")
+    ]
+    assert reported(route(parent={**SERVICE, "name": "nobody"})) == [("no-such-parent", "there is no Service nobody in namespace shop")]
+    assert reported(route(parent=SERVICE | {"port": 81})) == [("no-such-parent", "service shop/cart has no port that the route names")]
+    ((reason, message),) = reported(route("web", filters=[{"type": "URLRewrite"}]))
+    assert reason == "unsupported" and message.endswith("the route is not applied to its Services")
 
 
 def modified(*filters: dict[str, Any]) -> wire.FieldEdit | None:
