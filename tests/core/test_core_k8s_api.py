@@ -23,7 +23,7 @@ def pod(name: str, **labels: str) -> dict[str, Any]:
 
 @asynccontextmanager
 async def connected(server: FakeApiServer | None = None) -> AsyncIterator[tuple[FakeApiServer, Api]]:
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         async with running(server) as server:
             api = Api(server.access)
             yield server, api

@@ -78,7 +78,7 @@ class Told:
 @asynccontextmanager
 async def followed(server: FakeApiServer, *resources: Resource, synced: bool = True) -> AsyncIterator[tuple[Told, ApiServerSource]]:
     told = Told()
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         async with running(server):
             api = Api(server.access)
             source = ApiServerSource(api, resources, parse_object)

@@ -105,7 +105,7 @@ class Replica:
 
 @asynccontextmanager
 async def cluster() -> AsyncIterator[tuple[FakeApiServer, Authority, trio.Nursery]]:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with running() as server, trio.open_nursery() as nursery:
             server.put(lab.namespace())
             server.put({**lab.pod(ip="127.0.0.1"), "metadata": {**lab.pod()["metadata"], "creationTimestamp": "2026-01-01T00:00:00Z"}})
