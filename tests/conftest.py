@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import shutil
+import subprocess
 
 import pytest
 
@@ -59,7 +62,21 @@ def _missing_for_cluster(_: pytest.Mark) -> str:
     wanted = ("go", "containerd", "runc", "etcd", "iptables", "conntrack", "mmdebstrap", "buildah", "ip", "tcpdump")
     if not os.path.exists("/usr/lib/cni/bridge"):
         return "needs the Debian package containernetworking-plugins"
-    return _missing_programs(pytest.mark.needs(*wanted).mark)
+    return _missing_programs(pytest.mark.needs(*wanted).mark) or _old_go()
+
+
+@functools.cache
+def _old_go() -> str:
+    """Kubernetes and its friends say in their go.mod which Go they want; a distribution's may be older."""
+    said = subprocess.run(
+        ["go", "env", "GOVERSION"], capture_output=True, text=True, check=False, env={**os.environ, "GOTOOLCHAIN": "local"}
+    ).stdout
+    found = re.match(r"go(\d+)\.(\d+)", said)
+    return (
+        ""
+        if found and (int(found[1]), int(found[2])) >= (1, 26)
+        else f"needs Go 1.26 or newer to build a Kubernetes, found {said.strip() or 'none'}"
+    )
 
 
 _MISSING = {"needs": _missing_programs, "netns": _missing_for_netns, "kernel": _missing_for_kernel, "cluster": _missing_for_cluster}
