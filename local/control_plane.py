@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ class ControlPlane:
             "PILLION_CONTROL_NAMESPACE": NAMESPACE,
             "PILLION_CA_DIR": str(folder / "ca"),
             "PILLION_BUNDLE_FILE": str(folder / "bundle.pem"),
+            "PILLION_PODS_FILE": str(folder / "pods"),
             "PILLION_TOKEN_REVIEW": f"local:{folder / 'tokens.pub'}",
             "PILLION_IDENTITY_LISTEN": f"[::]:{IDENTITY_PORT}",
             "PILLION_IDENTITY_ADMIN_SOCKET": str(folder / "admin.sock"),
@@ -116,6 +117,14 @@ class ControlPlane:
     def states(self) -> dict[str, str]:
         """Name -> ``ready`` or what is wrong."""
         return {part.name: part.state for part in self.parts}
+
+    def pods_exist(self, uids: Iterable[str]) -> None:
+        """Tell the identity service for whom a rotation has to wait. What it cannot be told, it does not know: it waits for all then."""
+        path = self._identity / "pods"
+        try:
+            volumes.write_atomically(path, "\n".join([self._pod_uid, *uids, ""]).encode(), 0o644)
+        except OSError:
+            path.unlink(missing_ok=True)
 
     def sign(self, pod: Mapping[str, Any], audience: str, lifetime_s: int) -> str:
         """A token bound to a pod, as the kubelet would get it from the API server."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ CONTROLLER_LAG_S = 0.5
 
 @dataclass(frozen=True)
 class Setup:
-    """What the supervisor gives. state: the runner's folder. names: (address, names) of the control plane for every hosts file."""
+    """What the supervisor gives. state: the runner's folder. names: (address, names) of the control plane for every hosts file.
+    pods_exist: told the uids of all pods, before a new one can have a certificate."""
 
     state: Path
     base: Base
@@ -46,6 +47,7 @@ class Setup:
     ipv6: bool
     names: Sequence[tuple[str, str]]
     own_objects: Sequence[Mapping[str, Any]] = ()
+    pods_exist: Callable[[Iterable[str]], None] = lambda _: None
     agent: NodeAgent | None = None
 
 
@@ -209,6 +211,7 @@ class Mesh:
         pod = Pod(plan, raw, addresses, capture, f"pod{self._links}", self._node, lookup)
         pod.why_unmeshed = result.why_not
         self.pods[plan.ref] = pod
+        self._count_pods()
         nursery.start_soon(self._run_pod, pod)
 
     async def _run_pod(self, pod: Pod) -> None:
@@ -218,6 +221,10 @@ class Mesh:
             pod.phase, pod.message = "Failed", f"the runner failed: {error!r}"
             pod.ended.set()
             self.changed()
+        self._count_pods()
+
+    def _count_pods(self) -> None:
+        self._setup.pods_exist([pod.raw["metadata"]["uid"] for pod in self.pods.values() if not pod.ended.is_set()])
 
     def _forget(self, ref: Ref, pod: Pod) -> None:
         self._pool.give_back(pod.addresses)

@@ -118,7 +118,7 @@ async def _main(order: Order) -> None:
         state, base.env, lambda: changed[0].changed(), lambda pem: changed[0].set_bundle(pem), own_uids=not order.rootless
     )
     agent, note = await _start_agent(order, base)
-    mesh = Mesh(Setup(state, base, control_plane.sign, has_ipv6(), NAMES, (_namespace(NAMESPACE),), agent))
+    mesh = Mesh(Setup(state, base, control_plane.sign, has_ipv6(), NAMES, (_namespace(NAMESPACE),), control_plane.pods_exist, agent))
     changed.append(mesh)
     source = FolderSource(Path(order.folder), read_manifest)
     ended = trio.Event()

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from identity.admin import answer
 from identity.admin_client import AdminRefused, IdentityAdmin
 from identity.admin_wire import Ask
+from identity.app import pods_of
 from identity.authority import Authority
 from identity.local_tokens import LocalSigner
 from identity.tokens import Subject
@@ -166,3 +167,12 @@ AUTHORITY = Authority.self_made(TRUST_DOMAIN, None)
 def test_unknown_verbs_steps_and_fields_are_refused(line: bytes) -> None:
     assert answer(AUTHORITY, line).error
     assert AUTHORITY.trust.value.generation == 1
+
+
+def test_pods_that_exist_are_read_from_a_file_and_unknown_without_it(tmp_path: Path) -> None:
+    path = tmp_path / "pods"
+    assert pods_of(path) == frozenset()
+    path.write_text("uid-1\nuid-2\n")
+    assert pods_of(path) == {"uid-1", "uid-2"}
+    path.write_bytes(b"\xff\xfe")
+    assert pods_of(path) == frozenset()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.netns.local_lab import wait_until
+
 pytestmark = [pytest.mark.netns, pytest.mark.slow]
 
 MESH = "test-cli"
@@ -99,3 +101,22 @@ def test_a_rotation_leaves_the_workload_with_another_anchor() -> None:
     after = json.loads(done.stdout)
     assert {anchor["id"] for anchor in after["anchors"]}.isdisjoint(anchor["id"] for anchor in before["anchors"])
     assert after["issuer"] != before["issuer"]
+
+
+def test_a_rotation_waits_for_no_pod_that_exists_no_more(tmp_path: Path) -> None:
+    manifest = tmp_path / "leaver.yaml"
+    pod = (
+        "{apiVersion: v1, kind: Pod, metadata: {name: leaver, namespace: shop}, spec: {terminationGracePeriodSeconds: 1, containers: [%s]}}"
+    )
+    manifest.write_text(pod % "{name: app, image: ignored, command: [sleep, infinity]}")
+
+    def holders() -> set[str]:
+        return {one["pod"] for one in json.loads(pillion("identity", "status", "-o", "json").stdout)["workloads"]}
+
+    assert pillion("local", "apply", "-f", str(manifest)).returncode == 0
+    wait_until(lambda: "shop/leaver" in holders(), "the new pod has a certificate", 30)
+    assert pillion("local", "delete", "-f", str(manifest)).returncode == 0
+    wait_until(lambda: "shop/leaver" not in holders(), "the pod is gone", 30)
+    assert {name.partition("/")[0] for name in holders()} == {"shop", "pillion"}, "who exists is still known"
+    done = pillion("identity", "rotate", "--through", "--wait", "40", "-o", "json")
+    assert done.returncode == 0, done.stderr
