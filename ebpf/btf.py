@@ -10,10 +10,16 @@ import ctypes
 from pathlib import Path
 
 VMLINUX = Path("/sys/kernel/btf/vmlinux")
+_SOCK = "inet_conn.icsk_inet.sk."
 _FIELDS = {
-    "OFFSET_WRITE_SEQ": "write_seq",
-    "OFFSET_COPIED_SEQ": "copied_seq",
-    "OFFSET_RMEM_ALLOC": "inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter",
+    "OFFSET_WRITE_SEQ": ("tcp_sock", "write_seq"),
+    "OFFSET_COPIED_SEQ": ("tcp_sock", "copied_seq"),
+    "OFFSET_RMEM_ALLOC": ("tcp_sock", _SOCK + "sk_backlog.rmem_alloc.counter"),
+    "OFFSET_OWNED": ("tcp_sock", _SOCK + "sk_lock.owned"),
+    "OFFSET_WAITERS": ("tcp_sock", _SOCK + "sk_wq"),
+    "OFFSET_WAITERS_HEAD": ("socket_wq", "wait.head.next"),
+    "OFFSET_WAITER_FUNC": ("wait_queue_entry", "func"),
+    "OFFSET_WAITER_ENTRY": ("wait_queue_entry", "entry.next"),
 }
 _STRUCT = 4
 _QUALIFIERS = (8, 9, 10, 11, 18)  # typedef, volatile, const, restrict, type tag
@@ -24,11 +30,17 @@ class NoTypes(LookupError):
 
 
 def offsets(path: Path = VMLINUX) -> dict[str, int]:
-    """Byte offsets in ``struct tcp_sock``, by the name of the macro that the programs expect."""
+    """Byte offsets of the fields that the programs read, by the name of the macro that they expect."""
     if not path.exists():
         raise NoTypes(f"{path} is missing: the kernel was built without CONFIG_DEBUG_INFO_BTF, so its fields cannot be found")
     types = _Types(path)
-    return {macro: types.offset(b"tcp_sock", field) for macro, field in _FIELDS.items()}
+    return {macro: types.offset(struct.encode(), field) for macro, (struct, field) in _FIELDS.items()}
+
+
+def blocked_reader(symbols: Path = Path("/proc/kallsyms")) -> int:
+    """Address of the function that wakes who blocks in recv(2), 0 when the kernel does not say: then every waiter counts as such."""
+    with symbols.open(encoding="ascii") as lines:
+        return next((int(line.split()[0], 16) for line in lines if line.rstrip().endswith(" woken_wake_function")), 0)
 
 
 class _Types:

@@ -149,7 +149,10 @@ class Compiled:
         bcc = _import_bcc()
         with _stderr() as words:
             try:
-                self._bpf = bcc.BPF(text=text.encode(), cflags=[f"-D{name}={value}" for name, value in macros.items()])
+                self._bpf = bcc.BPF(
+                    text=text.encode(),
+                    cflags=[f"-D{name}={value:#x}ull" if value >> 32 else f"-D{name}={value}" for name, value in macros.items()],
+                )
             except Exception as error:  # bcc raises plain Exceptions, and lets clang say why
                 words.seek(0)
                 raise LoaderFailed(
@@ -182,7 +185,7 @@ class Installation:
         programs = list(layout.PROGRAMS)
         macros = dict(self._limits)
         try:
-            macros |= btf.offsets()
+            macros |= btf.offsets() | {"BLOCKED_READER": btf.blocked_reader()}
         except btf.NoTypes as error:
             programs = [program for program in programs if program.name != "redirect"]
             self.refused["redirect"] = f"program redirect (redirect.bpf.c): kernel {self._kernel}: {error}"

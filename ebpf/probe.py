@@ -19,6 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -129,7 +130,13 @@ def _try_all(node: attach.Node, found: Findings) -> Findings:
             found = found._replace(steer=_attempt("capture of what arrives", lambda: node.link_netns(cookie, netns.fileno())))
     if found.connect and not found.sockmap:
         found = found._replace(sockmap=found.connect)
-    for name, check in (("order", _keeps_order), ("memory", _bounds_memory), ("bytes", lambda: _redirects(node, cookie))):
+    checks = (
+        ("order", _keeps_order),
+        ("memory", _bounds_memory),
+        ("bytes", lambda: _redirects(node, cookie)),
+        ("readers", _never_strands_a_reader),
+    )
+    for name, check in checks:
         if not found.sockmap:
             found = found._replace(sockmap=_attempt(f"acceleration ({name})", check))
     return found
@@ -224,6 +231,22 @@ def _bounds_memory() -> None:
             if not got or got[0] != (taken - left) % 256:
                 raise _Wrong("bytes were lost after a fall back to TCP")
             left -= len(got)
+
+
+def _never_strands_a_reader() -> None:
+    """One that took a first part by TCP and sleeps for the rest, MSG_WAITALL."""
+    with _listen((socket.IPPROTO_TCP, _TCP_DEFER_ACCEPT, 10)) as listener, socket.create_connection(_TARGET, _SECONDS) as sock:
+        sock.send(b"a" * 100)
+        with listener.accept()[0] as end:
+            end.settimeout(None)
+            got: list[bytes] = []
+            reader = threading.Thread(target=lambda: got.append(end.recv(200, socket.MSG_WAITALL)), daemon=True)
+            reader.start()
+            time.sleep(0.05)
+            sock.send(b"b" * 100)
+            reader.join(2)
+            if not got:
+                raise _Wrong("a reader in MSG_WAITALL was left sleeping")
 
 
 def _redirects(node: attach.Node, cookie: int) -> None:

@@ -10,7 +10,7 @@ enum where { LEAVE, TO_SIDECAR, NOWHERE };
 /* A socket may be connected again (AF_UNSPEC undoes connect): what the last connection left behind must not describe this one. */
 static __always_inline void begin(struct flow *flow, u32 flags) {
   flow->peer_socket = 0;
-  flow->stuck = 0;
+  flow->settled = 0;
   flow->flags = flags;
   __builtin_memset(&flow->dialled, 0, sizeof(flow->dialled));
   __builtin_memset(&flow->peer, 0, sizeof(flow->peer));

@@ -17,11 +17,15 @@
  * and ACTIVE comes first. Only connections that connect() marked publish a pair, and a pair is taken once. A stranger who wants to take
  * one needs both 32-bit numbers of a handshake that it does not see, and the client's port, within the microseconds until it is taken.
  *
- * Acceleration (redirect.bpf.c). A message goes straight to the peer's queue when, and only when, both hold at that moment:
+ * Acceleration (redirect.bpf.c). A message goes straight to the peer's queue when, and only when, all hold at that moment:
  *   order:   peer->copied_seq == me->write_seq. The peer's application has read every byte of ours that travelled by TCP. Bytes in the
  *            queue are read before bytes in TCP's receive queue, so redirecting earlier would overtake: data in the SYN (TCP Fast Open),
  *            the data that made a TCP_DEFER_ACCEPT socket, or any message that fell back a moment ago. Leaving is always safe for the same
  *            reason. Therefore also the first message is checked.
+ *   reader:  after bytes went by TCP, the peer's application must not be inside TCP's recv(2), which never looks into the queue: with
+ *            MSG_WAITALL it would have read all of ours and sleep there for ever. Inside it owns the socket, or sleeps on it with the wake
+ *            function of blocked readers; once outside, it comes back to TCP only for bytes that are not there. Read in this order: bytes,
+ *            owner, sleepers. Polling is not sleeping in recv(2). Checked once after each fall back (`settled`).
  *   memory:  the peer's unread bytes are at most QUEUE_LIMIT. The kernel itself bounds nothing here: a reader that reads nothing lets its
  *            writer put gigabytes into kernel memory. Past the limit the message goes by TCP, whose window stops the writer.
  * Everything else goes by TCP: an unknown peer, a peer that closed (its map entry is gone with it), a failed read. The peer's counters are
@@ -86,7 +90,7 @@ struct pod {
 #define POD_ACCELERATE 2    /* hops between app and sidecar skip TCP */
 #define POD_TRANSLATED 4    /* nftables captures here: pair what connects anywhere, rewrite nothing */
 #define POD_CALLER 8        /* the sidecar may say who calls */
-#define POD_RESUME 16       /* towards the app too, go back to the short way after TCP (not for readers with MSG_WAITALL) */
+#define POD_RESUME 16       /* towards the app too, go back to the short way after TCP */
 #define POD_REFUSE 32       /* no level of capture works here: nothing leaves, nothing comes in */
 
 struct isns {
@@ -117,7 +121,7 @@ struct flow {
   struct end peer;
   u64 peer_socket;
   u32 flags;           /* FLOW_* */
-  u32 stuck;           /* the counter of the cause why this direction stays on TCP; 0: it does not */
+  u32 settled;         /* write_seq up to which no reader can be waiting inside TCP for more */
 };
 #define FLOW_CAPTURED 1
 #define FLOW_ACCELERATE 2

@@ -36,6 +36,7 @@ static __always_inline void connected(struct bpf_sock_ops *ctx, struct bpf_sock 
   pairs.update(&me.isns, &pair);
   __builtin_memcpy(&flow->peer.isns, &me.isns, sizeof(me.isns));
   flow->peer.side = 1;
+  flow->settled = me.isns.client;
 }
 
 static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk) {
@@ -50,6 +51,7 @@ static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *
   __builtin_memcpy(&flow->shown, &pair->caller, sizeof(flow->shown));
   __builtin_memcpy(&flow->peer.isns, &me.isns, sizeof(me.isns));
   flow->peer.side = 0;
+  flow->settled = me.isns.server;
   flow->peer_socket = pair->sockets[0];
   /* what the accepting end sends goes the other way: to the app when the app connected */
   flow->flags = FLOW_ACCEPTED | (pair->flags & FLOW_TO_APP ? FLOW_RESUME : FLOW_TO_APP | (pair->flags & FLOW_BACK_RESUME ? FLOW_RESUME : 0));

@@ -37,6 +37,11 @@ def test_a_missing_check_of_order_is_noticed(tmp_path: Path) -> None:
     assert "overtook" in found.sockmap
 
 
+def test_a_reader_left_sleeping_is_noticed(tmp_path: Path) -> None:
+    found = probe.find(_with(tmp_path, "redirect.bpf.c", " || reads_tcp(flow->peer_socket)", ""))
+    assert "MSG_WAITALL" in found.sockmap
+
+
 def test_a_missing_bound_of_memory_is_noticed(tmp_path: Path) -> None:
     found = probe.find(_with(tmp_path, "redirect.bpf.c", "unread > QUEUE_LIMIT", "unread < 0"))
     assert "acceleration (memory) does not work" in found.sockmap
@@ -50,7 +55,9 @@ def test_a_capture_that_captures_nothing_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_program_that_never_redirects_is_noticed(tmp_path: Path) -> None:
-    found = probe.find(_with(tmp_path, "redirect.bpf.c", "if (flow->stuck)", "if (1) return SK_PASS;\n  if (flow->stuck)"))
+    found = probe.find(
+        _with(tmp_path, "redirect.bpf.c", "if (!flow->peer_socket) {", "if (1) return SK_PASS;\n  if (!flow->peer_socket) {")
+    )
     assert "0 of 40 messages" in found.sockmap
 
 
