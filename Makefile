@@ -12,8 +12,9 @@ demo: venv ## three workloads on this machine: mTLS, authorization, live policy,
 demo-keep: venv ## the demo, left running to look around in (ends with: .venv/bin/pillion local down --name demo)
 	$(BIN)/pillion demo --keep
 
-test: venv ## every test this machine can run; says which it skips and why
-	$(PYTEST)
+test: venv ## every test this machine can run; says which it skips and why. The cluster comes last, when nothing else wants the processors
+	$(PYTEST) --ignore=tests/cluster
+	$(PYTEST) tests/cluster
 
 test-unit: venv ## tests without root, namespaces or a cluster
 	$(PYTEST) -m "not netns and not kernel and not cluster and not slow"
