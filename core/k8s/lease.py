@@ -193,6 +193,7 @@ class Elector:
         self._api = api
         self._election = election
         self._chance = chance
+        self._failing = False
         self.leader = Cell(False)
 
     @property
@@ -226,14 +227,18 @@ class Elector:
                 election.observed(await self._api.read(election.namespace, election.name), trio.current_time())
                 decision = election.decide(trio.current_time(), datetime.now(UTC))
                 if isinstance(decision, Wait):
+                    self._failing = False
                     self._set()
                     return min(pause, decision.seconds + 0.1)
                 asked_at = trio.current_time()
                 stored = await self._api.write(decision.lease, create=decision.create)
         except Exception as error:  # whatever it was: we do not lead by it, and look again
-            log.warning("lease not renewed or read", lease=election.name, reason=f"{type(error).__name__}: {error}")
+            if not self._failing:  # once an outage, which may last
+                log.warning("lease not renewed or read, tried again", lease=election.name, reason=f"{type(error).__name__}: {error}")
+            self._failing = True
             self._set()
             return pause
+        self._failing = False
         if stored is not None:
             election.accepted(stored, asked_at, trio.current_time())
         self._set()
