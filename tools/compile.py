@@ -46,6 +46,7 @@ MODULES = (
     "proxy/protocol/http2/upstream.py",
     "proxy/protocol/opaque.py",
     "proxy/protocol/requests.py",
+    "proxy/routing.py",
     "proxy/telemetry/record.py",
     "proxy/transport/link.py",
     "proxy/transport/relay.py",
