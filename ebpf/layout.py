@@ -33,7 +33,7 @@ class PodFlag(IntFlag):
     ACCELERATE = 2  # hops between app and sidecar skip TCP
     TRANSLATED = 4  # nftables captures here: pair what connects anywhere, rewrite nothing
     CALLER = 8  # the sidecar may say who calls
-    RESUME = 16  # towards the app too, return to the short way after TCP; not for readers that use MSG_WAITALL
+    RESUME = 16  # the app never reads with MSG_WAITALL: bulk to blocking readers returns to the short way sooner; others would hang
     REFUSE = 32  # nothing leaves and nothing comes in, because no way of capture works here
 
 

@@ -134,7 +134,7 @@ def _try_all(node: attach.Node, found: Findings) -> Findings:
         ("order", _keeps_order),
         ("memory", _bounds_memory),
         ("bytes", lambda: _redirects(node, cookie)),
-        ("readers", _never_strands_a_reader),
+        ("readers", lambda: _never_strands_a_reader(node, cookie)),
     )
     for name, check in checks:
         if not found.sockmap:
@@ -233,9 +233,10 @@ def _bounds_memory() -> None:
             left -= len(got)
 
 
-def _never_strands_a_reader() -> None:
-    """One that took a first part by TCP and sleeps for the rest, MSG_WAITALL."""
-    with _listen((socket.IPPROTO_TCP, _TCP_DEFER_ACCEPT, 10)) as listener, socket.create_connection(_TARGET, _SECONDS) as sock:
+def _never_strands_a_reader(node: attach.Node, cookie: int) -> None:
+    """An app that took a first part by TCP and sleeps for the rest, MSG_WAITALL; we are its sidecar."""
+    node.write_pod(cookie, layout.Pod(os.geteuid(), PodFlag.CAPTURE | PodFlag.ACCELERATE, _PORT, 4143))
+    with _listen((socket.IPPROTO_TCP, _TCP_DEFER_ACCEPT, 10)) as listener, socket.create_connection(("127.0.0.1", _PORT), _SECONDS) as sock:
         sock.send(b"a" * 100)
         with listener.accept()[0] as end:
             end.settimeout(None)

@@ -25,7 +25,8 @@
  *   reader:  after bytes went by TCP, the peer's application must not be inside TCP's recv(2), which never looks into the queue: with
  *            MSG_WAITALL it would have read all of ours and sleep there for ever. Inside it owns the socket, or sleeps on it with the wake
  *            function of blocked readers; once outside, it comes back to TCP only for bytes that are not there. Read in this order: bytes,
- *            owner, sleepers. Polling is not sleeping in recv(2). Checked once after each fall back (`settled`).
+ *            owner, sleepers. Polling is not sleeping in recv(2). Checked once after each fall back (`settled`), except towards the sidecar,
+ *            which never waits for all.
  *   memory:  the peer's unread bytes are at most QUEUE_LIMIT. The kernel itself bounds nothing here: a reader that reads nothing lets its
  *            writer put gigabytes into kernel memory. Past the limit the message goes by TCP, whose window stops the writer.
  * Everything else goes by TCP: an unknown peer, a peer that closed (its map entry is gone with it), a failed read. The peer's counters are
@@ -90,7 +91,7 @@ struct pod {
 #define POD_ACCELERATE 2    /* hops between app and sidecar skip TCP */
 #define POD_TRANSLATED 4    /* nftables captures here: pair what connects anywhere, rewrite nothing */
 #define POD_CALLER 8        /* the sidecar may say who calls */
-#define POD_RESUME 16       /* towards the app too, go back to the short way after TCP */
+#define POD_RESUME 16       /* towards the app too, do not look for a sleeping reader: faster bulk, hangs one in MSG_WAITALL */
 #define POD_REFUSE 32       /* no level of capture works here: nothing leaves, nothing comes in */
 
 struct isns {
@@ -128,7 +129,7 @@ struct flow {
 #define FLOW_ACCEPTED 4
 #define FLOW_TO_APP 8   /* what this socket sends is read by the app */
 #define FLOW_PAIRED 16  /* the pair is taken */
-#define FLOW_RESUME 32       /* after TCP, the short way again */
+#define FLOW_RESUME 32       /* the reader never waits for all */
 #define FLOW_BACK_RESUME 64  /* the same for what the accepting end sends */
 
 struct port_set_key {

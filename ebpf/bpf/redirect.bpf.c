@@ -50,7 +50,7 @@ int redirect(struct sk_msg_md *msg) {
       copied_seq != *(u32 *)(me + OFFSET_WRITE_SEQ))
     return by_tcp(ns, COUNT_BY_TCP_ORDER);
   if (copied_seq != flow->settled) {
-    if (!(flow->flags & FLOW_RESUME) || reads_tcp(flow->peer_socket)) return by_tcp(ns, COUNT_BY_TCP_ORDER);
+    if (!(flow->flags & FLOW_RESUME) && reads_tcp(flow->peer_socket)) return by_tcp(ns, COUNT_BY_TCP_ORDER);
     flow->settled = copied_seq;
   }
   if (bpf_probe_read_kernel(&unread, 4, (void *)(flow->peer_socket + OFFSET_RMEM_ALLOC)) || unread > QUEUE_LIMIT)

@@ -38,7 +38,7 @@ def test_a_missing_check_of_order_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_reader_left_sleeping_is_noticed(tmp_path: Path) -> None:
-    found = probe.find(_with(tmp_path, "redirect.bpf.c", " || reads_tcp(flow->peer_socket)", ""))
+    found = probe.find(_with(tmp_path, "redirect.bpf.c", " && reads_tcp(flow->peer_socket)", " && 0"))
     assert "MSG_WAITALL" in found.sockmap
 
 
