@@ -176,3 +176,35 @@ def test_pods_that_exist_are_read_from_a_file_and_unknown_without_it(tmp_path: P
     assert pods_of(path) == {"uid-1", "uid-2"}
     path.write_bytes(b"\xff\xfe")
     assert pods_of(path) == frozenset()
+
+
+def test_on_kubernetes_everything_is_kept_in_the_cluster(tmp_path: Path) -> None:
+    done = identity(environment(tmp_path, PILLION_IDENTITY_SOURCE="kubernetes"), "--check-config")
+    assert done.returncode == 1
+    assert "needs PILLION_POD_NAME and PILLION_IDENTITY_TOKEN_FILE" in done.stderr
+    assert "leave out PILLION_CA_DIR" in done.stderr
+    pod = {"PILLION_POD_NAME": "identity-0", "PILLION_IDENTITY_TOKEN_FILE": "/token", "PILLION_IDENTITY_SOURCE": "kubernetes"}
+    assert identity({"PATH": os.environ["PATH"], **pod}, "--check-config").stdout == "ok\n"
+
+
+def test_outside_of_a_cluster_it_says_so(tmp_path: Path) -> None:
+    pod = {"PILLION_POD_NAME": "identity-0", "PILLION_IDENTITY_TOKEN_FILE": "/token", "PILLION_IDENTITY_SOURCE": "kubernetes"}
+    done = identity({"PATH": os.environ["PATH"], "HOME": str(tmp_path), **pod})
+    assert done.returncode == 1
+    assert "no Kubernetes cluster is configured" in done.stderr
+
+
+def test_a_request_is_brought_to_the_socket_of_the_container(running: tuple[dict[str, str], Path]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "identity.ask", '{"verb": "status"}'],
+        env=running[0],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert msgspec.json.decode(done.stdout)["status"]["trust_domain"] == TRUST_DOMAIN
+    without = {name: value for name, value in running[0].items() if name != "PILLION_IDENTITY_ADMIN_SOCKET"}
+    usage = subprocess.run([sys.executable, "-m", "identity.ask"], env=without, capture_output=True, text=True, timeout=20, check=False)
+    assert usage.returncode == 2
