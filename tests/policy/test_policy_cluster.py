@@ -212,5 +212,12 @@ async def test_every_metric_is_documented() -> None:
         assert replica.beside is not None
         text = (exposition(Index(), Counters(), ()) + replica.beside.exposition()).decode()
         families = {family.name + ("_total" if family.type == "counter" else "") for family in text_string_to_metric_families(text)}
-        page = Path(__file__).parents[2].joinpath("docs/metrics.md").read_text(encoding="utf-8").partition("## Policy controller")[2]
+        page = (
+            Path(__file__)
+            .parents[2]
+            .joinpath("docs/metrics.md")
+            .read_text(encoding="utf-8")
+            .partition("## Policy controller")[2]
+            .partition("\n## ")[0]
+        )
         assert families == set(re.findall(r"`(pillion_\w+)`", page))
