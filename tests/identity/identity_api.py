@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import trio
 
-from core.addrs import Addr, ListenAddr
+from core.env import load
 from core.k8s.api import Api
 from core.k8s.lease import Election
 from core.names import WorkloadId
@@ -95,25 +95,18 @@ class Mesh:
         number = next(self._numbers)
         name, ip = f"identity-{number}", f"127.0.0.{number}"
         (self.directory / f"{name}.token").write_text(self.server.pod("pillion", "pillion-identity", name, ip))
-        config = Config(
-            source="kubernetes",
-            trust_domain=TRUST_DOMAIN,
-            control_namespace="pillion",
-            listen=ListenAddr(Addr(ip, self.port)),
-            admin_listen=ListenAddr(Addr(ip, 0)),
-            admin_socket=None,
-            ca_dir=None,
-            issuer_dir=None,
-            issuer_files=(),
-            bundle_file=None,
-            issuer_secret=issuer_secret,
-            pod_name=name,
-            pod_uid=f"uid-{name}",
-            token_file=self.directory / f"{name}.token",
-            tokens=None,
-            leaf_lifetime_s=3600,
-            log_level="info",
-            log_format="json",
+        config = load(
+            Config,
+            {
+                "PILLION_IDENTITY_SOURCE": "kubernetes",
+                "PILLION_IDENTITY_LISTEN": f"{ip}:{self.port}",
+                "PILLION_ADMIN_LISTEN": f"{ip}:0",
+                "PILLION_ISSUER_SECRET": issuer_secret,
+                "PILLION_POD_NAME": name,
+                "PILLION_POD_UID": f"uid-{name}",
+                "PILLION_IDENTITY_TOKEN_FILE": str(self.directory / f"{name}.token"),
+                "PILLION_LEAF_LIFETIME_S": "3600",
+            },
         )
         await self.nursery.start(self._run, name, config)
         return name
