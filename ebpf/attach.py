@@ -204,11 +204,11 @@ class Node:
 
     def unlink_netns(self, cookie: int) -> None:
         """Detach from a pod's namespace: what arrives reaches the app's own listeners again. Open connections go on."""
-        _remove(self.pins.pods / str(cookie))
+        _detach(self.pins.pods / str(cookie))
 
     def unlink_cgroup(self, name: str = "node") -> None:
         """Detach from a cgroup: connect() is not captured any more. Open connections go on."""
-        _remove(self.pins.cgroups / name)
+        _detach(self.pins.cgroups / name)
 
     def forget(self, cookie: int) -> None:
         """Detach, and remove every trace of a pod."""
@@ -260,10 +260,10 @@ def remove(root: Path) -> None:
     if not root.exists():
         return
     for version in root.iterdir():
-        _remove(version / "pods")
+        _detach(version / "pods")
         if _stop_capturing(version):
             time.sleep(SETTLE_S)
-        _remove(version / "cgroups")
+        _detach(version / "cgroups")
     _remove(root)
 
 
@@ -277,6 +277,23 @@ def _stop_capturing(version: Path) -> bool:
         finally:
             os.close(fd)
     return (version / "cgroups").is_dir() and any((version / "cgroups").iterdir())
+
+
+def _detach(path: Path) -> None:
+    """Detach every link below, now, and remove its pin.
+
+    Removing the pin alone detaches when a kernel worker finds the time. Until then the inbound program of a pod that is forgotten already
+    refuses what nftables redirects.
+    """
+    for pin in [path, *path.rglob("*")] if path.exists() else []:
+        if pin.is_file():
+            fd = bpfsys.pinned(pin)
+            try:
+                with contextlib.suppress(OSError):  # its namespace or cgroup has ended
+                    bpfsys.link_detach(fd)
+            finally:
+                os.close(fd)
+    _remove(path)
 
 
 def _remove(path: Path) -> None:
