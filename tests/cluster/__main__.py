@@ -1,4 +1,4 @@
-"""``python -m tests.cluster up|down|code|install|conformance|kubectl ...``: the test cluster for people who want to look around in it.
+"""``python -m tests.cluster up|down|code|install|times|conformance|kubectl ...``: the test cluster for people who want to look around in it.
 
 up [--nodes N]     a Kubernetes on this machine with DNS and the Gateway API, Pillion's images in its nodes; prints how to use it
 code               the newest code into the images and the nodes (seconds); pods that start afterwards run it
@@ -71,7 +71,7 @@ def conform(cluster: Cluster, report: Path) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in ("up", "down", "code", "install", "conformance", "kubectl"):
+    if not arguments or arguments[0] not in ("up", "down", "code", "install", "times", "conformance", "kubectl"):
         print(__doc__, file=sys.stderr)
         return 2
     if os.geteuid() != 0:
@@ -92,6 +92,11 @@ def main(arguments: list[str]) -> int:
         load(running)
     elif what == "install":
         install(running, rest)
+    elif what == "times":
+        from tests.cluster import times
+        from tests.cluster.kube import Kube
+
+        times.show(Kube(str(running.binaries / "kubectl"), str(running.kubeconfig)))
     elif what == "conformance":
         return conform(running, Path(rest[0] if rest else "docs/conformance/report.yaml"))
     else:
