@@ -166,16 +166,31 @@ def _read(
     services = service_parents(parents, meta.namespace)
     if not services and not any(_is_server(parent) for parent in parents):
         return InboundRoute(meta, kind)
-    checked = fields.read(spec, spec_type, "spec")
     servers, unattachable = _attachments(parents, meta.namespace)
+    try:
+        checked = fields.read(spec, spec_type, "spec")
+        return _understood(InboundRoute(meta, kind, servers, unattachable), parents, services, checked, match)
+    except InvalidObject as error:
+        # It was meant to narrow who may do what; without it the Server's own, wider policies would decide about its requests.
+        error.instead = InboundRoute(meta, kind, servers, unattachable, unsupported=str(error))
+        raise
+
+
+def _understood(
+    route: InboundRoute,
+    parents: Sequence[_Parent],
+    services: tuple[ServiceParent, ...],
+    checked: _Spec,
+    match: Callable[[str, Any], wire.HttpMatch | wire.GrpcMatch],
+) -> InboundRoute:
     if sum(len(rule.matches) for rule in checked.rules) > _MATCHES_MAX:
         raise InvalidObject("spec.rules", f"at most {_MATCHES_MAX} matches in all", "more")
     rules = tuple(_rule(f"spec.rules[{number}]", rule, match) for number, rule in enumerate(checked.rules))
     hostnames = tuple(_hostname(f"spec.hostnames[{number}]", name) for number, name in enumerate(checked.hostnames))
     only_servers = all(_is_server(parent) for parent in parents)
     unsupported = next((found for n, rule in enumerate(checked.rules) if (found := _unsupported(n, rule, only_servers))), "")
-    forwarding = read_forwarding(services, checked.rules, meta.namespace) if services else None
-    return InboundRoute(meta, kind, servers, unattachable, hostnames, rules, unsupported, forwarding)
+    forwarding = read_forwarding(services, checked.rules, route.metadata.namespace) if services else None
+    return msgspec.structs.replace(route, hostnames=hostnames, rules=rules, unsupported=unsupported, forwarding=forwarding)
 
 
 def service_parents(parents: Sequence[_Parent], namespace: str) -> tuple[ServiceParent, ...]:

@@ -259,7 +259,7 @@ class Follower:
             parsed = self.parse(raw)
         except InvalidObject as error:
             self.refusals[ref] = Refusal(f"API server, {self.resource}", ref, str(error), kept=before is not None)
-            return before
+            return before if before is not None else error.instead
         self.refusals.pop(ref, None)
         return before if before is not None and before == parsed else parsed
 

@@ -28,7 +28,13 @@ _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 
 
 class InvalidObject(ValueError):
-    """An object that is refused. path: where inside the object (``spec.networks[1].cidr``), "" for the object itself."""
+    """An object that is refused. path: where inside the object (``spec.networks[1].cidr``), "" for the object itself.
+
+    instead: a typed object to be in force when no version of it was ever understood, because nothing in its place would let more happen
+    than any reading of it. None: nothing.
+    """
+
+    instead: Any = None
 
     def __init__(self, path: str, expected: str, found: str) -> None:
         super().__init__(f"{path}: expected {expected}, found {found}" if path else f"expected {expected}, found {found}")

@@ -145,6 +145,8 @@ class FolderSource:
             except InvalidObject as error:
                 ref = _ref_of(raw)
                 refusals.append(Refusal(name, ref, str(error), kept=ref in before))
+                if error.instead is not None and ref is not None and ref not in before:
+                    read.setdefault(ref, error.instead)
                 continue
             if parsed is None:
                 continue
