@@ -1,4 +1,4 @@
-"""``python -m tests.cluster up|down|code|install|times|conformance|kubectl ...``: the test cluster for people who want to look around in it.
+"""``python -m tests.cluster up|down|code|install|times|conformance|kubectl``: the test cluster for people who want to look around in it.
 
 up [--nodes N]     a Kubernetes on this machine with DNS and the Gateway API, Pillion's images in its nodes; prints how to use it
 code               the newest code into the images and the nodes (seconds); pods that start afterwards run it
