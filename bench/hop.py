@@ -29,7 +29,7 @@ from ebpf.redirect import capture
 from ebpf.wire import PodFacts, Register, Status
 
 ROW = "P8"
-WAYS = ("nftables", "connect", "connect+sockmap", "connect+sockmap, sticky", "direct")
+WAYS = ("nftables", "connect", "connect+sockmap", "connect+sockmap, trusting", "direct")
 _SIZES = (100, 1024, 16384)
 _BULK = "bulk, 64 KiB writes"
 _APP_UID = 1000
@@ -258,7 +258,7 @@ def _capture(name: str, netns: str, agent: Path) -> None:
             raise StageError(f"nft: {rules.stderr}")
     elif name != "direct":
         with open(f"/run/netns/{netns}", "rb") as file:
-            facts = PodFacts(netns, "bench", netns, addresses=(_OWN,), accelerate="sockmap" in name, resume="sticky" not in name)
+            facts = PodFacts(netns, "bench", netns, addresses=(_OWN,), accelerate="sockmap" in name, resume="trusting" in name)
             answer = client.ask(agent, Register(facts), (file.fileno(),))
         if not answer["ok"] or answer["pod"]["level"] != 1:
             raise StageError(f"{name}: {answer}")

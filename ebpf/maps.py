@@ -123,12 +123,7 @@ class PinnedPrograms:
 
 
 def pod_of(entry: Entry, facts: PodFacts) -> layout.Pod:
-    """The value for the programs.
-
-    Towards an app too the short way is resumed after TCP, unless the pod's facts say no: without that one slow moment leaves a connection
-    slower than plain TCP for good. A reader in MSG_WAITALL cannot bear it, but such readers have to opt out in any case: what they get is
-    short.
-    """
+    """The value for the programs. RESUME only where somebody vouches for the app: another one could sleep for ever in MSG_WAITALL."""
     flags = PodFlag(0)
     for flag, on in (
         (PodFlag.CAPTURE, entry.capture),

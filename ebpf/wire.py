@@ -28,8 +28,8 @@ class PodFacts(NamedTuple):
 
     skip_inbound, skip_outbound: ports that are not captured. accelerate: False when its app reads in ways that acceleration breaks;
     unaccelerated: the same for single ports, of the app or of what it calls. real_caller: whether the app sees callers' addresses.
-    addresses: the pod's own, which it reaches without its sidecar; empty when the agent shall look into the namespace. resume: whether
-    bytes towards the app may go back to the short way after some went by TCP.
+    addresses: the pod's own, which it reaches without its sidecar; empty when the agent shall look into the namespace. resume: the
+    app never reads with MSG_WAITALL, so bytes towards it may go back to the short way without a look at who sleeps in a read.
     """
 
     id: str
@@ -44,7 +44,7 @@ class PodFacts(NamedTuple):
     unaccelerated: tuple[Range, ...] = ()
     real_caller: bool = True
     addresses: tuple[str, ...] = ()
-    resume: bool = True
+    resume: bool = False
 
 
 class Register(NamedTuple):
