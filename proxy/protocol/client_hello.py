@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 HELLO_MAX = 16 * 1024  # a ClientHello with post-quantum shares is about 1.8 KiB; beyond this nobody is served
+_RECORDS_MAX = 64  # libraries use one to three; what comes byte by byte is read anew for every byte
 _RECORD_HANDSHAKE = 22
 _CLIENT_HELLO = 1
 _EXT_SERVER_NAME = 0
@@ -40,7 +41,7 @@ def _handshake(data: bytes) -> bytes | None:
     """The body of the first handshake message, which may be split over records (RFC 8446 section 5.1)."""
     body = bytearray()
     offset = 0
-    while True:
+    for _ in range(_RECORDS_MAX):
         prefix = data[offset : offset + 3]
         if (prefix and prefix[0] != _RECORD_HANDSHAKE) or (len(prefix) > 1 and prefix[1] != 3):
             raise NotTls("not a TLS handshake record")
@@ -63,6 +64,7 @@ def _handshake(data: bytes) -> bytes | None:
         if len(data) < offset + 5 + length:
             return None
         offset += 5 + length
+    raise NotTls("ClientHello in too many records")
 
 
 class _Reader:
