@@ -1,7 +1,7 @@
 """One cluster for the session, with Pillion installed by the commands of the README; a namespace for each test.
 
 Without KUBECONFIG a cluster is made on this machine (nodes.py) and gone afterwards; PILLION_KEEP=1 leaves it. With KUBECONFIG the tests run
-on that one, whose nodes must be able to get the images named by --image, --agent-image and --app-image.
+on that one, whose nodes must be able to get the images named by --image and --agent-image, and have the tests' own (images.APP_IMAGE).
 """
 
 from __future__ import annotations
