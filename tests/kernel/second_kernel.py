@@ -32,6 +32,7 @@ $b mkdir -p /new/lib/modules/{release}; $b mount -o bind /ro{tree} /new/lib/modu
 for d in proc sys dev tmp run; do $b mkdir -p /new/$d; done
 $b mount -t proc none /new/proc; $b mount -t sysfs none /new/sys; $b mount -t devtmpfs none /new/dev
 for d in run tmp dev/shm; do $b mkdir -p /new/$d; $b mount -t tmpfs none /new/$d; done
+[ -d /new{folder} ] || {{ $b mkdir -p /new{folder}; $b mount -o bind /ro{folder} /new{folder}; }}
 $b mkdir -p /new/dev/pts; $b mount -t devpts none /new/dev/pts
 $b mount -t cgroup2 none /new/sys/fs/cgroup
 $b ip link set lo up
@@ -66,7 +67,8 @@ def _archive(folder: Path) -> bytes:
     return gzip.compress(made, 1)
 
 
-def _initrd(kernel: Path, release: str, command: str) -> bytes:
+def _initrd(kernel: Path, release: str, command: str, seen: Path) -> bytes:
+    """seen: a folder that the guest sees also when it lies below one that is the guest's own, like /tmp."""
     tree = kernel / "lib" / "modules" / release
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -76,7 +78,7 @@ def _initrd(kernel: Path, release: str, command: str) -> bytes:
         for module in _MODULES:
             for path in tree.glob(f"kernel/**/{module}.ko"):
                 shutil.copy(path, folder / "lib" / path.name)
-        (folder / "init").write_text(_INIT.format(modules=" ".join(_MODULES), release=release, tree=tree))
+        (folder / "init").write_text(_INIT.format(modules=" ".join(_MODULES), release=release, tree=tree, folder=seen))
         (folder / "init").chmod(0o755)
         (folder / "sbin" / "modprobe").write_text('#!/bin/busybox sh\nexec /bin/busybox chroot /new /sbin/modprobe "$@"\n')
         (folder / "sbin" / "modprobe").chmod(0o755)
@@ -90,7 +92,7 @@ def run(words: list[str], seconds: float, *, folder: Path, megabytes: int = 2048
     path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     command = f"export PATH={path} HOME=/root PYTHONDONTWRITEBYTECODE=1 LANG=C.UTF-8\ncd {shlex.quote(str(folder))}\n{shlex.join(words)}\n"
     with tempfile.NamedTemporaryFile() as initrd:
-        initrd.write(_initrd(kernel, release, command))
+        initrd.write(_initrd(kernel, release, command, folder))
         initrd.flush()
         qemu = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(megabytes), "-nographic"]
         qemu += ["-no-reboot", "-nic", "none", "-kernel", str(kernel / "boot" / f"vmlinuz-{release}"), "-initrd", initrd.name]

@@ -58,7 +58,10 @@ sock = socket.create_connection((ip, port), timeout=10)
 sock.sendall(word.replace(b"|", b"\\r\\n"))
 data = b""
 while b"}" not in data:
-    data += sock.recv(65536)
+    more = sock.recv(65536)
+    data += more
+    if not more or data[:7] == b"HTTP/1." and data[9:12] != b"200":
+        sys.exit(f"no answer of the app: {data!r}")
 print(json.dumps({"own": sock.getsockname()[:2], "peername": sock.getpeername()[:2],
                   "seen": json.loads(data[data.index(b"{"):data.index(b"}") + 1])}))
 """
