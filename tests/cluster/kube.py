@@ -17,6 +17,9 @@ from tests.cluster.images import APP_IMAGE
 Object = dict[str, Any]
 
 
+_ENDPOINTS_WITHIN_S = 10.0
+
+
 class Refused(Exception):
     """kubectl failed; its message is what the API server said."""
 
@@ -121,7 +124,13 @@ class Space:
         return json.loads(self.exec(target, "python3", "/app/app.py", *arguments, container=container, timeout=timeout))
 
     def call(self, target: str, url: str, *more: str, container: str = "app") -> Any:
-        return self.app(target, "call", url, *more, container=container)
+        """One request, asked again while the cluster has not listed the ready pods of a fresh Service yet."""
+        until_s = time.monotonic() + _ENDPOINTS_WITHIN_S
+        while True:
+            outcome = self.app(target, "call", url, *more, container=container)
+            if outcome.get("headers", {}).get("pillion-proxy-error") != "no-endpoints" or time.monotonic() > until_s:
+                return outcome
+            time.sleep(0.2)
 
     @contextlib.contextmanager
     def load(self, target: str, url: str, *more: str) -> Iterator[Load]:

@@ -128,10 +128,10 @@ def test_check_waits_for_what_settles_and_says_what_does_not(kube: Kube, mesh: S
     mesh.run("scale", "deployment/pillion-policy", "--replicas=0")
     try:
         until("no policy controller", lambda: not mesh.pods("app.kubernetes.io/component=policy"))
+        until("nobody answers for it", lambda: checked(kube, "--wait", "0")[1]["policy-answers"]["result"] == "error")
         code, found = checked(kube, "--wait", "0")
         assert code == 1
         assert "pillion-policy: 0 of 0 ready" in found["control-plane-ready"]["error"]
-        assert found["policy-answers"]["result"] == "error"
     finally:
         mesh.run("scale", "deployment/pillion-policy", "--replicas=1")
     code, found = checked(kube, "--wait", "120")

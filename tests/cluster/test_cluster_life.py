@@ -1,6 +1,7 @@
 """Whatever is restarted, drained or away, running traffic goes on: every test holds a load and counts its failures.
 
-The load's server is not ready for two seconds before it ends, as an app does that lets its callers go elsewhere.
+The load's server is not ready for some seconds before it ends, as an app does that lets its callers go elsewhere: longer than a single
+policy controller needs to come back when it is drained from the same node.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def life(make_space: Callable[..., Space]) -> Space:
             "labelSelector": {"matchLabels": {"app": "web"}},
         }
     ]
-    serving = container("app", "serve", "--http", "8080", "--drain", "2", ports=[{"name": "http", "containerPort": 8080}])
+    serving = container("app", "serve", "--http", "8080", "--drain", "8", ports=[{"name": "http", "containerPort": 8080}])
     serving["readinessProbe"] = {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1, "failureThreshold": 1}
     made.apply(workload("Deployment", "web", pod_spec(serving, topologySpreadConstraints=spread), replicas=2), service("web"))
     made.apply(
@@ -56,9 +57,13 @@ def life(make_space: Callable[..., Space]) -> Space:
 
 @contextmanager
 def nothing_fails(space: Space) -> Iterator[None]:
-    """Kept connections and a new one for each request, from before the body to after it; not one request may fail."""
+    """Kept connections and a new one for each request, from before the body to after it; not one request may fail.
+
+    The Service is dialled by its address: the cluster's DNS is restarted and drained as well, and is not what is tested.
+    """
+    url = f"http://{space.json('get', 'service', 'web')['spec']['clusterIP']}/"
     with ExitStack() as stack:
-        loads = [stack.enter_context(space.load("client", "http://web/", "--workers=2", *more)) for more in ((), ("--fresh", "--pause=50"))]
+        loads = [stack.enter_context(space.load("client", url, "--workers=2", *more)) for more in ((), ("--fresh", "--pause=50"))]
         time.sleep(1)
         yield
         time.sleep(1)
