@@ -129,9 +129,17 @@ def test_restarts_of_the_kubelets_one_after_the_other_fail_no_request(life: Spac
         for node in machines.nodes:
             machines.stop(node, "kubelet", kill=True)
             machines.again(node, "kubelet")
-            time.sleep(5)
-            until("all pods are ready again", lambda: _all_ready(life), 60)
+            until("all pods have been ready again for a while", lambda: _stays_ready(life), 120)
     until("the nodes are ready", lambda: _ready(life.kube), 60)
+
+
+def _stays_ready(space: Space) -> bool:
+    """For longer than a kubelet waits between two reports, so that what it says of its pods is no news from before its restart."""
+    for _ in range(15):
+        if not _all_ready(space):
+            return False
+        time.sleep(1)
+    return True
 
 
 def _all_ready(space: Space) -> bool:
