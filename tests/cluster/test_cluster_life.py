@@ -190,3 +190,14 @@ def test_an_absent_api_server_fails_no_request(life: Space, mesh: Space, machine
     life.apply(client("afterwards"))
     life.ready("afterwards")
     assert caller(life.call("afterwards", "http://web/")) == identity(life)
+    _settled(life)
+
+
+def _settled(space: Space) -> None:
+    """For the tests after this one: the cluster's own controllers and every node's kube-proxy lead new Services again."""
+    space.apply(service("fresh", selector={"app": "web"}, type="NodePort"))
+    port = space.json("get", "service", "fresh")["spec"]["ports"][0]["nodePort"]
+    for node in space.kube.json("get", "nodes")["items"]:
+        address = next(each["address"] for each in node["status"]["addresses"] if each["type"] == "InternalIP")
+        for url in ("http://fresh/", f"http://{address}:{port}/"):
+            until(f"{url} answers", lambda url=url: space.call("afterwards", url).get("status") == 200, 180)  # type: ignore[misc]
