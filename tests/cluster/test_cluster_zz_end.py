@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ OURS = "app.kubernetes.io/part-of=pillion"
 
 NEVER_LOGGED = {
     ("identity", "create", "configmaps"): "server-side apply of a new object is logged as patch, and needs create as well",
+    (
+        "identity",
+        "patch",
+        "events",
+    ): "a refusal that repeats within minutes is counted by patch; in a run here none need repeat (unit tests do it)",
 }
 """Rights that are needed without being seen, and why."""
 
@@ -116,8 +122,9 @@ def test_every_right_was_used_and_none_was_missing(audit_log: Path, everything_d
         used, _ = audited(audit_log)
         return [q for q in asked if not seen(q, used) and (q.component, q.verb, q.resource) not in NEVER_LOGGED]
 
-    until("every right used (the rest is asked too much)", lambda: not unused() or False, 45, 3)
-    assert unused() == []
+    with suppress(AssertionError):  # what is said below names them
+        until("every right used", lambda: not unused(), 45, 3)
+    assert unused() == [], "rights that nobody used: the installation asks too much"
     # a test takes the policy controller's role away for a moment
     _, forbidden = audited(audit_log)
     assert [row for row in forbidden if not row.startswith("policy ")] == []
