@@ -68,10 +68,15 @@ def alive(pid: int) -> bool:
         return False
 
 
+def _folders(cgroup: Path) -> list[Path]:
+    """It and all below, parents first. os.walk, because containers that end meanwhile take their folders along."""
+    return [Path(folder) for folder, _, _ in os.walk(cgroup)]
+
+
 def _members(cgroup: Path) -> Iterator[int]:
-    for file in cgroup.rglob("cgroup.procs"):
+    for folder in _folders(cgroup):
         with contextlib.suppress(OSError):
-            yield from map(int, file.read_text().split())
+            yield from map(int, (folder / "cgroup.procs").read_text().split())
 
 
 def end_all(cgroup: Path) -> None:
@@ -87,7 +92,7 @@ def end_all(cgroup: Path) -> None:
 
 
 def remove_cgroup(cgroup: Path) -> None:
-    for folder in sorted((path for path in [cgroup, *cgroup.rglob("*")] if path.is_dir()), key=lambda path: -len(path.parts)):
+    for folder in reversed(_folders(cgroup)):
         for _ in range(20):
             try:
                 folder.rmdir()
