@@ -17,15 +17,8 @@ from injector.options import PREFIX, InvalidOption, Options, read_options
 GRACE_S = 30  # Kubernetes: terminationGracePeriodSeconds of a pod that does not say
 
 _FOREIGN_NAMES = {"linkerd-proxy": "Linkerd", "linkerd-init": "Linkerd", "istio-proxy": "Istio", "istio-init": "Istio"}
-_FOREIGN_IMAGES = {
-    "cr.l5d.io/linkerd/proxy": "Linkerd",
-    "ghcr.io/linkerd/proxy": "Linkerd",
-    "gcr.io/istio-release/proxyv2": "Istio",
-    "docker.io/istio/proxyv2": "Istio",
-    "istio/proxyv2": "Istio",
-    "envoyproxy/envoy": "Envoy",
-    "docker.io/envoyproxy/envoy": "Envoy",
-}
+_FOREIGN_IMAGES = {"linkerd/proxy": "Linkerd", "istio-release/proxyv2": "Istio", "istio/proxyv2": "Istio", "envoyproxy/envoy": "Envoy"}
+"""By the end of their names: images come through mirrors."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +121,7 @@ def _foreign_mesh(container: Mapping[str, Any]) -> str | None:
     image = str(container.get("image") or "").partition("@")[0]
     repository, colon, tag = image.rpartition(":")
     bare = repository if colon and "/" not in tag else image
-    return _FOREIGN_NAMES.get(str(container.get("name"))) or _FOREIGN_IMAGES.get(bare)
+    return _FOREIGN_NAMES.get(str(container.get("name"))) or _FOREIGN_IMAGES.get("/".join(bare.split("/")[-2:]))
 
 
 def _uid_problem(pod: Mapping[str, Any]) -> str:

@@ -69,8 +69,8 @@ def test_a_second_sidecar_is_never_added(field: str) -> None:
     [
         ({"name": "linkerd-proxy"}, "Linkerd"),
         ({"name": "istio-init"}, "Istio"),
-        ({"name": "x", "image": "docker.io/istio/proxyv2:1.30.3"}, "Istio"),
-        ({"name": "x", "image": "cr.l5d.io/linkerd/proxy@sha256:00"}, "Linkerd"),
+        ({"name": "x", "image": "mirror.example/istio/proxyv2:1.30.3"}, "Istio"),
+        ({"name": "x", "image": "mirror.example:5000/cached/linkerd/proxy@sha256:00"}, "Linkerd"),
         ({"name": "x", "image": "envoyproxy/envoy"}, "Envoy"),
     ],
 )
