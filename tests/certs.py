@@ -13,7 +13,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from core.credentials import Credentials
 from core.names import WorkloadId, parse_workload_id
 
-_NOW = dt.datetime.now(dt.UTC)
+
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
 
 
 def _pem(certificate: x509.Certificate) -> bytes:
@@ -35,8 +37,8 @@ class Authority:
             .issuer_name(subject)
             .public_key(self.key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(_NOW - dt.timedelta(hours=1))
-            .not_valid_after(_NOW + dt.timedelta(days=1))
+            .not_valid_before(_now() - dt.timedelta(hours=1))
+            .not_valid_after(_now() + dt.timedelta(days=1))
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False)
             .sign(self.key, hashes.SHA256())
@@ -58,7 +60,7 @@ class Authority:
         """A certified key. names replaces the SAN; starts_in and ends_in are seconds from now."""
         who = parse_workload_id(identity) if isinstance(identity, str) else identity
         key = ec.generate_private_key(ec.SECP256R1())
-        begin, end = _NOW + dt.timedelta(seconds=starts_in), _NOW + dt.timedelta(seconds=ends_in)
+        begin, end = _now() + dt.timedelta(seconds=starts_in), _now() + dt.timedelta(seconds=ends_in)
         builder = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([]))

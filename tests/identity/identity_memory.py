@@ -23,12 +23,21 @@ from identity.service import IdentityService
 from identity.tokens import Subject, TokenRefused
 from tests.identity.identity_lab import SERVICE, TRUST_DOMAIN, Recorder, Workload
 
-STARTED = time.time()  # OpenSSL reads the real clock: certificates that it verifies are made in real time
+_started = trio.lowlevel.RunVar[float]("started")
+
+
+def started() -> float:
+    """When the test began, by the real clock, which is the one that OpenSSL reads."""
+    try:
+        return _started.get()
+    except LookupError:
+        _started.set(time.time() - trio.current_time())
+        return _started.get()
 
 
 def virtual_now() -> float:
-    """The wall clock that belongs to trio's (virtual) clock, which starts at 0."""
-    return STARTED + trio.current_time()
+    """The wall clock that belongs to trio's (virtual) clock."""
+    return started() + trio.current_time()
 
 
 @dataclass
@@ -87,7 +96,7 @@ class MemoryLab:
 
     def _credentials(self) -> Credentials:
         key = ec.generate_private_key(ec.SECP256R1())
-        leaf = sign_leaf(self.authority.issuer, key.public_key(), self.serves_as, STARTED, 86400).chain_pem
+        leaf = sign_leaf(self.authority.issuer, key.public_key(), self.serves_as, started(), 86400).chain_pem
         key_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         return Credentials(self.serves_as, key_pem, leaf, self.authority.trust.value.bundle_pem, 0, 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from identity.client import Anchors, IdentityAway, keep_certified
 from identity.issuer import make_root
 from identity.wire import POLL_S
 from tests.identity.identity_lab import TRUST_DOMAIN, Workload, kept_certified
-from tests.identity.identity_memory import STARTED, MemoryLab, virtual_now
+from tests.identity.identity_memory import MemoryLab, started, virtual_now
 
 
 @asynccontextmanager
@@ -156,7 +157,7 @@ async def test_a_service_with_another_identity_gets_no_request(tmp_path: Path, a
 
 async def test_a_service_below_another_anchor_gets_no_request(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
     async with memory_lab(tmp_path) as lab:
-        lab.anchors_file.write_bytes(make_root(TRUST_DOMAIN, STARTED).certificate_pem)
+        lab.anchors_file.write_bytes(make_root(TRUST_DOMAIN, started()).certificate_pem)
         await expect_failure(lab, lab.workload(), "tls-failed", "unknown-issuer")
         assert lab.requests == []
 
@@ -164,7 +165,7 @@ async def test_a_service_below_another_anchor_gets_no_request(tmp_path: Path, au
 async def test_an_anchor_file_that_is_corrected_is_used_without_a_restart(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
     async with memory_lab(tmp_path) as lab:
         good = lab.anchors_file.read_bytes()
-        lab.anchors_file.write_bytes(make_root(TRUST_DOMAIN, STARTED).certificate_pem)
+        lab.anchors_file.write_bytes(make_root(TRUST_DOMAIN, started()).certificate_pem)
         cart = lab.workload()
         async with kept_certified(cart):
             await trio.sleep(10)
@@ -250,7 +251,7 @@ async def test_a_certificate_for_somebody_elses_key_is_not_used(tmp_path: Path, 
 
 
 def test_after_a_rotation_an_unchanged_file_is_never_trusted_again(tmp_path: Path) -> None:
-    old, new, newest = (make_root(TRUST_DOMAIN, STARTED).certificate_pem for _ in range(3))
+    old, new, newest = (make_root(TRUST_DOMAIN, time.time()).certificate_pem for _ in range(3))
     path = tmp_path / "anchors.pem"
     path.write_bytes(old)
     anchors = Anchors(path)

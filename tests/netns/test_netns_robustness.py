@@ -210,11 +210,13 @@ def test_connections_that_were_open_when_a_pod_ends_are_answered_to_the_end(aren
     """A request in flight at SIGTERM is finished; its connection is told to close."""
     web = arena.ip("web")
     with arena.dial("client", web, HTTP) as sock:
-        sock.sendall(b"GET /slow HTTP/1.1\r\nhost: web\r\n\r\n")
+        target = f"/slow/{secrets.token_hex(8)}"
+        sock.sendall(f"GET {target} HTTP/1.1\r\nhost: web\r\n\r\n".encode())
+        wait_until(lambda: any(target in head for head in arena.seen("web")), "the app has the request", 5)
         os.kill(arena.sidecar("web"), signal.SIGTERM)
         answer = sock.recv(1 << 16)
     assert answer.startswith(b"HTTP/1.1 200")
-    wait_until(lambda: arena.ask("client", web, HTTP).status == 200, "the sidecar is back", RECOVERY_S)
+    wait_until(lambda: arena.ask("stranger", web, HTTP, "/public").status == 200, "the sidecar is back", RECOVERY_S)
 
 
 def test_a_flood_of_connections_that_say_nothing_keeps_nobody_out(arena: Arena) -> None:

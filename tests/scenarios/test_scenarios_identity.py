@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -50,15 +51,15 @@ def _dns(name: str) -> x509.GeneralName:
 
 
 _URI = x509.UniformResourceIdentifier(CART.uri)
-_ATTACKS = {
-    "expired": (_OURS.credentials(CART, starts_in=-700, ends_in=-10), "expired"),
-    "not valid yet": (_OURS.credentials(CART, starts_in=600), "not-yet-valid"),
-    "signed by another authority": (_THEIRS.credentials(CART), "unknown-issuer"),
-    "of another trust domain": (_OURS.credentials(_STRANGER), "foreign-trust-domain"),
-    "without a name": (_OURS.credentials(CART, names=[]), "invalid-identity"),
-    "with a DNS name": (_OURS.credentials(CART, names=[_dns("cart.shop")]), "invalid-identity"),
-    "with two names": (_OURS.credentials(CART, names=[_URI, x509.UniformResourceIdentifier(WEB.uri)]), "invalid-identity"),
-    "none at all": (None, "no-certificate"),
+_ATTACKS: dict[str, tuple[Callable[[], Credentials | None], str]] = {  # made when they are used: their times count from then
+    "expired": (lambda: _OURS.credentials(CART, starts_in=-700, ends_in=-10), "expired"),
+    "not valid yet": (lambda: _OURS.credentials(CART, starts_in=600), "not-yet-valid"),
+    "signed by another authority": (lambda: _THEIRS.credentials(CART), "unknown-issuer"),
+    "of another trust domain": (lambda: _OURS.credentials(_STRANGER), "foreign-trust-domain"),
+    "without a name": (lambda: _OURS.credentials(CART, names=[]), "invalid-identity"),
+    "with a DNS name": (lambda: _OURS.credentials(CART, names=[_dns("cart.shop")]), "invalid-identity"),
+    "with two names": (lambda: _OURS.credentials(CART, names=[_URI, x509.UniformResourceIdentifier(WEB.uri)]), "invalid-identity"),
+    "none at all": (lambda: None, "no-certificate"),
 }
 
 
@@ -67,11 +68,11 @@ async def test_a_proven_name_is_what_the_app_is_told():
         assert (await _ask(made, _OURS.credentials(CART))).endswith(CART.uri.encode())
 
 
-@pytest.mark.parametrize(("credentials", "reason"), _ATTACKS.values(), ids=_ATTACKS.keys())
-async def test_a_client_with_a_certificate_that_proves_nothing_is_refused(credentials: Credentials | None, reason: str):
+@pytest.mark.parametrize(("made_up", "reason"), _ATTACKS.values(), ids=_ATTACKS.keys())
+async def test_a_client_with_a_certificate_that_proves_nothing_is_refused(made_up: Callable[[], Credentials | None], reason: str):
     app = H11App(_answer)
     async with mesh(app, authority=_OURS, policy=inbound_policy(ANYONE)) as made:
-        assert await _ask(made, credentials) == b""
+        assert await _ask(made, made_up()) == b""
         assert made.metric(made.server, "pillion_errors_total", direction="inbound", error=f"tls-{reason}") == 1
         assert [line["level"] for line in made.log(f"tls-{reason}")] == ["warning"]
         assert app.connections == 0
