@@ -16,6 +16,7 @@ import msgspec
 from core.k8s import fields
 from core.k8s.fields import InvalidObject, shown
 from policy import wire
+from policy.durations import seconds_untrusted
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9a-z]{1,256}")
 _VALUE = re.compile(r"[\t\x20-\x7e]{1,4096}")
@@ -57,6 +58,7 @@ class RuleForwarding(msgspec.Struct, frozen=True):
     references: tuple[Reference, ...]
     edit: wire.FieldEdit | None = None
     redirect: wire.Redirect | None = None
+    timeouts: wire.Timeouts | None = None
 
 
 class Forwarding(msgspec.Struct, frozen=True):
@@ -115,6 +117,11 @@ class _Filter(msgspec.Struct, frozen=True, rename="camel"):
     request_redirect: _Redirect | None = None
 
 
+class _Timeouts(_Strict, frozen=True):
+    request: str = "0s"
+    backend_request: str = "0s"
+
+
 class _Rule(Protocol):
     @property
     def filters(self) -> tuple[Any, ...]: ...
@@ -134,7 +141,7 @@ def read_forwarding(parents: tuple[ServiceParent, ...], rules: Sequence[_Rule], 
     try:
         for number, rule in enumerate(rules):
             where = f"spec.rules[{number}]"
-            for name in ("timeouts", "retry", "session_persistence"):
+            for name in ("retry", "session_persistence"):
                 if getattr(rule, name, None) is not None:
                     raise _Unsupported(f"{where}: {name.replace('session_p', 'sessionP')} is not supported")
             if len(rule.backend_refs) > 16:
@@ -143,7 +150,8 @@ def read_forwarding(parents: tuple[ServiceParent, ...], rules: Sequence[_Rule], 
                 _reference(f"{where}.backendRefs[{position}]", raw, namespace) for position, raw in enumerate(rule.backend_refs)
             )
             redirect, others = _redirect(where, rule)
-            read.append(RuleForwarding(references, _edit(where, others), redirect))
+            timeouts = _timeouts(f"{where}.timeouts", getattr(rule, "timeouts", None))
+            read.append(RuleForwarding(references, _edit(where, others), redirect, timeouts))
     except _Unsupported as found:
         return Forwarding(parents, (), str(found))
     return Forwarding(parents, tuple(read))
@@ -157,6 +165,18 @@ def _reference(where: str, raw: object, namespace: str) -> Reference:
         raise InvalidObject(f"{where}.port", "a port from 1 to 65535", shown(ref.port))
     name = fields.object_name(f"{where}.name", ref.name)
     return Reference(ref.namespace or namespace, name, ref.port, ref.weight, ref.group, ref.kind, _edit(where, ref.filters))
+
+
+def _timeouts(where: str, raw: object) -> wire.Timeouts | None:
+    """0 means none, as a field that is absent does."""
+    if raw is None:
+        return None
+    found = fields.read(raw, _Timeouts, where)
+    request = seconds_untrusted(f"{where}.request", found.request)
+    attempt = seconds_untrusted(f"{where}.backendRequest", found.backend_request)
+    if 0 < request < attempt:
+        raise InvalidObject(f"{where}.backendRequest", "no more time than for the whole request", shown(found.backend_request))
+    return wire.Timeouts(request, attempt) if request or attempt else None
 
 
 def _redirect(where: str, rule: _Rule) -> tuple[wire.Redirect | None, list[Any]]:

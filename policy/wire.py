@@ -156,12 +156,20 @@ class Redirect(msgspec.Struct, frozen=True):
     prefix: str | None = None
 
 
+class Timeouts(msgspec.Struct, frozen=True):
+    """Gateway API timeouts of a rule, 0 = none. request_s: the whole exchange. attempt_s: each time it is sent to a backend."""
+
+    request_s: float = 0.0
+    attempt_s: float = 0.0
+
+
 class Action(msgspec.Struct, frozen=True):
     """What becomes of the requests of a rule: a redirect, or a share each for its backends. Neither is an error of the route: 500."""
 
     shares: tuple[Share, ...] = ()
     edit: FieldEdit | None = None
     redirect: Redirect | None = None
+    timeouts: Timeouts | None = None
 
 
 class ServiceRoute(msgspec.Struct, frozen=True):

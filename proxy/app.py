@@ -32,6 +32,7 @@ from proxy.discover import Discovery, PolicySource
 from proxy.dumps import dump_routes
 from proxy.inbound.serve import Inbound
 from proxy.live import Live
+from proxy.outbound.deadlines import Deadlines
 from proxy.outbound.gate import Services
 from proxy.outbound.pool import Http1Pool, Http2Pool
 from proxy.outbound.serve import Outbound
@@ -96,7 +97,8 @@ class Sidecar:
         http1, http2 = _limits(config)
         self.http1_pool = Http1Pool(self.relay, config.pool_idle_s)
         self.http2_pool = Http2Pool(self.relay, replace(http2, idle_timeout_s=max(config.pool_idle_s, 1.0)))
-        services = Services(dialer, self.relay, nursery, self.http1_pool, self.http2_pool, clock)
+        deadlines = Deadlines(self.relay, nursery, clock)
+        services = Services(dialer, self.relay, nursery, self.http1_pool, self.http2_pool, deadlines, clock)
         self.inbound = Inbound(config, self.discovery, security, dialer, self.relay, self.live, self.recorder, nursery, http1, http2)
         self.outbound = Outbound(config, self.discovery, services, self.live, self.recorder, http1, http2)
         self.metrics.add_source(self._samples)

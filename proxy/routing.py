@@ -17,7 +17,7 @@ from policy import wire
 from policy.match import MixedKinds, RouteTable, host_untrusted
 from policy.paths import lenient_target_untrusted, query_values
 from policy.patterns import InvalidPattern
-from policy.wire import Action, Destination, FieldEdit, Route
+from policy.wire import Action, Destination, FieldEdit, Route, Timeouts
 from proxy.balance import Balancer
 from proxy.protocol.requests import HeadEdit, RequestHead
 from proxy.rescue import Cause, Redirect
@@ -29,10 +29,11 @@ _REMEMBERED = 1024  # request shapes whose rule is remembered; then all are forg
 
 
 class Way(NamedTuple):
-    """Where a request goes, and what is changed in its head."""
+    """Where a request goes, what is changed in its head, and how long it may take; None: as long as it does."""
 
     balancer: Balancer
     edit: HeadEdit
+    timeouts: Timeouts | None = None
 
 
 class _Rule:
@@ -45,7 +46,8 @@ class _Rule:
         self.ways: list[Way | None] = []
         for share in action.shares:
             balancer = backends[share.backend]
-            self.ways.append(Way(balancer, _head_edit(action.edit, share.edit)) if balancer is not None else None)
+            edit = _head_edit(action.edit, share.edit)
+            self.ways.append(Way(balancer, edit, action.timeouts) if balancer is not None else None)
         self.sums = list(accumulate(share.weight for share in action.shares))
 
 

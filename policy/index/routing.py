@@ -65,7 +65,7 @@ def routing(
     for route in routes:
         assert route.forwarding is not None, "rivals have one"
         actions = tuple(
-            wire.Action(tuple(_shares(store, rule.references, ready, backends)), rule.edit, rule.redirect)
+            wire.Action(tuple(_shares(store, rule.references, ready, backends)), rule.edit, rule.redirect, rule.timeouts)
             for rule in route.forwarding.rules
         )
         made.append(wire.ServiceRoute(route.ref, route.kind, route.hostnames, route.rules, actions))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import trio
@@ -18,6 +19,8 @@ from core.addrs import parse_addr
 from policy.wire import Endpoint
 from proxy.balance import Balancer, EndpointLoad
 from proxy.discover import DestinationState
+from proxy.outbound.deadlines import Deadlines
+from proxy.outbound.patience import Patience
 from proxy.outbound.pool import Http1Pool, Http2Pool
 from proxy.protocol.http1 import Http1Client, Http1Upstream
 from proxy.protocol.http2 import Http2Client, Http2Upstream
@@ -39,18 +42,21 @@ class Services(NamedTuple):
     nursery: trio.Nursery
     http1: Http1Pool
     http2: Http2Pool
+    deadlines: Deadlines
     now: Callable[[], float]
 
 
 class Exchange:
-    """What a gate remembers of a request in flight. way: where it may go, and its header changes. note: the record's own."""
+    """What a gate remembers of a request in flight. way: where it may go, and its header changes. note: the record's own. patience: None
+    when it may take as long as it does."""
 
-    __slots__ = ("load", "note", "way")
+    __slots__ = ("load", "note", "patience", "way")
 
     def __init__(self, load: EndpointLoad, way: Way, note: Note) -> None:
         self.load = load
         self.way = way
         self.note = note
+        self.patience: Patience | None = None
 
 
 class _Gate(ABC):
@@ -86,11 +92,15 @@ class _Gate(ABC):
         if load is None:
             return Answer(Cause.NO_ENDPOINTS, self.explain, self._unsent(now, head))
         exchange = Exchange(load, way, self._record.begin(load.endpoint, head, now))
+        if way.timeouts is not None:
+            exchange.patience = Patience(way.timeouts, self._services.deadlines, partial(self._late, token))
         upstream = self._ready(load.endpoint)
         if upstream is None:
             self._open(exchange, token)
             return LATER
         load.active += 1
+        if exchange.patience is not None:
+            exchange.patience.sent()
         return Forward(upstream, way.edit, exchange)
 
     def retry(self, exchange: object, head: RequestHead, token: int) -> Verdict | None:
@@ -106,7 +116,9 @@ class _Gate(ABC):
         assert isinstance(exchange, Exchange)
         load, now = exchange.load, self._now()
         load.active -= 1
-        if cause is None:
+        if exchange.patience is not None:
+            exchange.patience.end()
+        if cause is None or cause is Cause.ROUTE_TIMEOUT:  # too slow an endpoint must not look like a fast one
             load.observe(now - exchange.note.started, now)
         elif not status:
             load.failed(now)
@@ -121,6 +133,8 @@ class _Gate(ABC):
         exchange = self._owed.pop(token, None)
         if exchange is not None:
             exchange.load.active -= 1
+            if exchange.patience is not None:
+                exchange.patience.end()
             self._record.finish(exchange.note, 0, Cause.CLIENT_GONE)
 
     def closed(self) -> None:
@@ -167,7 +181,7 @@ class _Gate(ABC):
                 dialled.close()
                 return
             with self._services.relay.batch():
-                self._proceed(token, self._adopt(endpoint, dialled))
+                self._proceed(token, self._adopt(endpoint, dialled, token in self._owed))
             return
 
     def _move(self, token: int, away: EndpointLoad, to: EndpointLoad) -> None:
@@ -183,17 +197,26 @@ class _Gate(ABC):
         exchange = self._owed.pop(token, None)
         if exchange is None:
             return
+        if exchange.patience is not None and not isinstance(found, Cause):
+            exchange.patience.sent()
         verdict = Answer(found, self.explain, exchange) if isinstance(found, Cause) else Forward(found, exchange.way.edit, exchange)
         with self._services.relay.batch():
             self.engine.proceed(token, verdict)
+
+    def _late(self, token: int) -> None:
+        """The time that a rule allows a request is over."""
+        if token in self._owed:
+            self._proceed(token, Cause.ROUTE_TIMEOUT)
+        else:
+            self.engine.expire(token, Cause.ROUTE_TIMEOUT)
 
     @abstractmethod
     def _ready(self, endpoint: Endpoint) -> Http1Upstream | Http2Upstream | None:
         """A connection that can take a request now."""
 
     @abstractmethod
-    def _adopt(self, endpoint: Endpoint, dialled: Dialled) -> Http1Upstream | Http2Upstream:
-        """Make a fresh connection ours."""
+    def _adopt(self, endpoint: Endpoint, dialled: Dialled, wanted: bool) -> Http1Upstream | Http2Upstream:
+        """Make a fresh connection ours. wanted: the request that it was opened for is waiting still."""
 
     @abstractmethod
     def _leave(self) -> None:
@@ -224,10 +247,14 @@ class Http1Gate(_Gate):
             self._mine, self._mine_at = upstream, endpoint
         return upstream
 
-    def _adopt(self, endpoint: Endpoint, dialled: Dialled) -> Http1Upstream:
-        self._leave()
-        self._mine, self._mine_at = self._services.http1.adopt(endpoint, dialled), endpoint
-        return self._mine
+    def _adopt(self, endpoint: Endpoint, dialled: Dialled, wanted: bool) -> Http1Upstream:
+        upstream = self._services.http1.adopt(endpoint, dialled)
+        if wanted:
+            self._leave()
+            self._mine, self._mine_at = upstream, endpoint
+        else:  # the next request may be under way already, on a connection of its own
+            self._services.http1.put(endpoint, upstream)
+        return upstream
 
     def _leave(self) -> None:
         mine, at = self._mine, self._mine_at
@@ -283,7 +310,7 @@ class Http2Gate(_Gate):
                     exchange.load.active -= 1
                     self._open(exchange, other)
 
-    def _adopt(self, endpoint: Endpoint, dialled: Dialled) -> Http2Upstream:
+    def _adopt(self, endpoint: Endpoint, dialled: Dialled, wanted: bool) -> Http2Upstream:
         return self._services.http2.adopt(dialled, self._alive(), endpoint)
 
     def _leave(self) -> None:

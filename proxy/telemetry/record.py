@@ -23,7 +23,7 @@ _LINES_PER_S = 20  # of one kind of event: a flood of refusals must not become a
 _OUTCOMES_MAX = 256  # of one connection; a policy has far fewer outcomes
 
 # What served the request broke off: a failure even if its answer began well.
-_CUT = frozenset((Cause.UPSTREAM_RESET, Cause.UPSTREAM_PROTOCOL, Cause.UPSTREAM_TIMEOUT, Cause.INTERNAL))
+_CUT = frozenset((Cause.UPSTREAM_RESET, Cause.UPSTREAM_PROTOCOL, Cause.UPSTREAM_TIMEOUT, Cause.ROUTE_TIMEOUT, Cause.INTERNAL))
 
 Decision = Permit | Denied | NoRoute | BadTarget
 

@@ -216,3 +216,36 @@ def test_a_redirect_that_cannot_be_done_is_said(redirect: dict[str, Any]) -> Non
 def test_a_wrong_backend_is_refused(backend: dict[str, Any]) -> None:
     with pytest.raises(InvalidObject, match=r"spec\.rules\[0\]\.backendRefs\[0\]"):
         read_http_route(route("web", to("v1") | backend))
+
+
+def timed(timeouts: dict[str, Any]) -> wire.Timeouts | None:
+    read = read_http_route(route("web", to("v1"), timeouts=timeouts))
+    assert read.forwarding is not None and not read.forwarding.unsupported, read.forwarding
+    return read.forwarding.rules[0].timeouts
+
+
+def test_timeouts_are_read_and_zero_is_none():
+    assert timed({"request": "10s", "backendRequest": "500ms"}) == wire.Timeouts(10.0, 0.5)
+    assert timed({"request": "1m"}) == wire.Timeouts(60.0, 0.0)
+    assert timed({"request": "0s", "backendRequest": "2s"}) == wire.Timeouts(0.0, 2.0)
+    assert timed({"request": "2s", "backendRequest": "2s"}) == wire.Timeouts(2.0, 2.0)
+    assert timed({"request": "0s"}) is None
+    assert timed({}) is None
+    (found,) = shop(route("web", to("v1"), timeouts={"request": "3s"})).destination(ADDR).routes
+    assert found.actions[0].timeouts == wire.Timeouts(3.0)
+
+
+@pytest.mark.parametrize(
+    ("timeouts", "place"),
+    [
+        ({"request": "1.5s"}, "request"),
+        ({"request": "-1s"}, "request"),
+        ({"request": 5}, "request"),
+        ({"backendRequest": "soon"}, "backendRequest"),
+        ({"request": "1s", "backendRequest": "1001ms"}, "backendRequest"),
+        ({"unheardOf": "1s"}, "unheardOf"),
+    ],
+)
+def test_wrong_timeouts_are_refused(timeouts: dict[str, Any], place: str):
+    with pytest.raises(InvalidObject, match=rf"spec\.rules\[0\]\.timeouts\.{place}"):
+        timed(timeouts)

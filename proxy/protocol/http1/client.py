@@ -60,6 +60,11 @@ class Http1Client(ClientConnection):
             self._up = None
             self._fail(cause)
 
+    def expire(self, token: int, cause: Cause) -> None:
+        """The time for a request is over: as `fail`, unless it has become a tunnel. Ignored when it is not the present one."""
+        if token == self._token and self._state != TUNNEL:
+            self.fail(cause)
+
     def drain(self) -> None:
         """Finish the exchange under way with ``connection: close`` and take no other; close at once when there is none."""
         self._draining = True

@@ -72,6 +72,22 @@ class Http2Client(Connection):
             stream.deciding = False
             self._act(stream, verdict)
 
+    def expire(self, token: int, cause: Cause) -> None:
+        """The time for a request is over: it is answered when no answer has begun, else reset. A tunnel goes on, and so does what the
+        upstream gave whole. A gate that still owes its verdict gives it as an Answer instead."""
+        end = self.streams_by_id.get(token)
+        if not isinstance(end, ClientStream) or end.deciding:
+            return
+        other = end.other
+        if other.over or other.remote_done or (end.head.connect and end.status):
+            return
+        assert isinstance(other, UpstreamStream)
+        if other.waiting_at is not None:
+            other.waiting_at.withdraw(other)
+        elif other.conn is not None:
+            other.conn.cancel(other, frames.CANCEL)
+        self.upstream_failed(end, cause, None, unprocessed=False)
+
     def drain(self) -> None:
         """Tell the client to open no more streams; the connection closes when the last one is done (RFC 9113 section 6.8).
 
