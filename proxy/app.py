@@ -53,6 +53,8 @@ VERSION = "0.1.0"
 _log = logs.logger("proxy")
 _access = logs.logger("access")
 
+_REPLAY_BYTES = 16 << 10  # of a request's body: what a call is, not what an upload is
+
 
 class _Certificates:
     """Tells the metrics and the log what happens to our certificate."""
@@ -96,11 +98,12 @@ class Sidecar:
         dialer = Dialer(security, config.connect_timeout_s, config.pod_ips)
         http1, http2 = _limits(config)
         self.http1_pool = Http1Pool(self.relay, config.pool_idle_s)
-        self.http2_pool = Http2Pool(self.relay, replace(http2, idle_timeout_s=max(config.pool_idle_s, 1.0)))
+        out1, out2 = replace(http1, replay_bytes=_REPLAY_BYTES), replace(http2, replay_bytes=_REPLAY_BYTES)
+        self.http2_pool = Http2Pool(self.relay, replace(out2, idle_timeout_s=max(config.pool_idle_s, 1.0)))
         deadlines = Deadlines(self.relay, nursery, clock)
         services = Services(dialer, self.relay, nursery, self.http1_pool, self.http2_pool, deadlines, clock)
         self.inbound = Inbound(config, self.discovery, security, dialer, self.relay, self.live, self.recorder, nursery, http1, http2)
-        self.outbound = Outbound(config, self.discovery, services, self.live, self.recorder, http1, http2)
+        self.outbound = Outbound(config, self.discovery, services, self.live, self.recorder, out1, out2)
         self.metrics.add_source(self._samples)
 
     def _samples(self) -> Iterator[Sample]:

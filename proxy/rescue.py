@@ -6,7 +6,7 @@ Everything that refuses, denies or fails raises or passes a `Cause`; protocol en
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 
 class Effect(NamedTuple):
@@ -31,6 +31,7 @@ class Cause(enum.Enum):
     HEAD_TOO_LARGE = "request-head-too-large"
     TARGET_TOO_LONG = "request-target-too-long"
     DENIED = "denied"
+    TERMINATED = "terminated"  # a later policy took back the permit of a tunnel
     NO_ROUTE = "no-route"
     REDIRECTED = "redirected"  # a route says so; no failure, and never counted as one
     NO_POLICY = "policy-unknown"  # fail closed: nobody told us yet who may
@@ -63,6 +64,7 @@ _TABLE: dict[Cause, Effect] = {
     Cause.HEAD_TOO_LARGE: Effect(431, 8, "info", False),
     Cause.TARGET_TOO_LONG: Effect(414, 8, "info", False),
     Cause.DENIED: Effect(403, 7, "info", True),
+    Cause.TERMINATED: Effect(403, 7, "info", False),
     Cause.REDIRECTED: Effect(302, 12, "debug", True),
     Cause.NO_ROUTE: Effect(404, 12, "info", True),
     Cause.NO_POLICY: Effect(503, 14, "warning", False),
@@ -86,6 +88,13 @@ _TABLE: dict[Cause, Effect] = {
     Cause.OVERLOADED: Effect(503, 14, "warning", True),
     Cause.INTERNAL: Effect(500, 13, "error", False),
 }
+
+PROXY_ERROR: Final = b"pillion-proxy-error"
+"""The field in which a sidecar says why it answered by itself. No app's answer carries it: inbound removes it."""
+
+UNREACHED: Final = frozenset((Cause.CONNECT_REFUSED, Cause.CONNECT_TIMEOUT, Cause.CONNECT_FAILED))
+"""Nobody was connected to: of the request, nothing reached an app."""
+_UNREACHED: Final = {cause.value.encode(): cause for cause in UNREACHED}
 
 _REASONS = {
     301: b"Moved Permanently",
@@ -129,6 +138,11 @@ def effect(cause: Cause) -> Effect:
     return _TABLE[cause]
 
 
+def unreached(error: bytes) -> Cause | None:
+    """The cause, when a sidecar's `PROXY_ERROR` says that nothing of the request reached its app."""
+    return _UNREACHED.get(error)
+
+
 def http1_answer(cause: Cause, *, close: bool, explain: bool, head_request: bool = False, redirect: Redirect | None = None) -> bytes:
     """A complete HTTP/1.1 response without a body (RFC 9112). explain: the peer is meshed and may know the reason."""
     row = _TABLE[cause]
@@ -137,7 +151,7 @@ def http1_answer(cause: Cause, *, close: bool, explain: bool, head_request: bool
     if redirect is not None:
         lines.append(b"location: " + redirect.location)
     elif explain:
-        lines.append(b"pillion-proxy-error: " + cause.value.encode())
+        lines.append(PROXY_ERROR + b": " + cause.value.encode())
     if close or not row.keep:
         lines.append(b"connection: close")
     return b"\r\n".join(lines) + b"\r\n\r\n"
@@ -157,5 +171,5 @@ def http2_answer(cause: Cause, *, grpc: bool, explain: bool, redirect: Redirect 
     else:
         headers.append((b"content-length", b"0"))
     if explain:
-        headers.append((b"pillion-proxy-error", cause.value.encode()))
+        headers.append((PROXY_ERROR, cause.value.encode()))
     return headers

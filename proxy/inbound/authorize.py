@@ -1,11 +1,12 @@
 """Step 11: facts and policy become a permit or a cause. The evaluation itself is policy.authorize; here it meets a live connection.
 
 `Authorization` belongs to one client connection and follows the policy of its port: a replaced policy is noticed with the next request,
-so the memo of decisions never outlives the policy it came from.
+so the memo of decisions never outlives the policy it came from. What goes on without another request has to be told of it: `follow`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from policy.authorize import BadTarget, Client, ClientAuthorizer, Denied, NoRoute, Permit, PortAuthorizer
@@ -19,6 +20,7 @@ class PolicyOfPort(Protocol):
     """What discovery keeps current."""
 
     authorizer: PortAuthorizer | None
+    changed: set[Callable[[], None]]
 
 
 class Authorization:
@@ -56,6 +58,14 @@ class Authorization:
     def some_request(self) -> bool:
         """Whether this client may make requests of some kind."""
         return self._current().some_request()
+
+    def follow(self, changed: Callable[[], None]) -> None:
+        """Call ``changed`` at every replacement of the policy, until `unfollow`. Idempotent."""
+        self._port.changed.add(changed)
+
+    def unfollow(self, changed: Callable[[], None]) -> None:
+        """The connection is over. Idempotent."""
+        self._port.changed.discard(changed)
 
 
 def cause_of(decision: Denied | NoRoute | BadTarget) -> Cause:

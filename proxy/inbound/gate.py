@@ -63,14 +63,25 @@ class InboundGate:
             return Answer(cause_of(decision), self.explain, exchange)
         return self._forward(decision, exchange, token)
 
-    def retry(self, exchange: object, head: RequestHead, token: int) -> Verdict | None:
+    def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
         """See requests.Gate: a fresh connection to the same app, under the policy of now."""
         assert isinstance(exchange, Note)
+        self._record.retried(cause)
         decision = self._authorization.request(head)
         if not isinstance(decision, Permit):
             return Answer(cause_of(decision), self.explain, exchange)
         self._upstream = None
         return self._forward(decision, exchange, token)
+
+    def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
+        """See requests.Gate: under the policy of now, and of whatever follows it."""
+        assert isinstance(exchange, Note)
+        self._authorization.follow(self._review)
+        decision = self._authorization.request(head)
+        if isinstance(decision, Permit):
+            return None
+        self._record.withdrawn(exchange, decision)
+        return Cause.TERMINATED
 
     def finished(self, exchange: object, status: int, cause: Cause | None, grpc_status: int, bodies: Bodies) -> None:
         """See requests.Gate."""
@@ -89,6 +100,7 @@ class InboundGate:
 
     def closed(self) -> None:
         """The client's connection is over, in whatever way. Called once, after everything else."""
+        self._authorization.unfollow(self._review)
         for token in list(self._waiting):
             self.cancelled(token)
         upstream, self._upstream = self._upstream, None
@@ -136,6 +148,10 @@ class InboundGate:
         with self._relay.batch():
             for token, exchange in waiting.items():
                 self.engine.proceed(token, verdict(exchange))
+
+    def _review(self) -> None:
+        """The policy was replaced, and there are or were tunnels."""
+        self._relay.later(self.engine.review)
 
     def _gone(self, upstream: Http1Upstream | Http2Upstream) -> None:
         if self._upstream is upstream:

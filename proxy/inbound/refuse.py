@@ -30,9 +30,13 @@ class RefusingGate:
         self._relay.later(self.engine.drain)
         return Answer(self._cause, self.explain)
 
-    def retry(self, exchange: object, head: RequestHead, token: int) -> Verdict | None:
+    def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
         """See requests.Gate; nothing was ever sent anywhere."""
         return self.request(head, token)
+
+    def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
+        """See requests.Gate; nothing was ever answered but here."""
+        return self._cause
 
     def finished(self, exchange: object, status: int, cause: Cause | None, grpc_status: int, bodies: Bodies) -> None:
         """See requests.Gate."""

@@ -2,7 +2,8 @@
 
 One gate for each client connection. With one endpoint the client connection keeps its upstream connection, one to one; with several,
 each request goes where the balancer says and connections come from the pools. Where the Service has routes, these say which balancer
-(proxy.routing). An endpoint that cannot be reached costs the request nothing as long as another one is there: nothing was sent yet.
+(proxy.routing). An endpoint that cannot be reached costs the request nothing as long as another one is there: nothing was sent yet. So it
+is with one whose sidecar says that it cannot reach its app, as while a pod ends: the request goes elsewhere once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from proxy.outbound.pool import Http1Pool, Http2Pool
 from proxy.protocol.http1 import Http1Client, Http1Upstream
 from proxy.protocol.http2 import Http2Client, Http2Upstream
 from proxy.protocol.requests import LATER, Answer, Bodies, Forward, RequestHead, Verdict
-from proxy.rescue import Cause, Failure, Redirect
+from proxy.rescue import UNREACHED, Cause, Failure, Redirect
 from proxy.routing import UNTOUCHED, Way
 from proxy.telemetry.record import Note, OutboundRecord
 from proxy.transport.connect import Dialer, Dialled
@@ -103,13 +104,27 @@ class _Gate(ABC):
             exchange.patience.sent()
         return Forward(upstream, way.edit, exchange)
 
-    def retry(self, exchange: object, head: RequestHead, token: int) -> Verdict | None:
-        """See requests.Gate: on a fresh connection, to the endpoint the balancer prefers now."""
+    def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
+        """See requests.Gate: on a fresh connection, to the endpoint the balancer prefers now; not to one that cannot reach its app."""
         assert isinstance(exchange, Exchange)
-        exchange.load.active -= 1
-        exchange.load = exchange.way.balancer.choose(self._now()) or exchange.load
-        self._open(exchange, token)
+        load, balancer, now = exchange.load, exchange.way.balancer, self._now()
+        tried: frozenset[str] = frozenset((load.endpoint.addr,)) if cause in UNREACHED else frozenset()
+        other = balancer.choose(now, avoid=tried)
+        if other is None:
+            if tried:
+                return Answer(cause, self.explain, exchange)
+            other = load
+        if tried:
+            load.failed(now)
+        load.active -= 1
+        exchange.load = other
+        self._record.retried(cause)
+        self._open(exchange, token, tried)
         return LATER
+
+    def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
+        """See requests.Gate: what leads out is decided by the other end."""
+        return None
 
     def finished(self, exchange: object, status: int, cause: Cause | None, grpc_status: int, bodies: Bodies) -> None:
         """See requests.Gate."""
@@ -120,7 +135,7 @@ class _Gate(ABC):
             exchange.patience.end()
         if cause is None or cause is Cause.ROUTE_TIMEOUT:  # too slow an endpoint must not look like a fast one
             load.observe(now - exchange.note.started, now)
-        elif not status:
+        elif not status or cause in UNREACHED:
             load.failed(now)
         self._record.finish(exchange.note, status, cause, grpc_status, bodies)
 
@@ -154,14 +169,14 @@ class _Gate(ABC):
         nowhere.active = 1
         return Exchange(nowhere, self._straight, self._record.begin(None, head, now))
 
-    def _open(self, exchange: Exchange, token: int) -> None:
+    def _open(self, exchange: Exchange, token: int, tried: frozenset[str] = frozenset()) -> None:
+        """tried: addresses that the request need not go to any more."""
         exchange.load.active += 1
         self._owed[token] = exchange
-        self._services.nursery.start_soon(self._dial, exchange.load, exchange.way.balancer, token)
+        self._services.nursery.start_soon(self._dial, exchange.load, exchange.way.balancer, token, tried)
 
-    async def _dial(self, load: EndpointLoad, balancer: Balancer, token: int) -> None:
+    async def _dial(self, load: EndpointLoad, balancer: Balancer, token: int, tried: frozenset[str]) -> None:
         """Open a connection for one request, trying other endpoints while the first ones cannot be reached."""
-        tried: frozenset[str] = frozenset()
         while True:
             endpoint = load.endpoint
             try:
@@ -284,20 +299,20 @@ class Http2Gate(_Gate):
         upstream = self._alive().get(endpoint)
         return upstream if upstream is not None and upstream.capacity > 0 else None
 
-    def _open(self, exchange: Exchange, token: int) -> None:
+    def _open(self, exchange: Exchange, token: int, tried: frozenset[str] = frozenset()) -> None:
         waiting = self._waiting.get(exchange.load.endpoint)
         if waiting is None:
             self._waiting[exchange.load.endpoint] = []
-            super()._open(exchange, token)
+            super()._open(exchange, token, tried)
         else:  # a connection to it is on its way
             exchange.load.active += 1
             self._owed[token] = exchange
             waiting.append(token)
 
-    async def _dial(self, load: EndpointLoad, balancer: Balancer, token: int) -> None:
+    async def _dial(self, load: EndpointLoad, balancer: Balancer, token: int, tried: frozenset[str]) -> None:
         endpoint = load.endpoint
         try:
-            await super()._dial(load, balancer, token)
+            await super()._dial(load, balancer, token, tried)
         finally:
             waiting = self._waiting.pop(endpoint, [])
         with self._services.relay.batch():

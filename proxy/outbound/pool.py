@@ -31,8 +31,8 @@ class Http1Pool:
 
     def adopt(self, endpoint: Endpoint, dialled: Dialled) -> Http1Upstream:
         """Make an upstream of a fresh connection; it belongs to the caller until `put`."""
-        gone = partial(self._gone, endpoint)
-        return self._relay.attach(dialled.sock, lambda sink: Http1Upstream(sink, _keep, gone), dialled.records)
+        gone, meshed = partial(self._gone, endpoint), dialled.records is not None
+        return self._relay.attach(dialled.sock, lambda sink: Http1Upstream(sink, _keep, gone, meshed=meshed), dialled.records)
 
     def take(self, endpoint: Endpoint) -> Http1Upstream | None:
         """An idle connection to this endpoint, None when there is none."""
@@ -84,7 +84,7 @@ class Http2Pool:
                 del alive[endpoint]
 
         def make(sink: Sink) -> Http2Upstream:
-            alive[endpoint] = upstream = Http2Upstream(sink, self._limits, on_gone=gone)
+            alive[endpoint] = upstream = Http2Upstream(sink, self._limits, on_gone=gone, meshed=dialled.records is not None)
             return upstream
 
         return self._relay.attach(dialled.sock, make, dialled.records)

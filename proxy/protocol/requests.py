@@ -92,8 +92,14 @@ class Gate(Protocol):
         """Decide. token: the stream id under HTTP/2, a running number under HTTP/1; names the request in ``proceed``."""
         ...
 
-    def retry(self, exchange: object, head: RequestHead, token: int) -> Verdict | None:
-        """The upstream died before a byte of its answer and the request can be sent again: where to, or which failure."""
+    def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
+        """Nobody acted on the request and it can be sent again: where to, or which failure. cause: UPSTREAM_RESET when the upstream died
+        before a byte of its answer; one of rescue.UNREACHED when the sidecar that was asked could not connect to its app."""
+        ...
+
+    def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
+        """The request is answered by a tunnel, which may outlive the policy that let it in: why there must not be one, None when there
+        may. Asked when it begins and, once the gate has called the engine's ``review``, again."""
         ...
 
     def finished(self, exchange: object, status: int, cause: Cause | None, grpc_status: int, bodies: Bodies) -> None:

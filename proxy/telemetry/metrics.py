@@ -150,6 +150,7 @@ class Metrics:
         self._http_authz = {
             "allow": self._counters("inbound_http_authz_allow_total", "Requests that a policy let in."),
             "deny": self._counters("inbound_http_authz_deny_total", "Requests that no policy let in."),
+            "terminate": self._counters("inbound_http_authz_terminate_total", "Tunnels cut because they lost their permit."),
         }
         self._tcp_authz = {
             "allow": self._counters("inbound_tcp_authz_allow_total", "Connections that a policy let in."),
@@ -158,6 +159,7 @@ class Metrics:
         }
         self._no_route = self._counters("inbound_http_route_not_found_total", "Requests that matched no route of their Server.")
         self._errors = self._counters("errors_total", "What the proxy refused or failed, by cause.")
+        self._retries = self._counters("retries_total", "Requests sent again because nobody had acted on them, by cause.")
         self._opens = self._counters("tcp_open_total", "Connections opened.")
         self._open = self._gauges("tcp_open_connections", "Connections open now.")
         self._closes = self._counters("tcp_close_total", "Connections closed, by how.")
@@ -191,7 +193,7 @@ class Metrics:
             self._tcp[labels] = series
         return series
 
-    def http_authz(self, verdict: Literal["allow", "deny"], labels: Labels) -> Counter:
+    def http_authz(self, verdict: Literal["allow", "deny", "terminate"], labels: Labels) -> Counter:
         """Counts decisions about requests; add 1 to its ``value``."""
         return self._http_authz[verdict].series(labels)
 
@@ -212,6 +214,10 @@ class Metrics:
             counter = self._errors.series((("direction", direction), ("error", cause)))
             self._error_counters[direction, cause] = counter
         counter.value += 1
+
+    def retry(self, direction: Direction, cause: str) -> None:
+        """A request is sent again. cause: ``Cause.value`` of what kept it from being answered."""
+        self._retries.series((("direction", direction), ("error", cause))).value += 1
 
     def certified(self, expires_at: float, refreshed_at: float) -> None:
         """A certificate arrived; both times in seconds since the epoch."""

@@ -161,6 +161,11 @@ class _Record:
         """Bytes that never became a request."""
         self._recorder.failed(self.direction, self._client, self._dst, cause.value, detail, effect(cause).level)
 
+    def retried(self, cause: Cause) -> None:
+        """A request is sent again because nobody acted on it. cause: what kept it from being answered."""
+        self._recorder.metrics.retry(self.direction, cause.value)
+        self._recorder.say("info", "retried", f"{self.direction} retried", client=str(self._client), dst=str(self._dst), cause=cause.value)
+
     def note(self, failure: Failure) -> None:
         """Something on the way failed; the request it was for is finished separately."""
         self._recorder.say(
@@ -287,6 +292,11 @@ class InboundRecord(_Record):
         self._connection = decision
         self._recorder.metrics.tcp_authz("terminate", self._labels(decision)).value += 1
         self._recorder.say("info", "terminated", "inbound terminated", client=str(self._client), dst=str(self._dst), reason=decision.reason)
+
+    def withdrawn(self, note: Note, decision: Denied | NoRoute | BadTarget) -> None:
+        """A later policy took the permit of a tunnel back, which ends now: `finish` reports it with the reason."""
+        self._recorder.metrics.http_authz("terminate", self._labels(decision)).value += 1
+        note.outcome = Outcome(note.outcome.http, None, decision)
 
     def closed(self, read_bytes: int, written_bytes: int) -> None:
         """The connection is over."""

@@ -68,6 +68,9 @@ class FakeGate:
         self.seen: list[RequestHead] = []
         self.log: list[tuple[object, ...]] = []
         self.token = 0
+        self.retried_for: Cause | None = None
+        self.no_tunnel: Cause | None = None
+        self.tunnels: list[tuple[object, bytes]] = []
 
     def request(self, head: RequestHead, token: int) -> Verdict | None:
         self.seen.append(head)
@@ -77,9 +80,14 @@ class FakeGate:
         assert not isinstance(self.verdict, str)
         return self.verdict
 
-    def retry(self, exchange: object, head: RequestHead, token: int) -> Verdict | None:
+    def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
         self.log.append(("retry", exchange))
+        self.retried_for = cause
         return self.request(head, token)
+
+    def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
+        self.tunnels.append((exchange, head.target))
+        return self.no_tunnel
 
     def finished(self, exchange: object, status: int, cause: Cause | None, grpc_status: int, bodies: Bodies) -> None:
         self.log.append(("finished", exchange, status, cause))
@@ -103,9 +111,9 @@ class Pair:
         self.gone: list[Http1Upstream] = []
         self.connect()
 
-    def connect(self) -> Http1Upstream:
+    def connect(self, *, meshed: bool = False) -> Http1Upstream:
         self.up = FakeSink()
-        self.upstream = Http1Upstream(self.up, self.idle.append, self.gone.append)
+        self.upstream = Http1Upstream(self.up, self.idle.append, self.gone.append, meshed=meshed)
         self.gate.upstreams.append(self.upstream)
         return self.upstream
 

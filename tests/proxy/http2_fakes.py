@@ -75,14 +75,22 @@ class FakeGate:
         self.again: Callable[[RequestHead, int], Verdict | None] = lambda _head, token: Forward(self.upstreams[-1], self.edit, token)
         self.seen: list[RequestHead] = []
         self.log: list[tuple[Any, ...]] = []
+        self.retried_for: Cause | None = None
+        self.no_tunnel: Cause | None = None
+        self.tunnels: list[tuple[object, bytes]] = []
 
     def request(self, head: RequestHead, token: int) -> Verdict | None:
         self.seen.append(head)
         return self.decide(head, token)
 
-    def retry(self, exchange: object, head: RequestHead, token: int) -> Verdict | None:
+    def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
         self.log.append(("retry", exchange))
+        self.retried_for = cause
         return self.again(head, token)
+
+    def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
+        self.tunnels.append((exchange, head.target))
+        return self.no_tunnel
 
     def finished(self, exchange: object, status: int, cause: Cause | None, grpc_status: int, bodies: Bodies) -> None:
         self.log.append(("finished", exchange, status, cause))
@@ -165,9 +173,9 @@ class Chain:
             self.client.h2.initiate_connection()
             self.run()
 
-    def add_server(self) -> tuple[Peer, FakeSink, Http2Upstream]:
+    def add_server(self, *, meshed: bool = False) -> tuple[Peer, FakeSink, Http2Upstream]:
         sink = FakeSink()
-        upstream = Http2Upstream(sink, self.limits, self.idle.append, self.gone.append)
+        upstream = Http2Upstream(sink, self.limits, self.idle.append, self.gone.append, meshed=meshed)
         peer = Peer(client=False)
         peer.h2.initiate_connection()
         self.servers.append((peer, sink, upstream))

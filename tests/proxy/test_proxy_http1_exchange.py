@@ -316,9 +316,9 @@ def test_a_stale_upstream_is_retried_once(how: str) -> None:
 class RetryGate(FakeGate):
     """Hands out a dead upstream first."""
 
-    def retry(self, exchange: object, head: RequestHead, token: int) -> Verdict | None:
+    def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
         self.verdict = "forward"
-        return super().retry(exchange, head, token)
+        return super().retry(exchange, head, token, cause)
 
 
 @pytest.mark.parametrize("request_", [HEAD, POST, SLOW])

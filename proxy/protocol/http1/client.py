@@ -60,6 +60,13 @@ class Http1Client(ClientConnection):
             self._up = None
             self._fail(cause)
 
+    def review(self) -> None:
+        """Ask the gate again about the tunnel, if this is one; a request under way was decided on and is let finish."""
+        if self._state == TUNNEL:
+            cause = self._gate.tunnel(self._exchange, self.head)
+            if cause is not None:
+                self.fail(cause)
+
     def expire(self, token: int, cause: Cause) -> None:
         """The time for a request is over: as `fail`, unless it has become a tunnel. Ignored when it is not the present one."""
         if token == self._token and self._state != TUNNEL:
@@ -257,7 +264,7 @@ class Http1Client(ClientConnection):
             if head is self._memo:
                 self._edited, self._out = head, out
         if not up.reusable:
-            return self._ask_again()  # it died between the verdict and now
+            return self._ask_again(Cause.UPSTREAM_RESET)  # it died between the verdict and now
         self._up = up
         self._state = WAIT
         if head.bodiless:
@@ -284,7 +291,9 @@ class Http1Client(ClientConnection):
         self._held = held[span:]
         if self.sent:
             self._hold(self._held)
-        up.start(self, out + held[:span])
+        begun = held[:span]
+        self._kept = begun if span <= self._limits.replay_bytes else None
+        up.start(self, out + begun)
         if not self.sent:
             self._state = BODY
             if self._held:
@@ -313,7 +322,10 @@ class Http1Client(ClientConnection):
             self.sent = True
             self._state = WAIT
         if end:
-            self._to_upstream(up, data if end == len(data) else data[:end])
+            part = data if end == len(data) else data[:end]
+            if self._kept is not None:
+                self._kept = self._kept + part if len(self._kept) + end <= self._limits.replay_bytes else None
+            self._to_upstream(up, part)
         if body.done:
             self._hold(data[end:])
         else:
@@ -341,17 +353,36 @@ class Http1Client(ClientConnection):
         """The exchange cannot be completed. stale: the upstream had served before and died before any byte of this response."""
         self._up = None
         if stale and self.head.replayable:
-            self._ask_again()
+            self._ask_again(cause)
         else:
             self._fail(cause)
 
-    def _ask_again(self) -> None:
+    def upstream_unreached(self, cause: Cause) -> None:
+        """Nothing of the request reached an app. cause: one of rescue.UNREACHED."""
+        self._up = None
+        if self._rewind():
+            self._ask_again(cause)
+        else:
+            self._fail(cause)
+
+    def _rewind(self) -> bool:
+        """Take back what was sent of the body, as if it had just arrived. False: not all of it is at hand."""
+        if self.head.bodiless:
+            return True
+        kept, self._kept = self._kept, None
+        if kept is None:
+            return False
+        self._held = kept + self._held
+        self._span = len(kept)
+        return True
+
+    def _ask_again(self, cause: Cause) -> None:
         """Nobody has acted on the request: let the gate send it elsewhere, once."""
         if self._retried:
-            return self._fail(Cause.UPSTREAM_RESET)
+            return self._fail(cause)
         self._retried = True
         self._go(FOR_UPSTREAM)
-        verdict = self._gate.retry(self._exchange, self.head, self._token)
+        verdict = self._gate.retry(self._exchange, self.head, self._token, cause)
         if verdict is not None:
             return self._follow(verdict)
         self._state = DECIDING

@@ -45,9 +45,9 @@ class ClientConnection:
     """
 
     __slots__ = (
-        "_apply", "_body", "_closing", "_continued", "_draining", "_edit", "_edited", "_ended", "_exchange", "_gate", "_held", "_limits",
-        "_memo", "_out", "_pumping", "_quiet", "_raw", "_retried", "_span", "_spare", "_state", "_status", "_stopped", "_tick", "_timing",
-        "_token", "_tunnelled", "_up", "_up_ended", "answered_bytes", "head", "plain", "sent", "sink",
+        "_apply", "_body", "_closing", "_continued", "_draining", "_edit", "_edited", "_ended", "_exchange", "_gate", "_held", "_kept",
+        "_limits", "_memo", "_out", "_pumping", "_quiet", "_raw", "_retried", "_span", "_spare", "_state", "_status", "_stopped", "_tick",
+        "_timing", "_token", "_tunnelled", "_up", "_up_ended", "answered_bytes", "head", "plain", "sent", "sink",
     )  # fmt: skip
 
     def __init__(self, sink: Sink, gate: Gate, limits: Http1Limits | None = None) -> None:
@@ -68,6 +68,7 @@ class ClientConnection:
         self._up: Http1Upstream | None = None
         self._body: BodyReader | None = None
         self._span = 0  # how much of `_held` is checked body
+        self._kept: bytes | None = None  # the body as far as it was sent, while it may be sent again; None when it is too long
         self.sent = self.plain = True
         self._status = 0  # of the response that has begun
         self.answered_bytes = 0
@@ -82,6 +83,14 @@ class ClientConnection:
 
     def upstream_broken(self, cause: Cause, stale: bool) -> None:
         """The exchange cannot be completed. stale: the upstream had served before and died before any byte of this response."""
+        raise NotImplementedError
+
+    def upstream_unreached(self, cause: Cause) -> None:
+        """Nothing of the request reached an app. cause: one of rescue.UNREACHED."""
+        raise NotImplementedError
+
+    def fail(self, cause: Cause) -> None:
+        """End the exchange that is under way."""
         raise NotImplementedError
 
     def _next(self) -> None:
@@ -126,6 +135,9 @@ class ClientConnection:
         """The connection is a tunnel from here on; rest: what the upstream sent after its head."""
         up = self._up
         assert up is not None
+        refused = self._gate.tunnel(self._exchange, self.head)
+        if refused is not None:
+            return self.fail(refused)  # the policy has changed since the request
         self._status, self._state = status, TUNNEL
         self.answered_bytes = len(rest)
         self.sink.write(switching(head) + rest)
@@ -137,6 +149,7 @@ class ClientConnection:
             self._to_upstream(up, held)
         if self._ended:
             up.sink.end()
+        return None
 
     def upstream_half_closed(self) -> None:
         """The upstream ended its direction of the tunnel."""
@@ -178,6 +191,7 @@ class ClientConnection:
         """The exchange is over: on to the next request, or to the end of the connection."""
         self._status = self.answered_bytes = 0
         self._retried = False
+        self._kept = None
         if self.head is not self._memo:
             self.head = NO_HEAD  # an idle connection must not hold a large one
         if self._stopped:

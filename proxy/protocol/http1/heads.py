@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Final
 
 from proxy.protocol.requests import HeadEdit
-from proxy.rescue import Cause
+from proxy.rescue import PROXY_ERROR, Cause
 
 CHUNKED: Final = -1
 """Length of a body framed by chunks."""
@@ -40,7 +40,7 @@ _request_fields = re.compile(
     rb"|content-type(?=:[ \t]*application/grpc)):[ \t]*+([^\r]*)"
 ).findall
 _response_fields = re.compile(
-    rb"\n(content-length|transfer-encoding|connection|upgrade|keep-alive|proxy-connection):[ \t]*+([^\r]*)"
+    rb"\n(content-length|transfer-encoding|connection|upgrade|keep-alive|proxy-connection|pillion-proxy-error):[ \t]*+([^\r]*)"
 ).findall
 _is_field = re.compile(FIELD).fullmatch
 _is_host = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9\-._~!$&'()*+;=%]{0,255})(?::[0-9]{0,5})?").fullmatch
@@ -69,6 +69,7 @@ class Http1Limits:
     body_stall_s: float = 300.0  # a request body that stops arriving [408]; up to a quarter of idle_timeout_s more
     held_bytes: int = 65536  # pipelined requests, or a body whose request is not decided yet; then reading stops
     discard_bytes: int = 65536  # unread request body thrown away to keep the connection, or to let the client read the answer
+    replay_bytes: int = 0  # of a request's body kept until its answer begins, so that it can be sent again; none of a longer one is
     linger_s: float = 2.0  # how long the client may take to read the answer before the connection is gone
 
 
@@ -130,6 +131,7 @@ class ResponseHead:
 
     length: bytes of body if there is one at all (HEAD, 204 and 304 have none), CHUNKED or UNTIL_CLOSE. keep: the upstream keeps the
     connection. old: HTTP/1.0. connection: its Connection field, lower case. plain: can be sent on as received, ends by its length.
+    error: why a sidecar says that it answered itself, None when it does not.
     """
 
     length = UNTIL_CLOSE
@@ -137,6 +139,7 @@ class ResponseHead:
     plain = True
     old = False
     connection = b""
+    error: bytes | None = None
 
     def __init__(self, size: int, status: int, wire: bytes) -> None:
         self.size = size
@@ -311,7 +314,8 @@ def _response_rules(head: ResponseHead, fields: list[tuple[bytes, bytes]], old: 
         hops.update(named)
     if head.status in (101, 426):  # these two tell the client what to upgrade to
         hops.discard(b"upgrade")
-    head.plain = not (hops or old or head.length < 0 or head.status < 200 or head.status in (204, 304))
+    head.error = seen.get(PROXY_ERROR)
+    head.plain = not (hops or old or head.error is not None or head.length < 0 or head.status < 200 or head.status in (204, 304))
     if hops - {b"close"}:
         head.wire = without(head.wire, hops)
 

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from proxy.protocol.http1.body import BodyError, BodyReader, reader_of
-from proxy.protocol.http1.heads import CHUNKED, UNTIL_CLOSE, HeadError, ResponseHead, incomplete_untrusted, response_untrusted
+from proxy.protocol.http1.heads import CHUNKED, UNTIL_CLOSE, HeadError, ResponseHead, incomplete_untrusted, response_untrusted, without
 from proxy.protocol.sides import Sink
-from proxy.rescue import Cause
+from proxy.rescue import PROXY_ERROR, Cause, unreached
 
 if TYPE_CHECKING:
     from proxy.protocol.http1.connection import ClientConnection
@@ -38,15 +38,20 @@ class Http1Upstream:
     """Receiver of one upstream connection.
 
     on_idle: the exchange is over and the connection may serve another one. on_gone: called once, when the connection is given up for
-    whatever reason, `close` included. Both are called outside of any exchange and may not start one before they return.
+    whatever reason, `close` included. Both are called outside of any exchange and may not start one before they return. meshed: a
+    sidecar whose identity was verified answers here: what it says of itself is believed; from anybody else it is removed.
     """
 
     __slots__ = (
-        "_body", "_client", "_head", "_held", "_interims", "_memo", "_on_gone", "_on_idle", "_paused", "_raw", "_state", "served", "sink",
+        "_body", "_client", "_head", "_held", "_interims", "_memo", "_meshed", "_on_gone", "_on_idle", "_paused", "_raw", "_state",
+        "served", "sink",
     )  # fmt: skip
 
-    def __init__(self, sink: Sink, on_idle: Callable[[Http1Upstream], None], on_gone: Callable[[Http1Upstream], None]) -> None:
+    def __init__(
+        self, sink: Sink, on_idle: Callable[[Http1Upstream], None], on_gone: Callable[[Http1Upstream], None], *, meshed: bool = False
+    ) -> None:
         self.sink = sink
+        self._meshed = meshed
         self.served = 0
         """Exchanges completed; more than none makes a sudden end look like a stale pooled connection."""
         self._on_idle = on_idle
@@ -188,7 +193,11 @@ class Http1Upstream:
             return None
         if head is None:
             self._held = data
-        elif head.size <= REMEMBERED_BYTES:
+            return None
+        if head.error is not None and not self._meshed:
+            head.wire = without(head.wire, (PROXY_ERROR,))
+            head.error = None
+        if head.size <= REMEMBERED_BYTES:
             self._memo, self._raw = head, head.received
         return head
 
@@ -204,6 +213,10 @@ class Http1Upstream:
             return None
         if status < 200:
             return self._interim(client, head, data)
+        if head.error is not None and not self._interims:
+            cause = unreached(head.error)
+            if cause is not None:
+                return self._unreached(client, head, data, cause)
         length = 0 if request.method == b"HEAD" or status in (204, 304) else head.length
         if length == CHUNKED and request.old:
             return self._broken(Cause.UPSTREAM_PROTOCOL, "a chunked response to an HTTP/1.0 request")
@@ -267,6 +280,17 @@ class Http1Upstream:
             self.sink.pause()
 
     # The end of an exchange, and of the connection.
+
+    def _unreached(self, client: ClientConnection, head: ResponseHead, data: bytes, cause: Cause) -> None:
+        """The sidecar at the other end could not connect to its app: the request may go elsewhere, the connection serve others."""
+        if head.keep and client.sent and head.length == 0 and len(data) == head.size:
+            self._client = None
+            self._state = _IDLE
+            self.served += 1
+            self._on_idle(self)
+        else:
+            self._give_up(self.sink.close if client.sent else self.sink.abort)
+        client.upstream_unreached(cause)
 
     def _complete(self, client: ClientConnection, status: int, keep: bool, body_bytes: int) -> None:
         """The whole response went to the client."""

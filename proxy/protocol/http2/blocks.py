@@ -31,6 +31,7 @@ from proxy.protocol.http2.hpack_codec import (
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Request, read_request_untrusted, read_response_untrusted, read_trailers_untrusted
 from proxy.protocol.requests import HeadEdit
+from proxy.rescue import Cause, unreached
 
 _MEMO_ENTRIES: Final = 512
 _MEMO_BLOCK_BYTES: Final = 768
@@ -67,12 +68,14 @@ class RequestHead(Request):
 
 
 class ResponseHead:
-    """A checked response head or 1xx. content_length, grpc_status: -1 when not given. block: encoded to be sent on."""
+    """A checked response head or 1xx. content_length, grpc_status: -1 when not given. block: encoded to be sent on. unreached: a sidecar
+    answered, because it could not connect to its app for this cause."""
 
-    __slots__ = ("block", "content_length", "grpc_status", "size", "status")
+    __slots__ = ("block", "content_length", "grpc_status", "size", "status", "unreached")
 
-    def __init__(self, section: Section) -> None:
-        self.status, self.content_length, self.grpc_status, self.size, self.block = read_response_untrusted(section)
+    def __init__(self, section: Section, meshed: bool) -> None:
+        self.status, self.content_length, self.grpc_status, self.size, self.block, error = read_response_untrusted(section, meshed)
+        self.unreached: Cause | None = unreached(error) if error else None
 
 
 class Trailers:
@@ -106,6 +109,7 @@ class _Memo(Generic[T]):
 _open_requests: Final = _Memo[RequestHead]()
 _bodiless_requests: Final = _Memo[RequestHead]()
 _responses: Final = _Memo[ResponseHead]()
+_responses_of_sidecars: Final = _Memo[ResponseHead]()
 _trailers: Final = _Memo[Trailers]()
 
 _added: dict[HeadEdit, bytes] = {}
@@ -136,11 +140,18 @@ class BlockReader:
         self._acknowledged = False  # our table size of 0: from here on, no other may be announced
         self._empty = False  # the size announced last is 0
         self._table_bytes = 4096  # announced last
+        self._meshed = False
+        self._responses = _responses
         self._use(new_decoder(4096, limits.header_list_bytes))
 
     def _use(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._decode = decoder.decode_untrusted
+
+    def believe(self) -> None:
+        """A verified sidecar is at the other end: what its responses say about itself counts."""
+        self._meshed = True
+        self._responses = _responses_of_sidecars
 
     def without_table(self) -> None:
         """The peer acknowledged the table size of 0."""
@@ -176,13 +187,13 @@ class BlockReader:
 
     def response_untrusted(self, block: bytes) -> ResponseHead:
         """A response's head, final or 1xx."""
-        head = _responses.known.get(block) if self._stateless else None
+        head = self._responses.known.get(block) if self._stateless else None
         if head is None:
-            head = ResponseHead(self._read(block))
+            head = ResponseHead(self._read(block), self._meshed)
             if head.size > self._limit:
                 raise HeaderListTooLarge
             if self._stateless:
-                _responses.remember(block, head)
+                self._responses.remember(block, head)
         return head
 
     def trailers_untrusted(self, block: bytes, strip: tuple[bytes, ...]) -> Trailers:

@@ -18,7 +18,7 @@ from proxy import rescue
 from proxy.protocol.http2 import frames
 from proxy.protocol.http2.blocks import ResponseHead
 from proxy.protocol.http2.connection import Connection
-from proxy.protocol.http2.flow import StreamEnd, drop_held
+from proxy.protocol.http2.flow import StreamEnd, drop_held, rewind
 from proxy.protocol.http2.frames import ConnectionFault, StreamFault
 from proxy.protocol.http2.hpack_codec import HeaderListTooLarge, encode
 from proxy.protocol.http2.limits import Http2Limits
@@ -26,7 +26,7 @@ from proxy.protocol.http2.messages import Malformed
 from proxy.protocol.http2.streams import ClientStream, UpstreamStream, part
 from proxy.protocol.requests import Answer, Gate, Verdict
 from proxy.protocol.sides import Sink
-from proxy.rescue import Cause
+from proxy.rescue import UNREACHED, Cause
 
 if TYPE_CHECKING:
     from proxy.protocol.http2.upstream import Http2Upstream
@@ -87,6 +87,13 @@ class Http2Client(Connection):
         elif other.conn is not None:
             other.conn.cancel(other, frames.CANCEL)
         self.upstream_failed(end, cause, None, unprocessed=False)
+
+    def review(self) -> None:
+        """Ask the gate again about streams that are tunnels; requests under way were decided on and are let finish."""
+        for end in list(self.streams_by_id.values()):
+            assert isinstance(end, ClientStream)
+            if end.head.connect and 200 <= end.status < 300 and not end.over:
+                self.may_tunnel(end)
 
     def drain(self) -> None:
         """Tell the client to open no more streams; the connection closes when the last one is done (RFC 9113 section 6.8).
@@ -275,7 +282,6 @@ class Http2Client(Connection):
         """
         other = end.other
         assert isinstance(other, UpstreamStream)
-        sent = other.sent
         self.forget_held(end)  # while it is still known whose data that was
         other.detach()
         if end.over:
@@ -286,8 +292,9 @@ class Http2Client(Connection):
             return self._finish(end, cause)
         died = code is None and cause is Cause.UPSTREAM_RESET
         again = unprocessed or (died and end.head.bodiless and end.head.method in _IDEMPOTENT)
-        if again and not sent and end.attempts < self.limits.max_attempts:
-            verdict = self.gate.retry(end.exchange, end.head, end.id)
+        most = 2 if cause in UNREACHED else self.limits.max_attempts
+        if again and end.attempts < most and rewind(other):
+            verdict = self.gate.retry(end.exchange, end.head, end.id, cause)
             if verdict is None:
                 end.deciding = True
                 return None
@@ -297,6 +304,21 @@ class Http2Client(Connection):
             return self._answer(end, cause, self.gate.explain)
         self.send_reset(end.id, code or frames.INTERNAL_ERROR)
         return self._finish(end, cause)
+
+    def may_tunnel(self, end: ClientStream) -> bool:
+        """Whether the stream may be a tunnel, at its beginning or still; when not, it is ended, as a TCP connection inside it would be by
+        a reset (RFC 8441 section 5, RFC 9113 section 8.5)."""
+        cause = self.gate.tunnel(end.exchange, end.head)
+        if cause is None:
+            return True
+        code = frames.CANCEL if end.head.extended else frames.CONNECT_ERROR
+        self._end_upstream(end, code)
+        if end.status:
+            self.send_reset(end.id, code)
+            self._finish(end, cause)
+        else:
+            self._answer(end, cause, self.gate.explain)
+        return False
 
     def no_more(self, end: ClientStream) -> None:
         """The upstream gave its whole response and reset with NO_ERROR: the rest of the request is not wanted (RFC 9113 section 8.1)."""

@@ -32,12 +32,12 @@ class StreamEnd:
     and goes down, so that the difference to its first value is what came. held, held_bytes:
     data waiting to be sent here. fin: what follows it, b"" for END_STREAM, else an encoded trailer section. remote_done, local_done: the
     peer, we have sent END_STREAM. over: closed in both directions. progress, stalled_s: for the stall timeout. sent: DATA or trailers left.
-    answered: a final head arrived here, so that DATA may.
+    answered: a final head arrived here, so that DATA may. kept: the data that left, while it may have to leave again elsewhere.
     """
 
     __slots__ = (
-        "answered", "conn", "credit", "expect", "fin", "held", "held_bytes", "id", "local_done", "other", "over", "owed", "progress",
-        "remote_done", "sent", "stalled_s", "window",
+        "answered", "conn", "credit", "expect", "fin", "held", "held_bytes", "id", "kept", "local_done", "other", "over", "owed",
+        "progress", "remote_done", "sent", "stalled_s", "window",
     )  # fmt: skip
 
     other: StreamEnd
@@ -52,6 +52,7 @@ class StreamEnd:
         self.held: deque[bytes] | None = None
         self.held_bytes = 0
         self.fin: bytes | None = None
+        self.kept: bytearray | None = None
         self.remote_done = self.local_done = self.over = self.sent = False
         self.answered = True
         self.progress = False
@@ -162,6 +163,8 @@ class FlowControl:
         end.window -= size
         self.window -= size
         end.progress = end.sent = True
+        if end.kept is not None:
+            self._keep(end, chunk)
         self.calm += _EARNED
         fin = not held and end.fin == b""
         self.queue(head(size << 8, fin, end.id))
@@ -179,6 +182,14 @@ class FlowControl:
         else:
             self.send_fin(end)
 
+    def _keep(self, end: StreamEnd, data: bytes) -> None:
+        """Data left that may have to leave again; of more than that is worth, nothing is kept."""
+        kept = end.kept
+        assert kept is not None
+        kept += data
+        if len(kept) > self.limits.replay_bytes:
+            end.kept = None
+
     def send_fin(self, end: StreamEnd) -> None:
         """Send what follows the data of a stream, if that is known."""
         fin = end.fin
@@ -188,6 +199,7 @@ class FlowControl:
         end.fin = None
         end.sent = True
         if fin:
+            end.kept = None  # trailers of a request are too rare to keep them too
             self.send_block(end, fin, True)
         else:
             self.queue(head(0, frames.END_STREAM, end.id))
@@ -224,6 +236,8 @@ class FlowControl:
             conn.window -= length
             conn.calm += _EARNED
             to.sent = True
+            if to.kept is not None:
+                conn._keep(to, payload)
             if length >= _LARGE:
                 conn.queue(head(length << 8, fin, to.id))
                 conn.queue(payload)
@@ -322,6 +336,28 @@ class FlowControl:
             end.window += delta
             if end.window > frames.MAX_WINDOW:
                 raise ConnectionFault(frames.FLOW_CONTROL_ERROR, "initial window makes a stream's window overflow")
+
+
+def rewind(end: StreamEnd) -> bool:
+    """Take back what left at an end that no connection carries any more, as if it had just arrived. False: not all of it is at hand."""
+    if not end.sent:
+        return True
+    kept, source = end.kept, end.other
+    if kept is None or source.conn is None:
+        return False
+    size = len(kept)
+    if size:
+        if end.held is None:
+            end.held = deque()
+        end.held.appendleft(bytes(kept))
+        end.held_bytes += size
+        source.conn.held_from += size
+        source.owed -= size  # its credit was returned already
+        kept.clear()
+    if source.remote_done and end.fin is None:
+        end.fin = b""
+    end.sent = False
+    return True
 
 
 def drop_held(end: StreamEnd) -> None:

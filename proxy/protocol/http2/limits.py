@@ -51,6 +51,9 @@ class Http2Limits:
     """1xx responses per stream."""
     max_attempts: int = 3
     """Upstreams one request is tried on at most, whatever the gate says."""
+    replay_bytes: int = 0
+    """Of a request's body, what is kept until its answer begins, so that a request that nobody acted on can be sent again. 0: nothing.
+    Of a longer body nothing is kept, and once a part of it was sent it goes nowhere else."""
     head_timeout_s: float = 10.0
     """Until the first SETTINGS are there, and between HEADERS and END_HEADERS."""
     idle_timeout_s: float = 300.0

@@ -14,6 +14,7 @@ import re
 from typing import Final
 
 from proxy.protocol.http2.hpack_codec import Section, encode, encode_values, indexed_values, name_prefix
+from proxy.rescue import PROXY_ERROR
 
 _is_name = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+").fullmatch
 _is_method = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch
@@ -30,6 +31,7 @@ _RESPONSE_PSEUDO: Final = frozenset((b":status",))
 _CONNECTION_SPECIFIC: Final = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"))
 # Fields of which a second one would give a message two readings.
 _SINGLE: Final = frozenset((b"host", b"content-length", b"content-type"))
+_OF_SIDECARS: Final = (PROXY_ERROR,)
 
 # Deleting all that a field value may hold leaves the separators; HTAB and SP are allowed inside, not at the ends (section 8.2.1).
 _ALLOWED: Final = bytes(c for c in range(256) if (c >= 0x20 and c != 0x7F) or c == 0x09)
@@ -52,7 +54,8 @@ class Shape:
 
     __slots__ = (
         "authority", "authority_before", "content_length", "content_type", "first", "grpc_status", "host", "indexed", "kept", "method",
-        "names", "path", "prefixes", "protocol", "scheme", "secrets", "separators", "size", "status", "stripped_for", "te",
+        "names", "path", "prefixes", "protocol", "proxy_error", "scheme", "secrets", "separators", "size", "status", "stripped_for",
+        "te",
     )  # fmt: skip
 
     def __init__(self, names: tuple[bytes, ...], first: dict[bytes, int]) -> None:
@@ -76,6 +79,7 @@ class Shape:
         self.content_type = get(b"content-type", -1)
         self.te = get(b"te", -1)
         self.grpc_status = get(b"grpc-status", -1)
+        self.proxy_error = get(PROXY_ERROR, -1)
         self.stripped_for: tuple[bytes, ...] | None = None
         self.kept: tuple[int, ...] | None = None
 
@@ -268,8 +272,9 @@ def _grpc_status_untrusted(value: bytes) -> int:
     return int(value) if _is_grpc_status(value) else 2
 
 
-def read_response_untrusted(section: Section) -> tuple[int, int, int, int, bytes]:
-    """(status, content length or -1, gRPC status or -1, size, encoded block) of a response. Raises Malformed (RFC 9113 section 8.3.2)."""
+def read_response_untrusted(section: Section, meshed: bool) -> tuple[int, int, int, int, bytes, bytes]:
+    """(status, content length or -1, gRPC status or -1, size, encoded block, why a sidecar says that it answered itself or b"") of a
+    response. Raises Malformed (RFC 9113 section 8.3.2). meshed: from a sidecar; what anybody else says in its place is removed."""
     names, values, secrets, plain = section
     if not names:
         raise Malformed("no fields")
@@ -280,7 +285,11 @@ def read_response_untrusted(section: Section) -> tuple[int, int, int, int, bytes
         raise Malformed(":status is not a status of HTTP/2")
     length = _content_length_untrusted(values, shape) if shape.content_length >= 0 else -1
     grpc = _grpc_status_untrusted(values[shape.grpc_status]) if shape.grpc_status >= 0 else -1
-    return int(status), length, grpc, size, shape.encode(values, secrets, (), plain)
+    if shape.proxy_error < 0:
+        return int(status), length, grpc, size, shape.encode(values, secrets, (), plain), b""
+    if not meshed:
+        return int(status), length, grpc, size, shape.encode(values, secrets, _OF_SIDECARS, plain), b""
+    return int(status), length, grpc, size, shape.encode(values, secrets, (), plain), values[shape.proxy_error]
 
 
 def read_trailers_untrusted(section: Section, strip: tuple[bytes, ...]) -> tuple[int, int, bytes]:

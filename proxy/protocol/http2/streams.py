@@ -65,6 +65,8 @@ class ClientStream(StreamEnd):
         self.cause: Cause | None = None
         self.deciding = self.reset_after = False
         other = UpstreamStream()
+        if client.limits.replay_bytes and not head.bodiless:
+            other.kept = bytearray()
         other.other = self
         self.other = other
 

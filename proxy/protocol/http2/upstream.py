@@ -31,7 +31,8 @@ class Http2Upstream(Connection):
     """Receiver of an upstream's connection.
 
     on_idle: called with this object when its last stream ended. on_gone: called once, when it takes no more requests; streams may
-    still be running then.
+    still be running then. meshed: a sidecar whose identity was verified answers here: what it says of itself is believed; from anybody
+    else it is removed.
     """
 
     __slots__ = (
@@ -44,8 +45,12 @@ class Http2Upstream(Connection):
         limits: Http2Limits,
         on_idle: Callable[[Http2Upstream], None] = lambda _: None,
         on_gone: Callable[[Http2Upstream], None] = lambda _: None,
+        *,
+        meshed: bool = False,
     ) -> None:
         super().__init__(sink, limits)
+        if meshed:
+            self.blocks.believe()
         self._on_idle = on_idle
         self._on_gone = on_gone
         self._allowed = _ASSUMED_STREAMS
@@ -203,7 +208,10 @@ class Http2Upstream(Connection):
             if fin or stream.informational > self.limits.max_informational:
                 raise StreamFault(frames.PROTOCOL_ERROR, "1xx that ends the stream" if fin else "too many 1xx")
         else:
+            if head.unreached is not None and not stream.informational:
+                return self._on_unreached(stream, head.unreached, fin)
             stream.answered = True
+            stream.kept = None
             client_end.grpc_status = head.grpc_status
             request = stream.head
             if request.method == b"HEAD" or head.status in (204, 304):
@@ -212,10 +220,19 @@ class Http2Upstream(Connection):
                 stream.expect = stream.announced = head.content_length
                 if fin and head.content_length > 0:
                     raise StreamFault(frames.PROTOCOL_ERROR, "content-length without data")
+            elif head.status < 300 and not client_end.client.may_tunnel(client_end):
+                return None
         stream.remote_done = fin
         client_end.client.upstream_answered(client_end, head, fin)
         if fin and stream.local_done and not stream.over:
             self.stream_over(stream)
+        return None
+
+    def _on_unreached(self, stream: UpstreamStream, cause: Cause, fin: bool) -> None:
+        """The sidecar at the other end could not connect to its app: nobody acted on the request."""
+        if not (fin and stream.local_done):
+            self.send_reset(stream.id, frames.CANCEL)
+        self._give_up(stream, cause, unprocessed=True)
 
     def on_reset(self, end: StreamEnd, code: int) -> None:
         assert isinstance(end, UpstreamStream)
@@ -240,19 +257,19 @@ class Http2Upstream(Connection):
     def stream_fault(self, end: StreamEnd, fault: StreamFault) -> None:
         assert isinstance(end, UpstreamStream)
         self.send_reset(end.id, fault.code)
-        self._give_up(end, Cause.UPSTREAM_PROTOCOL)
+        self._give_up(end, Cause.UPSTREAM_PROTOCOL, unprocessed=False)
 
     def stalled(self, end: StreamEnd) -> None:
         assert isinstance(end, UpstreamStream)
         self.send_reset(end.id, frames.CANCEL)
-        self._give_up(end, Cause.UPSTREAM_TIMEOUT)
+        self._give_up(end, Cause.UPSTREAM_TIMEOUT, unprocessed=False)
 
-    def _give_up(self, end: UpstreamStream, cause: Cause) -> None:
+    def _give_up(self, end: UpstreamStream, cause: Cause, *, unprocessed: bool) -> None:
         client_end = end.other
         self._forget(end)
         if not client_end.over:
             assert isinstance(client_end, ClientStream)
-            client_end.client.upstream_failed(client_end, cause, None, unprocessed=False)
+            client_end.client.upstream_failed(client_end, cause, None, unprocessed=unprocessed)
 
     def stream_over(self, end: StreamEnd) -> None:
         assert isinstance(end, UpstreamStream)
