@@ -11,16 +11,14 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from random import random
-from typing import Any
 
 import trio
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from hypercorn.config import Config, Sockets
-from hypercorn.trio.run import worker_serve
-from hypercorn.utils import wrap_app
+from hypercorn.config import Config
 from starlette.applications import Starlette
 
+from core.k8s import https
 from core.names import WorkloadId
 from core.runtime import logs
 from identity.authority import Authority
@@ -29,6 +27,7 @@ from identity.schedule import renew_after_s, retry_after_s
 from identity.wire import POLL_S
 
 _BACKLOG = 1024
+_CONNECTIONS_MAX = 24_000  # every sidecar's poll, and those that come to be certified
 _LOOK_S = 30.0  # the wall clock may jump: look again at least this often
 
 log = logs.logger("identity")
@@ -90,10 +89,9 @@ def _context() -> ssl.SSLContext:
 
 
 class _Config(Config):
-    """Hypercorn's settings with our context in place of files."""
+    """Hypercorn's settings."""
 
-    def __init__(self, context: ssl.SSLContext) -> None:
-        self._context = context
+    def __init__(self) -> None:
         self.accesslog = None
         self.errorlog = None
         self.include_server_header = False
@@ -103,9 +101,6 @@ class _Config(Config):
         self.ssl_handshake_timeout = 5.0
         self.graceful_timeout = 2.0
         self.websocket_max_message_size = 1024
-
-    def create_ssl_context(self) -> ssl.SSLContext:
-        return self._context
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -139,9 +134,9 @@ async def serve_https(
     context: ssl.SSLContext,
     sockets: list[socket.socket],
     shutdown: Callable[[], Awaitable[None]],
-    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until ``shutdown`` returns, then finish what is in work within two seconds."""
-    config = _Config(context)
-    app: Any = wrap_app(application, config.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
-    await worker_serve(app, config, sockets=Sockets(sockets, [], []), shutdown_trigger=shutdown, task_status=task_status)
+    await https.serve_https(
+        application, context, sockets, shutdown, config=_Config(), connections_max=_CONNECTIONS_MAX, task_status=task_status
+    )

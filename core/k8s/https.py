@@ -1,7 +1,8 @@
-"""The HTTPS front of a webhook: bounded connections, one TLS context whose certificate may change, hypercorn's HTTP/1.1 on trio.
+"""The HTTPS front of a component: bounded connections, one TLS context whose certificate may change, hypercorn's HTTP/1.1 on trio.
 
 Whoever can reach the port may say anything: a connection that breaks a rule ends alone, and one client cannot keep the others out.
-Moves requests to a starlette application; decides nothing about them. Called by the app modules of injector and policy controller.
+Moves requests to a starlette application; decides nothing about them. Called by the app modules of injector and policy controller for
+their webhooks, and by `identity.serve`.
 """
 
 from __future__ import annotations
@@ -116,11 +117,15 @@ async def serve_https(
     sockets: Sequence[socket.socket],
     shutdown: Callable[[], Awaitable[None]],
     *,
+    config: Config | None = None,
     connections_max: int = _CONNECTIONS_MAX,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve on listening sockets until ``shutdown`` returns, then finish what is in work within two seconds."""
-    config, worker, rooms = _Config(), WorkerContext(None), _Rooms(connections_max)
+    """Serve on listening sockets until ``shutdown`` returns, then finish what is in work within two seconds.
+
+    config: hypercorn's settings, if not those of a webhook.
+    """
+    config, worker, rooms = config or _Config(), WorkerContext(None), _Rooms(connections_max)
     app: Any = wrap_app(application, config.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
 
     async def handle(stream: trio.SSLStream[trio.SocketStream]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import ssl
 import time
@@ -29,6 +30,12 @@ from tests.identity.identity_lab import SERVICE, TRUST_DOMAIN, Lab, Workload, ke
 
 def new_lab(directory: Path) -> Lab:
     return Lab(directory, Authority.self_made(TRUST_DOMAIN, Store(directory / "ca")))
+
+
+def unverified() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 async def test_a_workload_is_certified_for_the_identity_of_its_token(tmp_path: Path) -> None:
@@ -151,6 +158,28 @@ async def test_a_head_that_is_too_long_is_refused(tmp_path: Path) -> None:
     lab = new_lab(tmp_path)
     async with lab.serving():
         assert (await ask(lab, "GET", "/v1/bundle", None, b"", ("x", "y" * 20_000)))[0] in (400, 431)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: h2c\r\nhttp2-settings: a\r\n\r\n", id="no base64"),
+        pytest.param(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: h2c\r\nhttp2-settings: AAAA\r\n\r\n", id="no settings"),
+        pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\5\2\0\0\0\0\1\0\0\0\1\0", id="a stream that depends on itself"),
+    ],
+)
+async def test_what_a_stranger_says_instead_of_http_1_ends_the_strangers_connection_only(tmp_path: Path, head: bytes) -> None:
+    lab = new_lab(tmp_path)
+    async with lab.serving():
+        transport = await trio.open_tcp_stream("127.0.0.1", lab.port)
+        stream = trio.SSLStream(transport, unverified(), https_compatible=True)
+        await stream.send_all(head)
+        with trio.fail_after(10), contextlib.suppress(trio.BrokenResourceError):
+            await stream.send_all(b"\0")
+            while await stream.receive_some(4096):
+                pass
+        await trio.aclose_forcefully(stream)
+        assert (await ask(lab, "GET", "/", lab.token("cart", "cart-0")))[0] == 404
 
 
 async def test_a_newer_poll_of_an_instance_ends_its_earlier_one(tmp_path: Path) -> None:
