@@ -42,7 +42,8 @@ def parse_addr(text: str) -> Addr:
     """Read ``10.0.0.1:80`` or ``[fd00::1]:80``; raises InvalidAddr."""
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
-    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535 or (":" in host and not bracketed):
+    a_port = port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535
+    if not colon or not a_port or (":" in host and not bracketed):
         raise InvalidAddr(f"{text!r}: expected IP:PORT, with an IPv6 address in brackets")
     return Addr(canonical_ip(host[1:-1] if bracketed else host), int(port))
 

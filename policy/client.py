@@ -187,14 +187,18 @@ class PolicyClient:
         if isinstance(message, wire.Refused):
             raise ControllerAway(f"refused: {message.reason}")
         self._backoff.reset()
-        if isinstance(message, wire.PortPolicy):
-            port = self._ports.get(message.port)
-            if port is not None:
-                port.set(message.policy)
-        else:
-            destination = self._destinations.get(message.addr)
-            if destination is not None:
-                destination.set(message.destination)
+        try:
+            if isinstance(message, wire.PortPolicy):
+                port = self._ports.get(message.port)
+                if port is not None:
+                    port.set(message.policy)
+            else:
+                destination = self._destinations.get(message.addr)
+                if destination is not None:
+                    destination.set(message.destination)
+        except Exception as error:  # of the right types, and yet whoever follows the cell cannot use it: the traffic of today goes on
+            subject = message.port if isinstance(message, wire.PortPolicy) else message.addr
+            _log.error("what the controller said cannot be used", subject=subject, exc_info=error)
 
 
 def _first(error: BaseException) -> BaseException:

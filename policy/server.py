@@ -32,6 +32,7 @@ _log = logs.logger("policy")
 
 _READ_BYTES = 65536
 _SEND_BYTES = 65536  # small answers leave together up to about this many bytes
+_ADDR_CHARS_MAX = 64  # the longest ``[IPv6]:port`` has 53
 _LINES_PER_TURN = 100  # after so many requests of one peer the others get their turn
 
 
@@ -94,6 +95,7 @@ class _Subscriber:
         self.sent: dict[Subject, wire.InboundPolicy | wire.Destination | None] = {}
         self.due: dict[Subject, None] = {}
         self.refusal: _Refusal | None = None
+        self.overflowed = False  # has asked for more than it may
         self._wake = trio.Event()
 
     def mark(self, subject: Subject) -> None:
@@ -170,6 +172,9 @@ class PolicyServer:
                 await self.serve_peer(tls, tls.peer, peer_ip)
         except OSError as error:
             _log.debug("connection lost", reason=str(error))
+        except Exception as error:  # a bug of ours that one peer has found must not take the policy from all others
+            self.counters.refuse("internal")
+            _log.error("a bug of ours ended a connection", exc_info=error)
         finally:
             await trio.aclose_forcefully(stream)
 
@@ -292,8 +297,10 @@ class PolicyServer:
             subscriber.sent.pop(message.port, None)
             subscriber.due.pop(message.port, None)
             return
+        if len(message.addr) > _ADDR_CHARS_MAX:
+            raise _Refusal("invalid-message", f"{message.addr[:_ADDR_CHARS_MAX]!r}...: expected IP:PORT")
         try:
-            ip = parse_addr(message.addr[:64]).ip
+            ip = parse_addr(message.addr).ip
         except InvalidAddr as error:
             raise _Refusal("invalid-message", str(error)) from None
         if isinstance(message, wire.ForgetDestination):
@@ -305,7 +312,9 @@ class PolicyServer:
         """Asking again means that the answer is wanted again."""
         if subject not in subscriber.sent and len(subscriber.sent) >= self._limits.subscriptions:
             self.counters.subscriptions_ignored += 1
-            _log.warning("subscription ignored", reason="too many", pod="/".join(subscriber.pod), limit=self._limits.subscriptions)
+            if not subscriber.overflowed:  # once: a peer that goes on must not write our log
+                subscriber.overflowed = True
+                _log.warning("subscription ignored", reason="too many", pod="/".join(subscriber.pod), limit=self._limits.subscriptions)
             return False
         subscriber.sent[subject] = None
         subscriber.mark(subject)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import policy_lab as lab
 import pytest
@@ -183,6 +184,18 @@ async def test_a_refusal_and_a_broken_controller_mean_trying_again_later(
         await controllers.accept()
 
 
+async def test_a_message_that_its_reader_cannot_use_ends_nothing() -> None:
+    controllers = Controllers()
+    async with running(controllers) as client:
+        destination, port = client.watch_destination(ADDR), client.watch_port(80)
+        destination.subscribe(lambda value: value and value.routes[0])  # there is none
+        far = await controllers.accept()
+        await far.say(wire.DestinationState(ADDR, wire.Destination("external", None, "detect")))
+        await far.say(wire.PortPolicy(80, policy("a")))
+        assert await port.wait_for(bool) == policy("a")
+        assert len(controllers.dialled) == 1
+
+
 async def test_nothing_is_dialled_before_there_are_credentials() -> None:
     controllers, cell = Controllers(), Cell[Credentials | None](None)
     async with running(controllers, cell):
@@ -244,6 +257,21 @@ async def test_a_sidecar_is_served_as_itself_over_mutual_tls() -> None:
             assert await port.wait_for(bool) == index.inbound_policy("shop", "cart-0", 8080)
             server.changed(index.apply(parsed(lab.server())))
             await port.wait_for(lambda value: value is not None and value.server.kind == "Server")
+
+
+async def test_a_bug_that_one_peer_finds_ends_its_connection_and_not_the_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, authority = PolicyServer(indexed(lab.pod(ip="127.0.0.1"))), Authority()
+    serve_peer = server.serve_peer
+
+    async def broken_once(*peer: Any) -> None:
+        monkeypatch.setattr(server, "serve_peer", serve_peer)
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(server, "serve_peer", broken_once)
+    async with controller_on_loopback(authority, server) as addr, sidecar(addr, authority.credentials(CART)) as client:
+        with trio.fail_after(5):
+            await client.watch_port(8080).wait_for(bool)
+    assert server.counters.refused == {"internal": 1}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from policy.lines import LineBuffer
 from policy.server import Limits, PolicyServer
 
 HELLO = wire.Hello("shop", "cart-0", "1")
+LONG_ADDR = "10.96.0.1:" + "80".zfill(54) + "!"  # an address in its first 64 characters, none as a whole
 
 
 class Peer:
@@ -181,6 +182,8 @@ async def test_a_pod_that_is_on_its_way_to_us_is_waited_for(autojump_clock: trio
         (wire.encode(HELLO) * 2, "second-hello", "a second hello on one connection"),
         (wire.encode(HELLO) + wire.encode(wire.WatchPort(0)), "invalid-message", "port 0 does not exist"),
         (wire.encode(HELLO) + wire.encode(wire.WatchDestination("cart:80")), "invalid-message", "'cart' is not an IP address"),
+        (wire.encode(HELLO) + wire.encode(wire.WatchDestination(LONG_ADDR)), "invalid-message", f"'{LONG_ADDR[:64]}"),
+        (wire.encode(HELLO) + wire.encode(wire.ForgetDestination(LONG_ADDR)), "invalid-message", f"'{LONG_ADDR[:64]}"),
         (wire.encode(HELLO) + b"[" * 3000 + b"\n", "invalid-message", "not a message of this API"),
         (b"x" * 70_000, "line-too-long", "a line of more than 65536 bytes"),
         (wire.encode(HELLO) + b"x" * 70_000, "line-too-long", "a line of more than 65536 bytes"),
