@@ -1,24 +1,27 @@
 """The agent's one loop: its Unix socket, its admin port, and a tick. Moves bytes; what they mean is its caller's (ebpf.agent).
 
 Small on purpose: no event-loop library, because the agent's memory is a headline number. Everything is bounded: connections, bytes and
-time of each. On the Unix socket only root and the agent's own user are answered (SO_PEERCRED); the admin port is read-only.
+time of each. On the Unix socket only root and the agent's own user are answered (SO_PEERCRED); the admin port is read-only, and whatever
+happens there takes nothing from the socket.
 """
 
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import selectors
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from ebpf.wire import MAX_LINE_BYTES, BadMessage, Request, decode_request_untrusted, encode
 
 _HEAD_BYTES_MAX = 8 << 10
-_CONNECTIONS_MAX = 64
+_CONNECTIONS_MAX = 64  # of the socket, and as many of the admin port
 _IDLE_S = 30.0
 _FDS_MAX = 4
 
@@ -69,8 +72,10 @@ class Application(Protocol):
 
 
 class _Connection:
-    def __init__(self, sock: socket.socket, http: bool) -> None:
-        self.sock, self.http = sock, http
+    """holder: the address of a client of the admin port."""
+
+    def __init__(self, sock: socket.socket, http: bool, holder: str) -> None:
+        self.sock, self.http, self.holder = sock, http, holder
         self.received = b""
         self.unsent = b""
         self.fds: list[int] = []
@@ -94,7 +99,7 @@ class Server:
     def __init__(self, application: Application, listeners: list[tuple[socket.socket, bool]]) -> None:
         self._application = application
         self._selector = selectors.DefaultSelector()
-        self._connections: set[_Connection] = set()
+        self._connections: dict[_Connection, None] = {}  # oldest first
         self._stopping = False
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
@@ -138,18 +143,31 @@ class Server:
 
     def _accept(self, listener: Any, http: bool) -> None:
         try:
-            sock, _ = listener.accept()
+            sock, address = listener.accept()
         except OSError:
             return  # gone already, or out of descriptors: the next one tries again
-        if len(self._connections) >= _CONNECTIONS_MAX or (not http and not trusted(sock)):
-            if not http:
-                sock.send(encode({"ok": False, "error": "only root may talk to the agent"}))
+        room = self._make_room(http)
+        if not room or not (http or trusted(sock)):
+            with contextlib.suppress(OSError):  # it may have left without waiting for this
+                sock.send(encode({"ok": False, "error": "only root may talk to the agent" if room else "the agent is busy"}))
             sock.close()
             return
         sock.setblocking(False)
-        connection = _Connection(sock, http)
-        self._connections.add(connection)
+        connection = _Connection(sock, http, address[0] if http else "")
+        self._connections[connection] = None
         self._selector.register(sock, selectors.EVENT_READ, connection)
+
+    def _make_room(self, http: bool) -> bool:
+        """Whether one more connection of this kind may be served. On the admin port the oldest of the client that holds most is cut for it:
+        refusing the newcomer would let anybody who holds the limit keep the kubelet's probes out, and the agent down."""
+        same = [connection for connection in self._connections if connection.http == http]
+        if len(same) < _CONNECTIONS_MAX:
+            return True
+        if http:
+            held = Counter(connection.holder for connection in same)
+            greedy = max(held, key=held.__getitem__)
+            self._close(next(connection for connection in same if connection.holder == greedy))
+        return http
 
     def _serve(self, connection: _Connection) -> None:
         try:
@@ -176,10 +194,10 @@ class Server:
             self._close(connection)
             return
         connection.received += data
-        connection.deadline = time.monotonic() + _IDLE_S
-        if connection.http:
+        if connection.http:  # has its time from accept on, however slowly it speaks
             self._answer_http(connection)
         else:
+            connection.deadline = time.monotonic() + _IDLE_S
             self._answer_lines(connection)
 
     def _answer_lines(self, connection: _Connection) -> None:
@@ -244,7 +262,7 @@ class Server:
 
     def _close(self, connection: _Connection) -> None:
         if connection in self._connections:
-            self._connections.discard(connection)
+            del self._connections[connection]
             self._selector.unregister(connection.sock)
             connection.close()
 

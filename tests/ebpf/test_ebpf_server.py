@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ebpf.server
 from ebpf import client
 from ebpf.server import BadRequest, Delayed, HttpRequest, Server, parse_http_untrusted
 from ebpf.wire import BadMessage, PodFacts, Register, Status, Steer
@@ -116,15 +117,27 @@ def test_the_admin_port_answers_and_closes(served):
     assert get(address, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 3000).startswith((b"HTTP/1.1 431 ", b""))
 
 
-def test_too_many_connections_are_turned_away_and_old_ones_still_served(served):
-    _, _, address = served
-    held = [socket.create_connection(address) for _ in range(80)]
-    first = held[0]
-    first.sendall(b"GET /live HTTP/1.1\r\n\r\n")
-    first.settimeout(5)
-    assert first.recv(20).startswith(b"HTTP/1.1 200")
+def test_who_holds_too_many_admin_connections_loses_the_oldest_and_keeps_nobody_from_the_socket(served):
+    _, path, address = served
+    held = [socket.create_connection(address, timeout=5) for _ in range(64)]
+    assert get(address, b"GET /live HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200")
+    assert held[0].recv(1) == b""
+    held[-1].sendall(b"GET /live HTTP/1.1\r\n\r\n")
+    assert held[-1].recv(20).startswith(b"HTTP/1.1 200")
+    assert client.ask(path, Register(PodFacts("a", "b", "c")))["ok"]
     for sock in held:
         sock.close()
+
+
+def test_who_is_turned_away_and_has_left_already_ends_nothing(served, monkeypatch: pytest.MonkeyPatch):
+    _, path, _ = served
+    left, trusts = threading.Event(), [False, True]
+    monkeypatch.setattr(ebpf.server, "trusted", lambda _: left.wait(5) and trusts.pop(0))
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(path))
+    left.set()
+    assert client.ask(path, Register(PodFacts("a", "b", "c")))["ok"]
+    assert trusts == []
 
 
 def test_nobody_at_the_socket_is_said_so(tmp_path: Path):
