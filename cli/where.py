@@ -19,7 +19,7 @@ from cli.pods import CONTROL_NAMESPACE, ClusterMesh, FoundPod, configured
 from cli.reach import LocalMesh
 from identity.admin_client import IdentityAdmin
 from local import protocol
-from local.state import state_folder
+from local.state import BadName, state_folder
 
 F = TypeVar("F", bound=Callable[..., Any])
 _DEFAULT = "default"
@@ -41,7 +41,10 @@ class Where:
             return True
         if self.kubeconfig or self.context:
             return False
-        runs, cluster = _listens(state_folder(_DEFAULT) / "identity" / "admin.sock"), configured()
+        try:
+            runs, cluster = _listens(state_folder(_DEFAULT) / "identity" / "admin.sock"), configured()
+        except BadName as error:
+            raise CommandFailed(str(error)) from None
         if runs and cluster:
             text = "a local mesh runs on this machine, and there is a kubeconfig: which one is meant?"
             raise CommandFailed(text, "--name default for the local mesh, --context NAME or --kubeconfig FILE for the cluster")

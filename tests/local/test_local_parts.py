@@ -19,7 +19,7 @@ from local import client, protocol
 from local.commands import local
 from local.exposure import closed_folders
 from local.probing import Tally, check
-from local.state import BadName, state_folder
+from local.state import BadName, own_folder, state_folder
 from local.userns import subordinate_start
 
 
@@ -130,6 +130,19 @@ def test_a_subordinate_range_is_found_by_name_or_uid(lines: list[str], start: in
 def test_a_mesh_name_cannot_leave_its_folder(name: str) -> None:
     with pytest.raises(BadName):
         state_folder(name)
+
+
+def test_a_folder_that_others_could_have_made_is_used_only_while_it_is_ours_alone(tmp_path: Path) -> None:
+    ours = tmp_path / "ours"
+    assert own_folder(str(ours)) == own_folder(str(ours)) == str(ours)
+    assert stat.S_IMODE(ours.stat().st_mode) == 0o700
+    (tmp_path / "link").symlink_to(ours)
+    (tmp_path / "open").mkdir(0o700)
+    (tmp_path / "open").chmod(0o770)
+    (tmp_path / "file").touch(0o600)
+    for name in ("link", "open", "file"):
+        with pytest.raises(BadName, match="only you can write"):
+            own_folder(str(tmp_path / name))
 
 
 def test_messages_survive_the_wire() -> None:
