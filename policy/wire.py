@@ -130,18 +130,31 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 
 class FieldEdit(msgspec.Struct, frozen=True):
-    """Gateway API RequestHeaderModifier: ``remove`` (lower case, those that are set included), then ``add`` appended, name and value."""
+    """Gateway API RequestHeaderModifier or ResponseHeaderModifier: ``remove`` (lower case, those that are set included), then ``add``
+    appended, name and value."""
 
     remove: tuple[str, ...] = ()
     add: tuple[tuple[str, str], ...] = ()
 
 
+class Rewrite(msgspec.Struct, frozen=True):
+    """Gateway API URLRewrite. hostname: "" leaves the Host as it is. path: None leaves it; prefix: what of it ``path`` replaces, None =
+    all of it."""
+
+    hostname: str = ""
+    path: str | None = None
+    prefix: str | None = None
+
+
 class Share(msgspec.Struct, frozen=True):
-    """One backendRef of a rule. backend: position in `Destination.backends`. weight: 0 takes nothing."""
+    """One backendRef of a rule. backend: position in `Destination.backends`. weight: 0 takes nothing. edit, response, rewrite: as in
+    `Action`, for this backend."""
 
     backend: int
     weight: int = 1
     edit: FieldEdit | None = None
+    response: FieldEdit | None = None
+    rewrite: Rewrite | None = None
 
 
 class Redirect(msgspec.Struct, frozen=True):
@@ -164,12 +177,18 @@ class Timeouts(msgspec.Struct, frozen=True):
 
 
 class Action(msgspec.Struct, frozen=True):
-    """What becomes of the requests of a rule: a redirect, or a share each for its backends. Neither is an error of the route: 500."""
+    """What becomes of the requests of a rule: a redirect, or a share each for its backends. Neither is an error of the route: 500.
+
+    edit: of request heads, before that of the share. response: of heads of answers, after that of the share. rewrite: where the share
+    has none of its own.
+    """
 
     shares: tuple[Share, ...] = ()
     edit: FieldEdit | None = None
     redirect: Redirect | None = None
     timeouts: Timeouts | None = None
+    response: FieldEdit | None = None
+    rewrite: Rewrite | None = None
 
 
 class ServiceRoute(msgspec.Struct, frozen=True):

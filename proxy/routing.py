@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -17,9 +18,9 @@ from policy import wire
 from policy.match import MixedKinds, RouteTable, host_untrusted
 from policy.paths import lenient_target_untrusted, query_values
 from policy.patterns import InvalidPattern
-from policy.wire import Action, Destination, FieldEdit, Route, Timeouts
+from policy.wire import Action, Destination, FieldEdit, Route, Share, Timeouts
 from proxy.balance import Balancer
-from proxy.protocol.requests import HeadEdit, RequestHead
+from proxy.protocol.requests import AnswerEdit, HeadEdit, RequestHead
 from proxy.rescue import Cause, Redirect
 
 UNTOUCHED = HeadEdit()
@@ -46,7 +47,7 @@ class _Rule:
         self.ways: list[Way | None] = []
         for share in action.shares:
             balancer = backends[share.backend]
-            edit = _head_edit(action.edit, share.edit)
+            edit = _head_edit(action, share)
             self.ways.append(Way(balancer, edit, action.timeouts) if balancer is not None else None)
         self.sums = list(accumulate(share.weight for share in action.shares))
 
@@ -116,23 +117,45 @@ def location(redirect: wire.Redirect, head: RequestHead, port: int) -> Redirect 
     scheme = redirect.scheme or "http"
     given = redirect.port or (_WELL_KNOWN[scheme] if redirect.scheme else port)
     authority = host if given == _WELL_KNOWN[scheme] else f"{host}:{given}"
-    path, mark, query = head.target.decode("latin-1").partition("?")
-    if redirect.prefix is not None and redirect.path is not None:
-        rest = lenient_target_untrusted(head.target).path[len(redirect.prefix.rstrip("/")) :]
-        path = redirect.path.rstrip("/") + rest if rest else redirect.path
-    elif redirect.path is not None:
-        path = redirect.path
-    return Redirect(redirect.status, f"{scheme}://{authority}/{path.removeprefix('/')}{mark}{query}".encode("latin-1"))
+    target = head.target if redirect.path is None else retargeted(redirect.path, redirect.prefix, head.target)
+    return Redirect(redirect.status, f"{scheme}://{authority}/".encode("latin-1") + target.removeprefix(b"/"))
 
 
-def _head_edit(rule: FieldEdit | None, share: FieldEdit | None) -> HeadEdit:
-    """The rule's changes, then the backend's on what these made."""
+def retargeted(path: str, prefix: str | None, target: bytes) -> bytes:
+    """``target`` with ``path`` in the place of its path, or of that prefix of it (HTTPPathModifier); the query stays.
+
+    The prefix is counted in segments: escapes may make it longer in one than in the other.
+    """
+    _, mark, query = target.partition(b"?")
+    rest = ""
+    if prefix is not None:
+        segments = lenient_target_untrusted(target).path.split("/")[1:]
+        rest = "".join(f"/{segment}" for segment in segments[len(prefix.rstrip("/").split("/")) - 1 :])
+    made = path.rstrip("/") + rest if rest else path
+    return b"/" + made.removeprefix("/").encode("latin-1") + mark + query
+
+
+def _head_edit(action: Action, share: Share) -> HeadEdit:
+    """The rule's changes, then the backend's on what these made; in the answer the other way round."""
+    strip, add = _fields(action.edit, share.edit)
+    answer = AnswerEdit(*_fields(share.response, action.response))
+    host, retarget = b"", None
+    for rewrite in (action.rewrite, share.rewrite):
+        if rewrite is not None:
+            host = rewrite.hostname.encode() or host
+            retarget = retarget if rewrite.path is None else partial(retargeted, rewrite.path, rewrite.prefix)
+    edit = HeadEdit(strip, add, host, retarget, answer if answer != AnswerEdit() else None)
+    return edit if edit != UNTOUCHED else UNTOUCHED
+
+
+def _fields(first: FieldEdit | None, second: FieldEdit | None) -> tuple[tuple[bytes, ...], tuple[tuple[bytes, bytes], ...]]:
+    """Which fields to remove and which to add, for one edit after another."""
     strip: dict[bytes, None] = {}
     add: list[tuple[bytes, bytes]] = []
-    for edit in (rule, share):
+    for edit in (first, second):
         if edit is not None:
             removed = {name.encode() for name in edit.remove}
             strip |= dict.fromkeys(sorted(removed))
             add = [(name, value) for name, value in add if name not in removed]
             add += [(name.encode(), value.encode()) for name, value in edit.add]
-    return HeadEdit(tuple(strip), tuple(add)) if strip or add else UNTOUCHED
+    return tuple(strip), tuple(add)

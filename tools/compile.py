@@ -32,6 +32,7 @@ MODULES = (
     "proxy/protocol/http1/body.py",
     "proxy/protocol/http1/client.py",
     "proxy/protocol/http1/connection.py",
+    "proxy/protocol/http1/edits.py",
     "proxy/protocol/http1/heads.py",
     "proxy/protocol/http1/responses.py",
     "proxy/protocol/http1/upstream.py",

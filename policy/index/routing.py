@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from core.k8s.objects import Service, ServicePort
 from core.refs import Ref
 from policy import wire
-from policy.forwarding import Forwarding, Reference, ServiceParent
+from policy.forwarding import Forwarding, Reference, RuleForwarding, ServiceParent
 from policy.gateway import InboundRoute
 from policy.index.store import Store
 
@@ -64,12 +64,15 @@ def routing(
     made = []
     for route in routes:
         assert route.forwarding is not None, "rivals have one"
-        actions = tuple(
-            wire.Action(tuple(_shares(store, rule.references, ready, backends)), rule.edit, rule.redirect, rule.timeouts)
-            for rule in route.forwarding.rules
-        )
+        actions = tuple(_action(store, rule, ready, backends) for rule in route.forwarding.rules)
         made.append(wire.ServiceRoute(route.ref, route.kind, route.hostnames, route.rules, actions))
     return tuple(made), tuple(backends)
+
+
+def _action(store: Store, rule: RuleForwarding, ready: Ready, backends: dict[wire.Backend, int]) -> wire.Action:
+    shares = tuple(_shares(store, rule.references, ready, backends))
+    filters = rule.filters
+    return wire.Action(shares, filters.request, filters.redirect, rule.timeouts, filters.response, filters.rewrite)
 
 
 def _shares(store: Store, references: Iterable[Reference], ready: Ready, backends: dict[wire.Backend, int]) -> Iterator[wire.Share]:
@@ -77,7 +80,8 @@ def _shares(store: Store, references: Iterable[Reference], ready: Ready, backend
         if reference.weight == 0:
             continue  # takes nothing, so it need not even exist
         position = backends.setdefault(_backend(store, reference, ready), len(backends))
-        yield wire.Share(position, reference.weight, reference.edit)
+        filters = reference.filters
+        yield wire.Share(position, reference.weight, filters.request, filters.response, filters.rewrite)
 
 
 def _backend(store: Store, reference: Reference, ready: Ready) -> wire.Backend:

@@ -6,6 +6,7 @@ otherwise it returns `LATER` and calls the engine's ``proceed(token, verdict)`` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Protocol
 
 from proxy.rescue import Cause, Redirect
@@ -29,14 +30,29 @@ class RequestHead(Protocol):
         ...
 
 
-class HeadEdit(NamedTuple):
-    """What is changed in a request head on its way: constant for a connection, so that it costs no decision per request.
+class AnswerEdit(NamedTuple):
+    """What is changed in the head of an answer, not in its trailers; interim answers (1xx) are left alone.
 
     strip: lower-case names whose fields are removed wherever they occur. add: fields appended, lower-case name and value.
     """
 
     strip: tuple[bytes, ...] = ()
     add: tuple[tuple[bytes, bytes], ...] = ()
+
+
+class HeadEdit(NamedTuple):
+    """What is changed in a request head on its way: constant for a connection, so that it costs no decision per request.
+
+    strip: lower-case names whose fields are removed wherever they occur. add: fields appended, lower-case name and value. host: what
+    Host or :authority becomes, empty when it stays. retarget: makes the target to send of the received one (origin-form), None when it
+    stays; both are for requests with a path. answer: what becomes of the answer's head, None when it stays as it is.
+    """
+
+    strip: tuple[bytes, ...] = ()
+    add: tuple[tuple[bytes, bytes], ...] = ()
+    host: bytes = b""
+    retarget: Callable[[bytes], bytes] | None = None
+    answer: AnswerEdit | None = None
 
 
 class Forward:

@@ -81,6 +81,17 @@ def test_rules_say_where_requests_go(clean: Space) -> None:
     until("the route says so", lambda: said(clean) == {"Accepted": ("True", "Accepted"), "ResolvedRefs": ("True", "ResolvedRefs")})
 
 
+def test_requests_and_answers_are_rewritten_and_have_their_time(clean: Space) -> None:
+    path = {"type": "ReplacePrefixMatch", "replacePrefixMatch": "/new"}
+    rewrite = {"type": "URLRewrite", "urlRewrite": {"hostname": "inner.example", "path": path}}
+    answer = {"type": "ResponseHeaderModifier", "responseHeaderModifier": {"set": [{"name": "x-route", "value": "two"}]}}
+    clean.apply(route(at("/old", to("cart-v2"), filters=[rewrite, answer], timeouts={"request": "10s", "backendRequest": "5s"})))
+    becomes(clean, "/old/x", (200, "v2"))
+    seen = clean.call("client", "http://cart/old/x?y")
+    assert (seen["body"]["path"], seen["body"]["headers"]["host"]) == ("/new/x?y", "inner.example")
+    assert seen["headers"]["x-route"] == "two"
+
+
 def test_weights_are_shares(clean: Space) -> None:
     clean.apply(route(at("/", to("cart-v1", weight=3), to("cart-v2", weight=1))))
     until("both are asked", lambda: {ask(clean, "/")[1] for _ in range(12)} == {"v1", "v2"}, 20)
@@ -95,8 +106,8 @@ def test_a_backend_that_is_not_there_is_an_error_and_said(clean: Space) -> None:
 
 
 def test_what_cannot_be_done_is_not_applied_and_said(clean: Space) -> None:
-    rewrite = {"type": "URLRewrite", "urlRewrite": {"hostname": "example.org"}}
-    clean.apply(route(at("/", to("cart-v2"), filters=[rewrite])), route(at("/", to("cart-v2")), name="lost", parent="nowhere"))
+    mirror = {"type": "RequestMirror", "requestMirror": {"backendRef": to("cart-v1")}}
+    clean.apply(route(at("/", to("cart-v2"), filters=[mirror])), route(at("/", to("cart-v2")), name="lost", parent="nowhere"))
     until("the route says so", lambda: said(clean) == {"Accepted": ("False", "UnsupportedValue")})
     until("the lost one says so", lambda: said(clean, "lost") == {"Accepted": ("False", "NoMatchingParent")})
     assert ask(clean, "/") == (200, "v1")

@@ -10,6 +10,7 @@ from policy_lab import CART_VIP, indexed, parsed
 
 from core.k8s.fields import InvalidObject
 from policy import wire
+from policy.filters import Filters, Unsupported
 from policy.gateway import read_http_route
 from policy.index import Index, IpKey
 from policy.index.report import problems
@@ -100,7 +101,7 @@ def test_a_grpc_route_displaces_http_routes_and_the_oldest_comes_first() -> None
 
 
 def test_a_route_that_cannot_be_done_is_not_attached() -> None:
-    assert names(shop(route("web", to("v1"), filters=[{"type": "URLRewrite"}])).destination(ADDR)) == []
+    assert names(shop(route("web", to("v1"), filters=[{"type": "RequestMirror"}])).destination(ADDR)) == []
 
 
 def test_everybody_who_may_be_affected_hears_of_it() -> None:
@@ -126,14 +127,14 @@ def test_what_does_not_act_as_meant_is_reported() -> None:
     ]
     assert reported(route(parent={**SERVICE, "name": "nobody"})) == [("no-such-parent", "there is no Service nobody in namespace shop")]
     assert reported(route(parent=SERVICE | {"port": 81})) == [("no-such-parent", "service shop/cart has no port that the route names")]
-    ((reason, message),) = reported(route("web", filters=[{"type": "URLRewrite"}]))
+    ((reason, message),) = reported(route("web", filters=[{"type": "RequestMirror"}]))
     assert reason == "unsupported" and message.endswith("the route is not applied to its Services")
 
 
 def modified(*filters: dict[str, Any]) -> wire.FieldEdit | None:
     read = read_http_route(route("web", to("v1"), filters=list(filters)))
     assert read.forwarding is not None and not read.forwarding.unsupported, read.forwarding
-    return read.forwarding.rules[0].edit
+    return read.forwarding.rules[0].filters.request
 
 
 def test_header_changes_are_read_in_lower_case_and_set_replaces() -> None:
@@ -172,7 +173,7 @@ def redirected(matches: list[dict[str, Any]] | None = None, **redirect: Any) -> 
         raw["spec"]["rules"][0]["matches"] = matches
     read = read_http_route(raw)
     assert read.forwarding is not None and not read.forwarding.unsupported, read.forwarding
-    return read.forwarding.rules[0].redirect
+    return read.forwarding.rules[0].filters.redirect
 
 
 def test_redirects_are_read() -> None:
@@ -216,6 +217,118 @@ def test_a_redirect_that_cannot_be_done_is_said(redirect: dict[str, Any]) -> Non
 def test_a_wrong_backend_is_refused(backend: dict[str, Any]) -> None:
     with pytest.raises(InvalidObject, match=r"spec\.rules\[0\]\.backendRefs\[0\]"):
         read_http_route(route("web", to("v1") | backend))
+
+
+def read_filters(*filters: dict[str, Any], of_backend: bool = False, **rule: Any) -> Filters:
+    backend = to("v1", filters=list(filters)) if of_backend else to("v1")
+    read = read_http_route(route("web", backend, filters=[] if of_backend else list(filters), **rule))
+    assert read.forwarding is not None
+    if read.forwarding.unsupported:
+        raise Unsupported(read.forwarding.unsupported)
+    rule_ = read.forwarding.rules[0]
+    return rule_.references[0].filters if of_backend else rule_.filters
+
+
+def response(**change: Any) -> dict[str, Any]:
+    return {"type": "ResponseHeaderModifier", "responseHeaderModifier": change}
+
+
+def rewrite(**change: Any) -> dict[str, Any]:
+    return {"type": "URLRewrite", "urlRewrite": change}
+
+
+@pytest.mark.parametrize("of_backend", [False, True])
+def test_changes_of_answers_are_read_on_rules_and_on_backends(of_backend: bool):
+    found = read_filters(response(set=[{"name": "X-Set", "value": "a"}], remove=["Server"]), of_backend=of_backend)
+    assert found == Filters(response=wire.FieldEdit(("server", "x-set"), (("x-set", "a"),)))
+
+
+@pytest.mark.parametrize("name", ["Content-Length", "Transfer-Encoding", "Connection", "Upgrade", "Grpc-Status", "Pillion-Proxy-Error"])
+def test_what_says_how_an_answer_is_carried_is_not_changed(name: str):
+    with pytest.raises(Unsupported, match="cannot be changed"):
+        read_filters(response(remove=[name]))
+
+
+@pytest.mark.parametrize("of_backend", [False, True])
+def test_rewrites_are_read_on_rules_and_on_backends(of_backend: bool):
+    prefix, full = {"type": "ReplacePrefixMatch", "replacePrefixMatch": "/new"}, {"type": "ReplaceFullPath", "replaceFullPath": "/full"}
+    for change, expected in (
+        ({"hostname": "inner.example"}, wire.Rewrite("inner.example")),
+        ({"path": full}, wire.Rewrite("", "/full")),
+        ({"path": prefix}, wire.Rewrite("", "/new", "/old")),
+        ({"hostname": "a", "path": prefix}, wire.Rewrite("a", "/new", "/old")),
+        ({}, wire.Rewrite()),
+    ):
+        assert read_filters(rewrite(**change), of_backend=of_backend, path="/old").rewrite == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hostname": "*.example.org"},
+        {"hostname": "Inner"},
+        {"hostname": "a:80"},
+        {"hostname": "a\r\nx: y"},
+        {"path": {"type": "ReplaceFullPath"}},
+        {"path": {"type": "ReplaceFullPath", "replaceFullPath": "/a b"}},
+        {"path": {"type": "ReplaceFullPath", "replaceFullPath": "/a?b"}},
+        {"path": {"type": "ReplaceFullPath", "replaceFullPath": "/a", "replacePrefixMatch": "/b"}},
+        {"path": {"type": "ReplacePrefixMatch", "replacePrefixMatch": "/" + "a" * 1024}},
+        {"unheardOf": 1},
+    ],
+)
+@pytest.mark.parametrize("of_backend", [False, True])
+def test_a_wrong_rewrite_is_refused(change: dict[str, Any], of_backend: bool):
+    with pytest.raises(InvalidObject, match=r"spec\.rules\[0\].*filters\[0\]\.urlRewrite"):
+        read_filters(rewrite(**change), of_backend=of_backend)
+
+
+def test_a_rewrite_of_a_prefix_needs_one_prefix():
+    change = rewrite(path={"type": "ReplacePrefixMatch", "replacePrefixMatch": "/new"})
+    with pytest.raises(InvalidObject, match="exactly one match"):
+        read_filters(change, matches=[{"path": {"type": "Exact", "value": "/a"}}])
+    with pytest.raises(InvalidObject, match="exactly one match"):
+        read_filters(change, of_backend=True, matches=[{"path": {"type": "RegularExpression", "value": "/a"}}])
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        [rewrite(hostname="a"), rewrite(hostname="b")],
+        [rewrite(hostname="a"), {"type": "RequestRedirect", "requestRedirect": {}}],
+        [response(remove=["a"]), response(remove=["b"])],
+        [{"type": "URLRewrite"}],
+        [{"type": "URLRewrite", "requestRedirect": {}, "urlRewrite": {}}],
+        [{"type": "RequestRedirect", "requestRedirect": {}}],  # beside a backend
+        [response(remove=["a"])] * 17,
+    ],
+)
+def test_filters_that_contradict_each_other_or_their_type_are_refused(filters: list[dict[str, Any]]):
+    with pytest.raises(InvalidObject, match=r"spec\.rules\[0\]\."):
+        read_filters(*filters)
+
+
+@pytest.mark.parametrize("kind", ["RequestMirror", "CORS", "ExtensionRef", "ExternalAuth", "Unheard"])
+@pytest.mark.parametrize("of_backend", [False, True])
+def test_a_filter_that_cannot_be_done_is_said(kind: str, of_backend: bool):
+    with pytest.raises(Unsupported, match=rf'filter "{kind}" is not supported on a {"backend" if of_backend else "route"} of a Service'):
+        read_filters({"type": kind}, of_backend=of_backend)
+
+
+def test_a_redirect_of_a_backend_and_one_with_changed_answers_are_not_supported():
+    with pytest.raises(Unsupported, match="RequestRedirect"):
+        read_filters({"type": "RequestRedirect", "requestRedirect": {}}, of_backend=True)
+    read = read_http_route(route("web", filters=[{"type": "RequestRedirect", "requestRedirect": {}}, response(remove=["a"])]))
+    assert read.forwarding is not None and "ResponseHeaderModifier beside a RequestRedirect" in read.forwarding.unsupported
+
+
+def test_filters_reach_the_sidecar():
+    backend = to("v1", filters=[response(remove=["b"]), rewrite(hostname="b")])
+    made = route("web", backend, filters=[response(remove=["a"]), rewrite(hostname="a")])
+    (found,) = shop(made).destination(ADDR).routes
+    (action,) = found.actions
+    assert (action.response, action.rewrite) == (wire.FieldEdit(("a",)), wire.Rewrite("a"))
+    assert (action.shares[0].response, action.shares[0].rewrite) == (wire.FieldEdit(("b",)), wire.Rewrite("b"))
 
 
 def timed(timeouts: dict[str, Any]) -> wire.Timeouts | None:

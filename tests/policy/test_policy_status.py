@@ -91,7 +91,7 @@ def test_a_route_of_a_service_is_accepted_and_says_which_backends_are_there() ->
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        ({"filters": [{"type": "URLRewrite", "urlRewrite": {}}]}, 'filter "URLRewrite" is not supported'),
+        ({"filters": [{"type": "RequestMirror", "requestMirror": {}}]}, 'filter "RequestMirror" is not supported'),
         ({"retry": {"attempts": 1}}, "retry is not supported"),
         ({"backendRefs": [to(filters=[{"type": "RequestMirror"}])]}, "spec.rules[0].backendRefs[0].filters[0]"),
     ],

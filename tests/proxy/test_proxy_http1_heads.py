@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from proxy.protocol.http1.edits import answer_editor, editor
 from proxy.protocol.http1.heads import (
     CHUNKED,
     UNTIL_CLOSE,
@@ -17,11 +18,10 @@ from proxy.protocol.http1.heads import (
     Http1Limits,
     RequestHead,
     ResponseHead,
-    editor,
     request_untrusted,
     response_untrusted,
 )
-from proxy.protocol.requests import HeadEdit
+from proxy.protocol.requests import AnswerEdit, HeadEdit
 from proxy.rescue import Cause
 
 LIMITS = Http1Limits()
@@ -374,3 +374,37 @@ def test_what_is_accepted_others_read_the_same_way(data: bytes) -> None:
     ]
     after = peer.next_event()
     assert isinstance(after, h11.EndOfMessage) == head.bodiless
+
+
+def sent(edit: HeadEdit, *lines: bytes) -> bytes:
+    return editor(edit)(request(*lines))
+
+
+def test_a_rewritten_head_differs_in_its_target_and_host_only():
+    edit = HeadEdit(host=b"inner", retarget=lambda target: b"/new" + target)
+    lines = (b"GET /a?b HTTP/1.1", b"X-One: 1", b"hOsT: outer:80", b"x-two:2")
+    assert sent(edit, *lines) == b"GET /new/a?b HTTP/1.1\r\nhost: inner\r\nX-One: 1\r\nx-two:2\r\n\r\n"
+    assert sent(edit._replace(host=b""), *lines) == b"GET /new/a?b HTTP/1.1\r\nX-One: 1\r\nhOsT: outer:80\r\nx-two:2\r\n\r\n"
+    assert sent(edit._replace(retarget=None), *lines) == b"GET /a?b HTTP/1.1\r\nhost: inner\r\nX-One: 1\r\nx-two:2\r\n\r\n"
+
+
+def test_a_rewrite_goes_with_other_changes():
+    edit = HeadEdit((b"x-gone",), ((b"x-new", b"1"),), b"inner", lambda _: b"/new")
+    assert sent(edit, b"GET / HTTP/1.1", b"Host: a", b"X-Gone: 1") == b"GET /new HTTP/1.1\r\nhost: inner\r\nx-new: 1\r\n\r\n"
+
+
+def test_an_absolute_target_is_rewritten_into_a_path_and_none_is_left_alone():
+    edit = HeadEdit(host=b"inner", retarget=lambda target: b"/new" + target)
+    assert sent(edit, b"GET http://a/b?c HTTP/1.1", b"Host: a").startswith(b"GET /new/b?c HTTP/1.1\r\nhost: inner\r\n")
+    assert sent(HeadEdit(host=b"inner"), b"GET http://a/b HTTP/1.1", b"Host: a").startswith(b"GET /b HTTP/1.1\r\nhost: inner\r\n")
+    assert sent(edit, b"OPTIONS * HTTP/1.1", b"Host: a").startswith(b"OPTIONS * HTTP/1.1\r\nhost: inner\r\n")
+    assert sent(edit, b"CONNECT a:1 HTTP/1.1", b"Host: a:1") == b"CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\n\r\n"
+    assert sent(edit, b"GET /b HTTP/1.0") == b"GET /new/b HTTP/1.0\r\nhost: inner\r\n\r\n"
+
+
+def test_an_edited_answer_differs_in_these_fields_only():
+    wire = b"HTTP/1.1 200 OK\r\nServer: x\r\nX-Set: 1\r\nx-set: 2\r\nX-Settled: 3\r\n\r\n"
+    edit = AnswerEdit((b"server", b"x-set"), ((b"x-set", b"new"), (b"x-set", b"too")))
+    assert answer_editor(edit)(wire) == b"HTTP/1.1 200 OK\r\nX-Settled: 3\r\nx-set: new\r\nx-set: too\r\n\r\n"
+    assert answer_editor(AnswerEdit((), ((b"a", b"b"),)))(wire) == wire[:-2] + b"a: b\r\n\r\n"
+    assert answer_editor(AnswerEdit((b"absent",)))(wire) == wire

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.protocol.http2 import Http2Upstream, hpack_codec
-from proxy.protocol.http2.blocks import BlockReader
+from proxy.protocol.http2 import Http2Upstream, blocks, hpack_codec
+from proxy.protocol.http2.blocks import BlockReader, RequestHead, edited_answer
 from proxy.protocol.http2.frames import COMPRESSION_ERROR, PREFACE, ConnectionFault
 from proxy.protocol.http2.hpack_codec import CompiledDecoder, HeaderListTooLarge, HpackFault, PythonDecoder, encode, is_whole_untrusted
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Malformed
-from proxy.protocol.requests import HeadEdit
+from proxy.protocol.requests import AnswerEdit, HeadEdit
 from tests.proxy.http2_fakes import GRPC, HEADERS, SETTINGS, Chain, FakeSink, frame
 
 NAMES = st.one_of(st.sampled_from([b":path", b"cookie", b"x-a", b"authorization"]), st.binary(min_size=1, max_size=20))
@@ -251,8 +251,54 @@ def test_a_remembered_head_is_encoded_for_each_edit() -> None:
             assert [v for n, v, _ in got if n == b"secret-id"] == wanted
 
 
+def test_a_rewritten_head_differs_in_path_and_host_only() -> None:
+    reader = BlockReader(Http2Limits())
+    give_up_table(reader)
+    fields = [*((n, v, False) for n, v in GET), (b"host", dict(GET)[b":authority"], False), (b"x-token", b"t", True)]
+    edit = HeadEdit((), ((b"x-new", b"1"),), b"inner", lambda target: b"/new" + target)
+    for _ in range(3):
+        sent = PythonDecoder(0, 1 << 20).decode_untrusted(reader.request_untrusted(encode(fields), True).encoded(edit))
+        changed = {b":path": b"/new" + dict(GET)[b":path"], b":authority": b"inner", b"host": b"inner"}
+        assert sent == [*((n, changed.get(n, v), secret) for n, v, secret in fields), (b"x-new", b"1", False)]
+        assert PythonDecoder(0, 1 << 20).decode_untrusted(reader.request_untrusted(encode(fields), True).encoded(HeadEdit())) == fields
+
+
+def test_a_tunnel_keeps_its_target_and_an_asterisk_is_no_path() -> None:
+    edit = HeadEdit(host=b"inner", retarget=lambda target: b"/new" + target)
+
+    def sent(*fields: tuple[bytes, bytes]) -> dict[bytes, bytes]:
+        names, values = zip(*fields, strict=True)
+        block = RequestHead((names, values, (False,) * len(names), b""), False).encoded(edit)
+        return {n: v for n, v, _ in PythonDecoder(0, 1 << 20).decode_untrusted(block)}
+
+    common = ((b":scheme", b"http"), (b":authority", b"a:1"))
+    assert sent((b":method", b"CONNECT"), (b":authority", b"a:1"))[b":authority"] == b"a:1"
+    extended = sent((b":method", b"CONNECT"), (b":protocol", b"websocket"), *common, (b":path", b"/ws"))
+    assert (extended[b":path"], extended[b":authority"]) == (b"/new/ws", b"inner")
+    asterisk = sent((b":method", b"OPTIONS"), *common, (b":path", b"*"))
+    assert (asterisk[b":path"], asterisk[b":authority"]) == (b"*", b"inner")
+
+
+def test_an_edited_answer_differs_in_these_fields_only() -> None:
+    fields = [(b":status", b"200", False), (b"server", b"x", False), (b"x-set", b"1", False), (b"set-cookie", b"c", True)]
+    edit = AnswerEdit((b"server", b"x-set"), ((b"x-set", b"new"), (b"x-set", b"too")))
+    for _ in range(2):
+        got = PythonDecoder(0, 1 << 20).decode_untrusted(edited_answer(encode(fields), edit))
+        assert got == [fields[0], fields[3], (b"x-set", b"new", False), (b"x-set", b"too", False)]
+    assert edited_answer(encode(fields), AnswerEdit((), ((b"a", b"b"),))) == encode([*fields, (b"a", b"b", False)])
+
+
+def test_what_is_remembered_of_edited_answers_is_bounded() -> None:
+    edit = AnswerEdit((b"server",))
+    for number in range(1500):
+        edited_answer(encode([(b":status", b"200", False), (b"x-%d" % number, b"1", False)]), edit)
+    edited_answer(encode([(b":status", b"200", False), (b"x-long", b"a" * 4000, False)]), edit)
+    assert len(blocks._edited) <= 512
+    assert all(len(block) <= 768 for block, _ in blocks._edited)
+
+
 def test_what_is_remembered_is_bounded() -> None:
-    from proxy.protocol.http2 import blocks, messages
+    from proxy.protocol.http2 import messages
 
     reader = BlockReader(Http2Limits())
     give_up_table(reader)

@@ -25,7 +25,7 @@ from policy.wire import (
 )
 from proxy.protocol.requests import HeadEdit
 from proxy.rescue import Cause, Redirect
-from proxy.routing import UNTOUCHED, Routing, Way, location
+from proxy.routing import UNTOUCHED, Routing, Way, location, retargeted
 
 WEB = Ref("", "Service", "shop", "web")
 
@@ -141,6 +141,65 @@ def test_the_changes_of_the_rule_come_before_those_of_the_backend() -> None:
     assert set(way.edit.strip) == {b"x-set", b"x-gone"}
     assert way.edit.add == ((b"x-add", b"1"), (b"x-set", b"backend"), (b"x-add", b"2"))
     assert way.edit != HeadEdit()
+
+
+def test_the_answers_changes_of_the_backend_come_before_those_of_the_rule() -> None:
+    rule = FieldEdit(("x-set",), (("x-set", "rule"), ("x-add", "1")))
+    share = FieldEdit(("x-gone", "x-set"), (("x-set", "backend"), ("x-add", "2")))
+    action = Action((Share(0, response=share), Share(1)), response=rule)
+    found = routing(destination([(prefix("/"), action)], backend("v1", "10.0.0.1:80"), backend("v2", "10.0.0.2:80")))
+    way = found.choose(Head())
+    assert isinstance(way, Way) and way.edit.answer is not None
+    assert set(way.edit.answer.strip) == {b"x-set", b"x-gone"}
+    assert way.edit.answer.add == ((b"x-add", b"2"), (b"x-set", b"rule"), (b"x-add", b"1"))
+    assert (way.edit.strip, way.edit.add) == ((), ())
+
+
+def test_a_rewrite_of_the_backend_stands_before_that_of_the_rule_part_by_part() -> None:
+    rule = wire.Rewrite("rule.example", "/rule", "/a")
+
+    def rewritten(share: wire.Rewrite | None) -> tuple[bytes, bytes]:
+        action = Action((Share(0, rewrite=share),), rewrite=rule)
+        way = routing(destination([(prefix("/a"), action)], backend("v1", "10.0.0.1:80"))).choose(Head("/a/b"))
+        assert isinstance(way, Way) and way.edit.retarget is not None
+        return way.edit.host, way.edit.retarget(b"/a/b?c")
+
+    assert rewritten(None) == (b"rule.example", b"/rule/b?c")
+    assert rewritten(wire.Rewrite("backend.example")) == (b"backend.example", b"/rule/b?c")
+    assert rewritten(wire.Rewrite("", "/backend")) == (b"rule.example", b"/backend?c")
+
+
+def test_a_rewrite_that_changes_nothing_costs_nothing() -> None:
+    action = Action((Share(0, response=FieldEdit()),), FieldEdit(), rewrite=wire.Rewrite())
+    way = routing(destination([(prefix("/"), action)], backend("v1", "10.0.0.1:80"))).choose(Head())
+    assert isinstance(way, Way) and way.edit is UNTOUCHED and way.timeouts is None
+
+
+@pytest.mark.parametrize(
+    ("path", "of", "target", "expected"),
+    [
+        ("/full", None, "/a/b?c=d", "/full?c=d"),
+        ("", None, "/a", "/"),
+        ("/xyz", "/foo", "/foo/bar", "/xyz/bar"),
+        ("/xyz/", "/foo", "/foo/bar", "/xyz/bar"),
+        ("/xyz", "/foo/", "/foo/bar", "/xyz/bar"),
+        ("/xyz/", "/foo/", "/foo/bar", "/xyz/bar"),
+        ("/xyz", "/foo", "/foo", "/xyz"),
+        ("/xyz", "/foo", "/foo/", "/xyz/"),
+        ("", "/foo", "/foo", "/"),
+        ("/", "/foo", "/foo", "/"),
+        ("", "/foo", "/foo/bar", "/bar"),
+        ("/", "/foo", "/foo/bar", "/bar"),
+        ("/xyz", "/", "/foo?q", "/xyz/foo?q"),
+        ("/xyz", "/~a", "/%7ea/b", "/xyz/b"),
+        ("/xyz", "/caf%c3%a9", "/caf%C3%A9/b", "/xyz/b"),
+        ("/xyz", "/foo", "/foo/a%2fb", "/xyz/a%2Fb"),
+        ("/xyz", "/foo", "/foo/./a/../b", "/xyz/b"),
+        ("/xyz", "/foo", "/foo/bar?/foo/bar", "/xyz/bar?/foo/bar"),
+    ],
+)
+def test_what_becomes_of_a_path(path: str, of: str | None, target: str, expected: str) -> None:
+    assert retargeted(path, of, target.encode()) == expected.encode()
 
 
 def test_a_replacement_keeps_what_is_known_about_endpoints() -> None:

@@ -29,7 +29,8 @@ from proxy.protocol.http1.connection import (
     WAIT,
     ClientConnection,
 )
-from proxy.protocol.http1.heads import HeadError, RequestHead, editor, incomplete_untrusted, request_untrusted
+from proxy.protocol.http1.edits import editor
+from proxy.protocol.http1.heads import HeadError, RequestHead, incomplete_untrusted, request_untrusted
 from proxy.protocol.http1.upstream import REMEMBERED_BYTES, Http1Upstream
 from proxy.protocol.requests import Forward, HeadEdit, Verdict
 from proxy.rescue import Cause
@@ -254,6 +255,8 @@ class Http1Client(ClientConnection):
         edit = verdict.edit
         self._exchange = verdict.exchange
         head = self.head
+        if edit.answer is not None:
+            self.plain = False
         if head is self._edited and edit is self._edit:
             out = self._out
         else:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Final
 
 from proxy.protocol.http1.body import BodyError, BodyReader, Length
-from proxy.protocol.http1.heads import UNTIL_CLOSE, Http1Limits, RequestHead, ResponseHead, editor
+from proxy.protocol.http1.edits import answer_editor, editor
+from proxy.protocol.http1.heads import UNTIL_CLOSE, Http1Limits, RequestHead, ResponseHead
 from proxy.protocol.http1.responses import switching, translated
 from proxy.protocol.http1.upstream import Http1Upstream
 from proxy.protocol.requests import Gate, HeadEdit
@@ -120,7 +121,7 @@ class ClientConnection:
             close = close or not head.keep or (request.expects and not self._continued)
         self._status = head.status
         self._closing = close
-        self.sink.write(translated(head, request, close) + body)
+        self.sink.write(self._edited_answer(translated(head, request, close)) + body)
 
     def responded(self, status: int, body_bytes: int, up: Http1Upstream, on_idle: Callable[[Http1Upstream], None] | None) -> None:
         """The response is complete. on_idle: to be told that the upstream is free, None when it is not."""
@@ -140,7 +141,7 @@ class ClientConnection:
             return self.fail(refused)  # the policy has changed since the request
         self._status, self._state = status, TUNNEL
         self.answered_bytes = len(rest)
-        self.sink.write(switching(head) + rest)
+        self.sink.write(self._edited_answer(switching(head)) + rest)
         up.pace(self)
         self._go(FOR_HELD)
         if self._held:
@@ -150,6 +151,10 @@ class ClientConnection:
         if self._ended:
             up.sink.end()
         return None
+
+    def _edited_answer(self, wire: bytes) -> bytes:
+        edit = self._edit
+        return wire if edit is None or edit.answer is None else answer_editor(edit.answer)(wire)
 
     def upstream_half_closed(self) -> None:
         """The upstream ended its direction of the tunnel."""

@@ -13,12 +13,10 @@ let a recipient repair it. Pure; called by client.py and upstream.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Final
 
-from proxy.protocol.requests import HeadEdit
 from proxy.rescue import PROXY_ERROR, Cause
 
 CHUNKED: Final = -1
@@ -42,7 +40,6 @@ _request_fields = re.compile(
 _response_fields = re.compile(
     rb"\n(content-length|transfer-encoding|connection|upgrade|keep-alive|proxy-connection|pillion-proxy-error):[ \t]*+([^\r]*)"
 ).findall
-_is_field = re.compile(FIELD).fullmatch
 _is_host = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9\-._~!$&'()*+;=%]{0,255})(?::[0-9]{0,5})?").fullmatch
 _is_absolute = re.compile(rb"(?i:https?)://([^/?@]+)(/[^?]*)?(\?.*)?").fullmatch
 _is_authority = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9\-._~!$&'()*+;=%]{1,255}):[0-9]{1,5}").fullmatch
@@ -395,28 +392,3 @@ def without(head: bytes, names: Iterable[bytes]) -> bytes:
             head, lower = head[:at] + head[end:], lower[:at] + lower[end:]
             at = lower.find(key, at)
     return head
-
-
-@lru_cache(maxsize=256)
-def editor(edit: HeadEdit) -> Callable[[RequestHead], bytes]:
-    """The function that applies ``edit`` to a head and returns the bytes to send.
-
-    A name to strip matches with ``_`` for ``-`` too: gateways that turn names into variables (CGI, WSGI) cannot tell them apart.
-    Raises ValueError when a field to add is not one line.
-    """
-    lines = [name + b": " + value + b"\r\n" for name, value in edit.add]
-    for line in lines:
-        if not _is_field(line):
-            raise ValueError(f"not a header field: {line!r}")
-    block = b"".join(lines)
-    names = b"|".join(re.escape(name.replace(b"_", b"-")).replace(rb"\-", b"[-_]") for name in edit.strip)
-    if not names:
-        return (lambda head: head.wire[:-2] + block + b"\r\n") if block else (lambda head: head.wire)
-    present = re.compile(rb"\n(?:" + names + rb"):").search
-    cut = re.compile(rb"\n(?i:" + names + rb"):[^\r]*\r").sub
-
-    def apply(head: RequestHead) -> bytes:
-        wire = cut(b"", head.wire) if present(head.lower) else head.wire
-        return wire[:-2] + block + b"\r\n" if block else wire
-
-    return apply

@@ -30,13 +30,12 @@ from proxy.protocol.http2.hpack_codec import (
 )
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Request, read_request_untrusted, read_response_untrusted, read_trailers_untrusted
-from proxy.protocol.requests import HeadEdit
+from proxy.protocol.requests import AnswerEdit, HeadEdit
 from proxy.rescue import Cause, unreached
 
 _MEMO_ENTRIES: Final = 512
 _MEMO_BLOCK_BYTES: Final = 768
 _SEEN_ENTRIES: Final = 4096
-_EMPTY_EDIT: Final = HeadEdit()
 
 T = TypeVar("T")
 
@@ -62,9 +61,22 @@ class RequestHead(Request):
     def encoded(self, edit: HeadEdit) -> bytes:
         """The block to send, without a dynamic table: stripped names removed, added fields at the end."""
         if self._edit is not edit:
-            self._block = self.shape.encode(self.fields, self.secrets, edit.strip, self.plain) + encode_added(edit)
+            rewritten = (edit.host or edit.retarget is not None) and self.shape.path >= 0
+            fields, plain = (self._rewritten(edit), b"") if rewritten else (self.fields, self.plain)
+            self._block = self.shape.encode(fields, self.secrets, edit.strip, plain) + encode_added(edit.add)
             self._edit = edit
         return self._block
+
+    def _rewritten(self, edit: HeadEdit) -> tuple[bytes, ...]:
+        """The values with another target and host in them."""
+        values = list(self.fields)
+        if edit.retarget is not None and self.target != b"*":
+            values[self.shape.path] = edit.retarget(self.target)
+        if edit.host:
+            for at in (self.shape.authority, self.shape.host):
+                if at >= 0:
+                    values[at] = edit.host
+        return tuple(values)
 
 
 class ResponseHead:
@@ -112,19 +124,39 @@ _responses: Final = _Memo[ResponseHead]()
 _responses_of_sidecars: Final = _Memo[ResponseHead]()
 _trailers: Final = _Memo[Trailers]()
 
-_added: dict[HeadEdit, bytes] = {}
+_added: dict[tuple[tuple[bytes, bytes], ...], bytes] = {}
 
 
-def encode_added(edit: HeadEdit) -> bytes:
+def encode_added(fields: tuple[tuple[bytes, bytes], ...]) -> bytes:
     """The fields an edit appends, encoded; remembered because an edit is constant for a connection."""
-    if edit is _EMPTY_EDIT or not edit.add:
+    if not fields:
         return b""
-    block = _added.get(edit)
+    block = _added.get(fields)
     if block is None:
         if len(_added) >= 256:
             _added.clear()
-        block = _added[edit] = encode([(name, value, False) for name, value in edit.add])
+        block = _added[fields] = encode([(name, value, False) for name, value in fields])
     return block
+
+
+_edited: dict[tuple[bytes, AnswerEdit], bytes] = {}
+_own_blocks: Final = new_decoder(0, 1 << 20)  # whatever the limits of connections: what it reads was checked against them
+
+
+def edited_answer(block: bytes, edit: AnswerEdit) -> bytes:
+    """A response head as `ResponseHead.block`, changed; remembered, because answers repeat."""
+    known = _edited.get((block, edit))
+    if known is not None:
+        return known
+    kept = block
+    if edit.strip:
+        kept = encode([field for field in _own_blocks.decode_untrusted(block) if field[0] not in edit.strip])
+    made = kept + encode_added(edit.add)
+    if len(block) <= _MEMO_BLOCK_BYTES:
+        if len(_edited) >= _MEMO_ENTRIES:
+            _edited.clear()
+        _edited[block, edit] = made
+    return made
 
 
 class BlockReader:

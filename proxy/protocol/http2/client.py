@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from proxy import rescue
 from proxy.protocol.http2 import frames
-from proxy.protocol.http2.blocks import ResponseHead
+from proxy.protocol.http2.blocks import ResponseHead, edited_answer
 from proxy.protocol.http2.connection import Connection
 from proxy.protocol.http2.flow import StreamEnd, drop_held, rewind
 from proxy.protocol.http2.frames import ConnectionFault, StreamFault
@@ -269,11 +269,14 @@ class Http2Client(Connection):
 
     def upstream_answered(self, end: ClientStream, head: ResponseHead, fin: bool) -> None:
         """A response head, final or 1xx; fin: nothing follows it."""
+        block = head.block
         if head.status >= 200:
             end.status = head.status
+            if end.edit.answer is not None:
+                block = edited_answer(block, end.edit.answer)
         elif self.sink.blocked and self._backlog > self.limits.backlog_bytes:
             return  # the one kind of head that may get lost
-        self.send_block(end, head.block, fin)
+        self.send_block(end, block, fin)
 
     def upstream_failed(self, end: ClientStream, cause: Cause, code: int | None, *, unprocessed: bool) -> None:
         """The upstream's end is gone before its response was complete. code: what it was reset with. unprocessed: nobody acted on it.

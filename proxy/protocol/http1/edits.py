@@ -1,0 +1,68 @@
+"""What rules change in heads of HTTP/1.1 messages: fields cut out and put in, another target, another host; the rest stays as it came.
+
+An edit is constant for a connection or a rule, so each is made into a function once. Pure; called by client.py and connection.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+
+from proxy.protocol.http1.heads import FIELD, RequestHead
+from proxy.protocol.requests import AnswerEdit, HeadEdit
+
+_is_field = re.compile(FIELD).fullmatch
+_cut_host = re.compile(rb"\n(?i:host):[^\r]*\r").sub
+
+
+@lru_cache(maxsize=256)
+def editor(edit: HeadEdit) -> Callable[[RequestHead], bytes]:
+    """The function that applies ``edit`` to a head and returns the bytes to send.
+
+    A name to strip matches with ``_`` for ``-`` too: gateways that turn names into variables (CGI, WSGI) cannot tell them apart.
+    Raises ValueError when a field to add is not one line.
+    """
+    lines = [name + b": " + value + b"\r\n" for name, value in edit.add]
+    for line in lines:
+        if not _is_field(line):
+            raise ValueError(f"not a header field: {line!r}")
+    block = b"".join(lines)
+    names = b"|".join(re.escape(name.replace(b"_", b"-")).replace(rb"\-", b"[-_]") for name in edit.strip)
+    rewrite = rewriter(edit.host, edit.retarget) if edit.host or edit.retarget is not None else None
+    if not names and rewrite is None:
+        return (lambda head: head.wire[:-2] + block + b"\r\n") if block else (lambda head: head.wire)
+    present = re.compile(rb"\n(?:" + names + rb"):").search
+    cut = re.compile(rb"\n(?i:" + names + rb"):[^\r]*\r").sub
+
+    def apply(head: RequestHead) -> bytes:
+        wire = cut(b"", head.wire) if names and present(head.lower) else head.wire
+        if rewrite is not None and not head.connects:
+            wire = rewrite(head, wire)
+        return wire[:-2] + block + b"\r\n" if block else wire
+
+    return apply
+
+
+def rewriter(host: bytes, retarget: Callable[[bytes], bytes] | None) -> Callable[[RequestHead, bytes], bytes]:
+    """The function that puts another target and host into the wire form of a head. The target becomes an origin-form: an absolute one
+    names a host, which would contradict the new one."""
+
+    def rewrite(head: RequestHead, wire: bytes) -> bytes:
+        end = wire.index(b"\r\n")
+        target = retarget(head.target) if retarget is not None and head.target != b"*" else head.target
+        line = head.method + b" " + target + wire[end - 9 : end]  # " HTTP/1.1"
+        rest = wire[end:]
+        return line + b"\r\nhost: " + host + _cut_host(b"", rest) if host else line + rest
+
+    return rewrite
+
+
+@lru_cache(maxsize=256)
+def answer_editor(edit: AnswerEdit) -> Callable[[bytes], bytes]:
+    """The function that applies ``edit`` to the bytes of a response head."""
+    block = b"".join([name + b": " + value + b"\r\n" for name, value in edit.add])
+    if not edit.strip:
+        return lambda wire: wire[:-2] + block + b"\r\n"
+    cut = re.compile(rb"\n(?i:" + b"|".join(map(re.escape, edit.strip)) + rb"):[^\r]*\r").sub
+    return lambda wire: cut(b"", wire)[:-2] + block + b"\r\n"
