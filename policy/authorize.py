@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from core.refs import Ref, default_ref
-from policy.match import Found, MixedKinds, RouteTable, host_untrusted
+from policy.match import SEVERAL, Found, MixedKinds, RouteTable, host_untrusted, joined
 from policy.paths import AmbiguousPath, lenient_target_untrusted, normal_target_untrusted, query_values, readings
 from policy.patterns import InvalidPattern
 from policy.wire import Anyone, Authorization, InboundPolicy, Meshed, Network
@@ -77,7 +77,7 @@ class NoRoute(_Decision):
 
 
 class BadTarget(_Decision):
-    """400: the request target has two readings and rules look at it."""
+    """400: the request has two readings, its target or a field that is there twice, and rules look at what differs."""
 
 
 Decision = Permit | Denied | NoRoute | BadTarget
@@ -173,7 +173,7 @@ class _Answers:
 class PortAuthorizer:
     """The policy of one port, compiled; make a new one for every new policy. Never raises on what the controller sent.
 
-    header_names: lower-case names whose first values `ClientAuthorizer.request` wants, in this order.
+    header_names: lower-case names whose values `ClientAuthorizer.request` wants, in this order.
     """
 
     def __init__(self, policy: InboundPolicy, trust_domain: str) -> None:
@@ -246,6 +246,9 @@ class PortAuthorizer:
 
     def decide(self, answers: _Answers, method: bytes, target: bytes, authority: bytes, headers: Sequence[bytes | None]) -> Decision:
         """Decide about a request on a port with routes, without a memo."""
+        if self.policy.check_paths and any(value is not None and SEVERAL in value for value in headers):
+            # Of several fields servers take the first, the last, or all: a rule would hold for one of these.
+            return BadTarget(self.policy.server, reason="a header field that rules look at is there more than once")
         try:
             found = self._find(method, target, authority, headers)
         except AmbiguousPath as error:
@@ -262,8 +265,9 @@ class PortAuthorizer:
         strict = self.policy.check_paths
         path, query = normal_target_untrusted(target) if strict else lenient_target_untrusted(target)
         host = host_untrusted(authority) if self._table.reads_host else ""
-        values = query_values(query, strict=strict) if self._table.reads_query else {}
-        fields = [None if value is None else value.strip(b" \t") for value in headers]
+        watched = self._table.query_names
+        values = query_values(query, strict=strict, watched=watched) if watched else {}
+        fields = [None if value is None else joined(value) for value in headers]
         name = method.decode("latin-1")
         found = self._table.find(host, name, path, values, fields)
         if strict and (self._folded is not self._table or "%" in path or ";" in path):
@@ -333,7 +337,7 @@ class ClientAuthorizer:
         return any(bits >> at & 1 for grants in self._port.of_routes for at in grants)
 
     def request(self, method: bytes, target: bytes, authority: bytes, headers: tuple[bytes | None, ...]) -> Decision:
-        """May this request pass? target: origin-form as received. headers: first values of `PortAuthorizer.header_names`."""
+        """May this request pass? target: origin-form as received. headers: of `PortAuthorizer.header_names`, see `joined`."""
         if self._constant is not None:
             return self._constant
         if not self._query and b"?" in target:

@@ -233,8 +233,9 @@ class _GrpcLevel:
 class RouteTable:
     """The routes of a port, compiled. Immutable. Raises InvalidPattern or MixedKinds, which mean: do not let anything pass.
 
-    header_names: what `find` wants the values of, lower case. reads_host, reads_method, reads_query: whether some rule looks at those;
-    what is not looked at may be passed empty. escapes_matter: some path value holds an escape that `policy.paths.fold` decodes.
+    header_names: what `find` wants the values of, lower case. query_names: the parameters that some rule looks at. reads_host,
+    reads_method, reads_query: whether some rule looks at those; what is not looked at may be passed empty. escapes_matter: some path
+    value holds an escape that `policy.paths.fold` decodes.
     """
 
     def __init__(self, routes: Sequence[Route], *, fold_paths: bool = False) -> None:
@@ -262,14 +263,15 @@ class RouteTable:
         self.header_names = tuple(names)
         self.reads_host = bool(compiled)
         self.reads_method = "grpc" in kinds or any(match.method is not None for match in http)
-        self.reads_query = any(match.query for match in http)
+        self.query_names = frozenset(one.name for match in http for one in match.query)
+        self.reads_query = bool(self.query_names)
         self.escapes_matter = any(match.path.type != "RegularExpression" and fold(match.path.value) != match.path.value for match in http)
 
     def find(self, host: str, method: str, path: str, query: Query, headers: Headers) -> Found | None:
         """The rule a request belongs to, None when no route wants it.
 
         host: lower case, without port (`host_untrusted`). path: normal form or ``*``, which PathPrefix ``/`` takes and every regular
-        expression that covers it. query: first values. headers: first value of each of `header_names`, None where there is none.
+        expression that covers it. query: first values. headers: the value of each of `header_names`, None where there is none.
         """
         for level in self._levels(host):
             candidate = level.find(method, path, headers, query)
@@ -290,6 +292,15 @@ class RouteTable:
                 dot = host.find(".", dot + 1)
         if self._any:
             yield self._any
+
+
+SEVERAL = b"\n"
+"""Between the values of several fields of one name, as engines hand them over: no value holds it."""
+
+
+def joined(value: bytes) -> bytes:
+    """One value of several fields (RFC 9110 section 5.3), without padding."""
+    return value.strip(b" \t") if SEVERAL not in value else b", ".join(one.strip(b" \t") for one in value.split(SEVERAL))
 
 
 def host_untrusted(authority: bytes) -> str:

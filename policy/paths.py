@@ -123,11 +123,22 @@ def fold(path: str) -> str:
     return _ESCAPED_PCHAR.sub(lambda escape: chr(int(escape[0][1:], 16)), path) if "%" in path else path
 
 
-def query_values(query: str, *, strict: bool) -> dict[str, str]:
+def query_values(query: str, *, strict: bool, watched: frozenset[str] = frozenset()) -> dict[str, str]:
     """The first value of every parameter of a query, decoded as a form (``+`` is a space); a name without ``=`` has the value ''.
 
     strict: raises AmbiguousPath for broken escapes and octets that are not UTF-8; otherwise these become U+FFFD or stay as they are.
+    watched: names that rules look at. Strictly, each has one value or none, however a server reads the query: some take the last value,
+    and some take ``;`` for ``&``, as HTML once recommended.
     """
+    values = _form_values(query, strict, watched)
+    if strict and watched and ";" in query:
+        otherwise = _form_values(query.replace(";", "&"), strict, watched)
+        if any(values.get(name) != otherwise.get(name) for name in watched):
+            raise AmbiguousPath("a semicolon in the query, without which a parameter that rules look at has another value")
+    return values
+
+
+def _form_values(query: str, strict: bool, watched: frozenset[str]) -> dict[str, str]:
     raw = query.encode("ascii", "replace").replace(b"+", b" ")
     if strict and _BROKEN_ESCAPE.search(raw):
         raise AmbiguousPath("a broken percent-escape in the query")
@@ -135,7 +146,9 @@ def query_values(query: str, *, strict: bool) -> dict[str, str]:
     for pair in raw.split(b"&"):
         name, _, value = pair.partition(b"=")
         if pair:
-            values.setdefault(_form_text(name, strict), _form_text(value, strict))
+            key, text = _form_text(name, strict), _form_text(value, strict)
+            if values.setdefault(key, text) != text and strict and key in watched:
+                raise AmbiguousPath("two values of a query parameter that rules look at")
     return values
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from core.refs import Ref
 from policy import wire
-from policy.match import MixedKinds, RouteTable, host_untrusted
+from policy.match import MixedKinds, RouteTable, host_untrusted, joined
 from policy.paths import lenient_target_untrusted, query_values
 from policy.patterns import InvalidPattern
 from policy.wire import Action, Destination, FieldEdit, Route, Share, Timeouts
@@ -103,7 +103,7 @@ class Routing:
     def _find(self, table: RouteTable, head: RequestHead, headers: tuple[bytes | None, ...]) -> _Rule | None:
         path, query = lenient_target_untrusted(head.target)
         values = query_values(query, strict=False) if table.reads_query else {}
-        fields = [None if value is None else value.strip(b" \t") for value in headers]
+        fields = [None if value is None else joined(value) for value in headers]
         host = host_untrusted(head.authority) if table.reads_host else ""
         found = table.find(host, head.method.decode("latin-1"), path, values, fields)
         return self._rules[found.route_index][found.rule_index] if found else None

@@ -26,7 +26,8 @@ class RequestHead(Protocol):
     """No body follows, so the request can be sent again as long as nothing was answered."""
 
     def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
-        """For each lower-case name, the value of the first field of that name, or None."""
+        """For each lower-case name its value, or None. Between the values of several fields of a name stands LF, which no value holds:
+        rules that looked at the first one only could be walked around where the app acts on another. Cookies are one value anyway."""
         ...
 
 

@@ -42,7 +42,7 @@ class RequestHead(Protocol):
     authority: bytes
 
     def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
-        """The first value of each named field."""
+        """The value of each named field, see proxy.protocol.requests."""
         ...
 
 

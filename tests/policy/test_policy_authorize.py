@@ -264,12 +264,30 @@ def test_every_kind_of_condition_reaches_the_routes() -> None:
     assert answer(of, "/", host="API.shop:8080") == "Permit host/p"
     assert answer(of, "/", headers=(b" gold\t",)) == "Permit header/p"
     assert answer(of, "/", headers=(b"silver",)) == "NoRoute"
-    assert answer(of, "/q?%76+w=1&v+w=2") == "Permit query/p"
-    assert answer(of, "/q?v+w=2&v+w=1") == "NoRoute"
+    assert answer(of, "/q?%76+w=1&x=1&x=2") == "Permit query/p"
+    assert answer(of, "/q?v+w=2&v+w=1") == "BadTarget"  # which of the two the app takes is not known
     assert answer(of, "/m", method="PUT") == "Permit method/p"
     assert answer(of, "/m", method="GET") == "NoRoute"
     assert answer(of, "/v12?a=%zz", headers=(None,)) == "BadTarget"  # some rule looks at the query
     assert answer(of, "/v12") == "Permit regex/p"
+
+
+ROLES = (
+    route("admin", HttpMatch(headers=(ValueMatch("Exact", "x-role", "admin"),)), grants=(grant("eve", EVE),)),
+    route("user", HttpMatch(headers=(ValueMatch("Exact", "x-role", "user"),)), grants=(grant("anyone"),)),
+    route("all", prefix("/"), grants=(grant("anyone"),)),
+)
+
+
+@pytest.mark.parametrize("value", [b"user\nadmin", b"admin\nuser", b"admin\nadmin", b"\nadmin"])
+def test_no_second_field_leads_around_the_rule_about_the_first(value: bytes) -> None:
+    assert answer(port(routes=ROLES), headers=(value,)) == "BadTarget"
+
+
+def test_a_port_that_opted_out_takes_several_fields_for_one_value() -> None:
+    match = HttpMatch(headers=(ValueMatch("Exact", "x-role", "user, admin"),))
+    of = port(routes=(route("both", match, grants=(grant("anyone"),)),), check_paths=False)
+    assert answer(of, headers=(b"user \n admin",)) == "Permit both/anyone"
 
 
 def test_grpc_routes_decide_by_service_and_method() -> None:

@@ -215,6 +215,22 @@ def test_the_first_value_of_a_repeated_query_parameter_counts() -> None:
     assert query_values("a=1&a=2&b&=x&c=d=e&&%61=3&f+g=h+i%2Bj", strict=True) == {"a": "1", "b": "", "": "x", "c": "d=e", "f g": "h i+j"}
 
 
+@pytest.mark.parametrize(
+    "query", ["role=user&role=admin", "role=user&%72ole=admin", "x=1;role=admin", "role=admin;x=1", "role&role=1", "x;role"]
+)
+def test_a_watched_parameter_with_two_readings_is_refused_where_it_is_strict(query: str) -> None:
+    watched = frozenset(("role",))
+    with pytest.raises(AmbiguousPath):
+        query_values(query, strict=True, watched=watched)
+    assert query_values(query, strict=False, watched=watched) == query_values(query, strict=False)
+    assert query_values(query, strict=True) == query_values(query, strict=False)
+
+
+@pytest.mark.parametrize("query", ["", "role=user", "role=user&role=user", "role=user&x=1&x=2", "role=user&x=1;y=2", "role=a%3Bb", "x=1;y"])
+def test_a_watched_parameter_with_one_reading_is_not_refused(query: str) -> None:
+    assert query_values(query, strict=True, watched=frozenset(("role",))) == query_values(query, strict=False)
+
+
 @pytest.mark.parametrize("query", ["a=%", "%zz", "a=%ff", "%c0%ae=1"])
 def test_a_query_with_two_readings_is_refused_only_where_it_is_strict(query: str) -> None:
     with pytest.raises(AmbiguousPath):

@@ -215,9 +215,28 @@ def test_authority_is_the_host_as_received(host: bytes) -> None:
     assert request(b"GET / HTTP/1.1", b"X: y", b"hOST:\t" + host + b" ").authority == host
 
 
-def test_values_gives_the_first_field_of_a_name_without_padding() -> None:
-    head = request(b"GET / HTTP/1.1", b"Host: a", b"X-One:  Some Value\t", b"x-one: other", b"X-Empty:")
+def test_values_gives_the_value_of_a_name_without_padding() -> None:
+    head = request(b"GET / HTTP/1.1", b"Host: a", b"X-One:  Some Value\t", b"X-Empty:")
     assert head.values((b"x-one", b"x-empty", b"x-none", b"host")) == (b"Some Value", b"", None, b"a")
+
+
+def test_several_fields_of_a_name_are_all_given_to_decisions() -> None:
+    head = request(
+        b"GET / HTTP/1.1", b"X-Role: user", b"Host: a", b"Cookie: a=1", b"x-role:\tadmin ", b"cookie: b=2", b"X-ROLE:", b"X-Roles: no"
+    )
+    assert head.values((b"x-role", b"cookie")) == (b"user\nadmin\n", b"a=1; b=2")
+
+
+def test_a_connection_field_of_many_options_is_refused_before_any_is_looked_for() -> None:
+    assert request(b"GET / HTTP/1.1", b"Host: a", b"Connection: " + b",".join(b"x%d" % n for n in range(64))).keep
+    with pytest.raises(HeadError, match="more than 64 options"):
+        request(b"GET / HTTP/1.1", b"Host: a", b"Connection: " + b"a," * 40, b"Connection: " + b"," * 40)
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"H2C-14", b"websocket, h2", b"HTTP/2.0", b"websocket,\tTLS/1.3"])
+def test_a_protocol_that_would_carry_requests_past_decisions_is_not_passed_on(protocol: bytes) -> None:
+    head = request(b"GET / HTTP/1.1", b"Host: a", b"Connection: upgrade", b"Upgrade: " + protocol)
+    assert (head.upgrades, b"pgrade" in head.wire) == (False, False)
 
 
 def test_values_does_not_see_fields_that_end_at_this_hop() -> None:

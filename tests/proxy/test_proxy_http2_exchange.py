@@ -35,7 +35,16 @@ def test_the_gate_sees_what_decisions_need() -> None:
     chain.ask([(":method", "GET"), (":scheme", "http"), (":path", "/p?q=1"), (":authority", "a.test"), ("x-a", "1"), ("x-a", "2")])
     [head] = chain.gate.seen
     assert (head.method, head.target, head.authority, head.grpc, head.bodiless) == (b"GET", b"/p?q=1", b"a.test", False, True)
-    assert head.values((b"x-a", b"x-b", b"user-agent")) == (b"1", None, None)
+    assert head.values((b"x-b", b"user-agent", b":path")) == (None, None, b"/p?q=1")
+
+
+def test_several_fields_of_a_name_are_all_given_to_decisions() -> None:
+    chain = Chain()
+    fields = [("x-role", "user"), ("cookie", "a=1"), ("x-role", "admin"), ("cookie", "b=2"), ("x-b", "3")]
+    chain.ask([(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "a.test"), *fields])
+    [head] = chain.gate.seen
+    assert head.values((b"x-role", b"cookie", b"x-b", b"x-c")) == (b"user\nadmin", b"a=1; b=2", b"3", None)
+    assert head.values((b"x-b",)) == (b"3",)
 
 
 def test_fields_are_stripped_and_added() -> None:

@@ -49,8 +49,9 @@ _breaks_lines = re.compile(rb"(?<!\r)\n|\r[^\n]|\x00").search
 
 # Fields that say where a message ends or whom it is for: a Connection field that names one would make the next hop read another message.
 _NEVER_NAMED: Final = frozenset((b"host", b"content-length", b"transfer-encoding", b"content-type", b"content-encoding", b"expect"))
-# Protocols that would carry further requests past the gate inside a tunnel.
-_NOT_TUNNELLED: Final = frozenset((b"h2c", b"h2", b"http", b"tls"))
+# Protocols that would carry further requests past the gate inside a tunnel, those of drafts (h2c-14) too.
+_carries_requests = re.compile(rb"(?:^|,)[ \t]*+(?:h2|http|tls)").search
+_OPTIONS_MAX: Final = 64  # of a Connection field: each costs a look through the head
 _REPLAYABLE: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 
 
@@ -112,15 +113,20 @@ class RequestHead:
         return self.bodiless and not self.upgrades and self.method in _REPLAYABLE
 
     def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
-        """For each lower-case name the value of the first field of that name, or None. Fields that end at this hop are not seen."""
+        """See requests.RequestHead. Fields that end at this hop are not seen."""
         return tuple(map(self._value, names))
 
     def _value(self, name: bytes) -> bytes | None:
-        at = self.lower.find(b"\n" + name + b":")
+        key = b"\n" + name + b":"
+        at = self.lower.find(key)
         if at < 0:
             return None
-        at += len(name) + 2
-        return self.wire[at : self.wire.index(b"\r", at)].strip(b" \t")
+        end = self.wire.index(b"\r", at)
+        value = self.wire[at + len(key) : end].strip(b" \t")
+        while (at := self.lower.find(key, end)) >= 0:
+            end = self.wire.index(b"\r", at)
+            value += (b"; " if name == b"cookie" else b"\n") + self.wire[at + len(key) : end].strip(b" \t")
+        return value
 
 
 class ResponseHead:
@@ -216,8 +222,7 @@ def _end_request_hop(head: RequestHead, seen: dict[bytes, bytes]) -> None:
     head.keep = (b"keep-alive" in named) if head.old else b"close" not in named
     if connection in (b"", b"keep-alive") and not seen.keys() & _REQUEST_HOPS:
         return  # what it says of this hop we would say of the next one
-    protocols = {item.split(b"/")[0].strip(b" \t") for item in seen.get(b"upgrade", b"").split(b",")}
-    head.upgrades = b"upgrade" in named and b"upgrade" in seen and not head.old and not protocols & _NOT_TUNNELLED
+    head.upgrades = b"upgrade" in named and b"upgrade" in seen and not head.old and not _carries_requests(seen[b"upgrade"])
     cut = set(named) | _REQUEST_HOPS | {b"connection"}
     te = seen.get(b"te", b"")
     if te == b"trailers":
@@ -352,6 +357,8 @@ def _length(seen: dict[bytes, bytes], old: bool, absent: int) -> int:
 
 def _named(connection: bytes) -> list[bytes]:
     """The options of a Connection field."""
+    if connection.count(b",") >= _OPTIONS_MAX:
+        raise HeadError(Cause.BAD_REQUEST, f"a Connection field with more than {_OPTIONS_MAX} options")
     options = [option for part in connection.split(b",") if (option := part.strip(b" \t"))]
     for option in options:
         if option in _NEVER_NAMED or not _is_token(option):
@@ -384,11 +391,18 @@ def _refuse_untrusted(data: bytes, head_bytes: int, target_bytes: int) -> None:
 def without(head: bytes, names: Iterable[bytes]) -> bytes:
     """``head`` with every field of these lower-case names cut out."""
     lower = head.lower()
+    cuts: list[tuple[int, int]] = []
     for name in names:
         key = b"\n" + name + b":"
-        at = lower.find(key)
-        while at >= 0:
+        end = 0
+        while (at := lower.find(key, end)) >= 0:
             end = lower.index(b"\n", at + 1)
-            head, lower = head[:at] + head[end:], lower[:at] + lower[end:]
-            at = lower.find(key, at)
-    return head
+            cuts.append((at, end))
+    if not cuts:
+        return head
+    cuts.sort()
+    kept, before = [], 0
+    for at, end in cuts:
+        kept.append(head[before:at])
+        before = end
+    return b"".join(kept) + head[before:]

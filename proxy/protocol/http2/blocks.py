@@ -53,10 +53,19 @@ class RequestHead(Request):
         self._block = b""
 
     def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
-        """For each lower-case name, the value of the first field of that name, or None."""
-        first = self.shape.first
+        """See requests.RequestHead."""
+        shape = self.shape
+        first = shape.first
         values = self.fields
+        if shape.repeated and not shape.repeated.isdisjoint(names):
+            return tuple(map(self._joined, names))
         return tuple([values[first[name]] if name in first else None for name in names])
+
+    def _joined(self, name: bytes) -> bytes | None:
+        if name not in self.shape.first:
+            return None
+        separator = b"; " if name == b"cookie" else b"\n"  # RFC 9113 8.2.3
+        return separator.join([value for other, value in zip(self.shape.names, self.fields, strict=True) if other == name])
 
     def encoded(self, edit: HeadEdit) -> bytes:
         """The block to send, without a dynamic table: stripped names removed, added fields at the end."""

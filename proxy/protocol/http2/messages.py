@@ -46,22 +46,23 @@ class Malformed(Exception):
 class Shape:
     """What a tuple of names says about a message.
 
-    first: index of the first field of each name. size: bytes of the names plus 32 each (RFC 9113 section 6.5.2). The others are indexes
-    into the values, -1 when there is no such field. What was computed last is kept, because it is nearly always asked for again:
-    secrets, prefixes, indexed: the encoded names, and which of them may be whole fields of the static table; stripped_for, kept: which
-    fields stay under a HeadEdit.strip, None for all; authority_before: a sound one.
+    first: index of the first field of each name. repeated: names of several fields. size: bytes of the names plus 32 each (RFC 9113
+    section 6.5.2). The others are indexes into the values, -1 when there is no such field. What was computed last is kept, because it is
+    nearly always asked for again: secrets, prefixes, indexed: the encoded names, and which of them may be whole fields of the static
+    table; stripped_for, kept: which fields stay under a HeadEdit.strip, None for all; authority_before: a sound one.
     """
 
     __slots__ = (
         "authority", "authority_before", "content_length", "content_type", "first", "grpc_status", "host", "indexed", "kept", "method",
-        "names", "path", "prefixes", "protocol", "proxy_error", "scheme", "secrets", "separators", "size", "status", "stripped_for",
-        "te",
+        "names", "path", "prefixes", "protocol", "proxy_error", "repeated", "scheme", "secrets", "separators", "size", "status",
+        "stripped_for", "te",
     )  # fmt: skip
 
-    def __init__(self, names: tuple[bytes, ...], first: dict[bytes, int]) -> None:
+    def __init__(self, names: tuple[bytes, ...], first: dict[bytes, int], repeated: frozenset[bytes]) -> None:
         get = first.get
         self.names = names
         self.first = first
+        self.repeated = repeated
         self.secrets: tuple[bool, ...] = ()
         self.prefixes: tuple[bytes, ...] = ()
         self.indexed: tuple[tuple[int, dict[bytes, bytes]], ...] = ()
@@ -134,6 +135,7 @@ class Request:
 
 def _read_names_untrusted(names: tuple[bytes, ...], pseudo: frozenset[bytes]) -> Shape:
     first: dict[bytes, int] = {}
+    repeated: set[bytes] = set()
     regular = False
     for at, name in enumerate(names):
         if name[:1] == b":":
@@ -151,8 +153,9 @@ def _read_names_untrusted(names: tuple[bytes, ...], pseudo: frozenset[bytes]) ->
                 raise Malformed(f"connection-specific field {name!r}")
             if name in first and name in _SINGLE:
                 raise Malformed(f"two {name!r} fields")
-        first.setdefault(name, at)
-    return Shape(names, first)
+        if first.setdefault(name, at) != at:
+            repeated.add(name)
+    return Shape(names, first, frozenset(repeated))
 
 
 class _Shapes:
