@@ -163,7 +163,7 @@ async def _tls_sockets(make) -> tuple[TlsStream, socket.socket, Records]:
         nursery.start_soon(server.do_handshake)
     raw = socket.socket(fileno=transport.socket.detach())
     _sockets.append(raw)
-    return client, raw, make(server.detach())
+    return client, raw, make(server.connection)
 
 
 @pytest.mark.parametrize("make", [records, PortableRecords])
