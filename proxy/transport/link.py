@@ -24,6 +24,7 @@ _LINGER_S: Final = 2.0  # how long a closed connection may still drain, so that 
 _READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _UNWATCHED: Final = -1
+_ANSWERS_MAX: Final = 8192  # some 300 key updates, for which any peer has a hundred gigabytes each; more would cost us only
 
 NEVER: Final = float("inf")
 """A deadline that does not come."""
@@ -304,11 +305,12 @@ class Link:
 class TlsLink(Link):
     """A connection whose bytes are TLS records; its receiver sees plaintext."""
 
-    __slots__ = ("_decrypt", "_encrypt", "_records", "_recv_into")
+    __slots__ = ("_answered", "_decrypt", "_encrypt", "_records", "_recv_into")
 
     def __init__(self, relay: Relay, sock: socket.socket, receiver: Receiver, records: Records) -> None:
         super().__init__(relay, sock, receiver)
         self._records = records
+        self._answered = 0  # bytes that OpenSSL sent by itself
         self._decrypt, self._encrypt = records.decrypt, records.encrypt
         self._recv_into = sock.recv_into
 
@@ -351,12 +353,16 @@ class TlsLink(Link):
     def _deliver(self, data: bytes) -> None:
         """Pass on what several or special records amounted to."""
         if answer := self._records.output():  # to a key update
+            self._answered += len(answer)
+            if self._answered > _ANSWERS_MAX:
+                return self._lose(reset=True)
             self._put_on_wire(answer)
         if data:
             self.read_bytes += len(data)
             self.receiver.received(data)
         if self._records.ended and not self._ended and not self._dead:
             self._end_of_input()
+        return None
 
     def _deliver_leftover(self) -> None:
         if self._dead:

@@ -166,6 +166,41 @@ async def _tls_sockets(make) -> tuple[TlsStream, socket.socket, Records]:
     return client, raw, make(server.connection)
 
 
+class Rekeying:
+    """Records of a peer that does nothing but ask for new keys; what the real ones answer is 27 bytes each."""
+
+    ended = False
+
+    def decrypt(self, length: int) -> bytes:
+        return b""
+
+    def output(self) -> bytes:
+        return b"k" * 27
+
+    def encrypt(self, data: bytes | memoryview) -> bytes | memoryview:
+        return data
+
+    def close_notify(self) -> bytes:
+        return b""
+
+
+async def test_a_peer_that_only_asks_for_new_keys_is_reset(relay):
+    near, far = tcp_pair()
+    near.setblocking(False)
+    link = relay.adopt(near, Placeholder(), Rekeying())
+    link.start()
+    peer = await stream(far)
+
+    async def ask_for_ever() -> None:
+        while True:
+            await peer.send_all(b"update")
+            await peer.receive_some(4096)
+
+    with trio.fail_after(10), pytest.raises(trio.BrokenResourceError):
+        await ask_for_ever()
+    assert link.dead
+
+
 @pytest.mark.parametrize("make", [records, PortableRecords])
 async def test_tls_bytes_and_close_notify_pass_in_both_directions(relay, make):
     client, raw, tls = await _tls_sockets(make)
