@@ -1,8 +1,8 @@
 """``pillion-agent`` (``python -m ebpf.agent``): captures the pods of a node, and shortens the hop between each app and its sidecar.
 
-Stays small (under 20 MB): compiling is done by a child that ends (ebpf.loader), the rest is system calls. Everything that captures is
-pinned, so this process may die, restart and be replaced without a gap: pins and a state file say what there is. ``--remove`` brings the
-pods to nftables and leaves nothing of eBPF.
+Stays small (under 20 MB): loading and trying is done by children that end (ebpf.prepare), the rest is system calls. Everything that
+captures is pinned, so this process may die, restart and be replaced without a gap: pins and a state file say what there is. ``--remove``
+brings the pods to nftables and leaves nothing of eBPF.
 
 Capabilities, uid 0: NET_ADMIN (load, attach, nftables), SYS_ADMIN (enter network namespaces; mount the bpf file system where there is
 none; contains BPF and PERFMON), SYS_PTRACE (pods' namespaces, and pidfd_getfd of sidecars' listeners), SYSLOG (the loader: kallsyms).
@@ -11,7 +11,6 @@ none; contains BPF and PERFMON), SYS_PTRACE (pods' namespaces, and pidfd_getfd o
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fcntl
 import json
 import os
@@ -19,14 +18,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from ebpf import attach, bpfsys, layout, loader, metrics, nft, probe
+from core.runtime import memory
+from ebpf import attach, layout, metrics, nft
 from ebpf.maps import PinnedPrograms
 from ebpf.plan import CONNECT, NFT_SOCKMAP, REFUSED, Ability, choose
 from ebpf.pods import LOOK_AFTER_S, LOOK_AGAIN_S, Pods
@@ -38,10 +36,8 @@ ADMIN_PORT = 9991
 _STEER_WITHIN_S = 10.0
 _FORGET_EVERY_S = 10.0
 _IN_FLIGHT_S = 1.0  # a connection that was captured just now: its sidecar has yet to ask for the original destination
-_SYS_PTRACE = 19
-_CLONE_NEWNET = 0x40000000
+_PREPARE_S = 180.0  # compiling takes half a second of an idle machine
 _RUNGS = {"auto": (CONNECT, REFUSED), "ebpf": (CONNECT, CONNECT), "nft": (NFT_SOCKMAP, REFUSED)}
-_CONNECT = [program.name for program in layout.CGROUP_PROGRAMS if program.name != "sockops"]
 
 
 class Options(NamedTuple):
@@ -65,10 +61,7 @@ class CannotRun(RuntimeError):
 
 
 class Loaded(NamedTuple):
-    """programs: None when not even maps could be pinned. fingerprint: of the sources they were made from.
-
-    problems: of loading them, "" for what worked.
-    """
+    """programs: None when not even maps could be pinned. fingerprint, problems: see ebpf.prepare."""
 
     programs: PinnedPrograms | None
     ability: Ability
@@ -76,102 +69,22 @@ class Loaded(NamedTuple):
     problems: list[str]
 
 
-def fingerprint() -> str:
-    """Changes with the programs, the layout and the kernel: the same one means that what is pinned is what would be loaded.
-
-    Against confusion, not against forgery: whoever can write pins or state is root. hashlib would cost 4 MB (libcrypto).
-    """
-    found = zlib.crc32(f"{layout.VERSION} {os.uname().release}".encode())
-    for path in sorted((Path(__file__).resolve().parent / "bpf").iterdir()):
-        found = zlib.crc32(path.name.encode() + path.read_bytes(), found)
-    return f"{found:08x}"
-
-
 def load(options: Options, before: Mapping[str, Any]) -> Loaded:
-    """Take over what is pinned when it is ours and complete, else load; try what can only be tried. Never raises for what is missing."""
-    ours = fingerprint()
-    no_rules = nft.problem()
-    root = options.pins
+    """Have the programs put in place, by a child (ebpf.prepare). Never raises for what is missing."""
+    words = [sys.executable, "-m", "ebpf.prepare", "--pins", str(options.pins)]
+    words += ["--cgroup", str(options.cgroup)] if options.cgroup else []
+    folder = Path(__file__).resolve().parents[1]
     try:
-        attach.prepare(root)
-    except OSError as error:
-        problem = f"there is no bpf file system at {root.parent}, and it cannot be mounted: {os.strerror(error.errno or 0)}"
-        return Loaded(None, Ability(problem, problem, problem, no_rules), "", [problem])
-    if before.get("fingerprint") == ours and not any(before.get("loaded") or ["unknown"]):
-        # everything worked for the agent before us; what failed is tried again at every start
-        with contextlib.suppress(attach.NotInstalled, OSError):
-            programs = PinnedPrograms(root)
-            return Loaded(programs, _really(programs, Ability(nft=no_rules), options), ours, list(before["loaded"]))
-    try:
-        report = loader.install(root)
-    except (loader.LoaderFailed, OSError, subprocess.TimeoutExpired) as error:
-        report = loader.Report(os.uname().release, problem=f"the loader failed: {error}")
-    tried = probe.find()  # a program that loads may still not keep what it promises on this kernel
-    ability = Ability(
-        report.why_not(_CONNECT) or tried.connect,
-        report.why_not(["inbound"]) or tried.steer,
-        report.why_not(["sockops", "redirect"]) or tried.sockmap,
-        no_rules,
-    )
-    try:
-        programs = PinnedPrograms(root)
-    except (attach.NotInstalled, OSError) as error:
-        problem = report.problem or str(error)
-        return Loaded(None, Ability(problem, problem, problem, no_rules), "", [problem])
-    return Loaded(programs, _really(programs, ability, options), ours, list(ability[:3]))
-
-
-def _really(programs: PinnedPrograms, ability: Ability, options: Options) -> Ability:
-    """Attach: what was loaded may still be refused its place."""
-    cgroup = options.cgroup or bpfsys.cgroup2()
-    if not ability.connect and not ability.sockmap:
-        try:
-            if cgroup is None:
-                raise OSError("no unified cgroup hierarchy (cgroup2) is mounted")
-            programs.attach_node(cgroup)
-            programs.upgrade()
-        except OSError as error:
-            ability = ability._replace(connect=f"the programs cannot be attached to {cgroup}: {error}")
-    if not ability.steer:
-        ability = ability._replace(steer=_steering_problem(programs) or _listener_problem())
-    return ability
-
-
-def _steering_problem(programs: PinnedPrograms) -> str:
-    """Attach sk_lookup to a namespace of our own, which is gone afterwards."""
-    found: list[str] = []
-
-    def trial() -> None:
-        try:
-            _unshare_network()
-            netns = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                cookie = bpfsys.netns_cookie()
-                programs.steer(cookie, netns)
-                programs.leave(cookie)
-            finally:
-                os.close(netns)
-        except OSError as error:
-            found.append(f"sk_lookup cannot be attached to a network namespace: {error}")
-
-    thread = threading.Thread(target=trial)
-    thread.start()
-    thread.join()
-    return found[0] if found else ""
-
-
-def _unshare_network() -> None:
-    import ctypes
-
-    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-
-
-def _listener_problem() -> str:
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        effective = next((int(line.split()[1], 16) for line in file if line.startswith("CapEff:")), 0)
-    return "" if effective >> _SYS_PTRACE & 1 else "sidecars' listeners cannot be taken (pidfd_getfd): the agent needs CAP_SYS_PTRACE"
+        done = subprocess.run(words, input=json.dumps(before).encode(), capture_output=True, timeout=_PREPARE_S, cwd=folder, check=False)
+        if done.returncode:
+            raise ValueError(done.stderr.decode(errors="replace").strip().rpartition("\n")[2])
+        found = json.loads(done.stdout)
+        ability, mark, problems = Ability(**found["ability"]), str(found["fingerprint"]), list(found["problems"])
+        programs = PinnedPrograms(options.pins) if mark else None
+    except (OSError, ValueError, TypeError, KeyError, subprocess.TimeoutExpired) as error:
+        said = f"the programs could not be put in place: {error}"
+        programs, ability, mark, problems = None, Ability(said, said, said), "", [said]
+    return Loaded(programs, ability._replace(nft=nft.problem()), mark, problems)
 
 
 # --- state -------------------------------------------------------------------------------------------------------------------------------
@@ -353,6 +266,7 @@ def run(options: Options) -> None:
     if options.ready_fd >= 0:
         os.write(options.ready_fd, json.dumps(agent.node()).encode() + b"\n")
         os.close(options.ready_fd)
+    memory.settle()
     try:
         server.run()
     finally:

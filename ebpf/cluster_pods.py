@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
+from core.runtime import memory
 from ebpf import procs
 from ebpf.facts import facts_untrusted
 from ebpf.pods import Pods
@@ -184,6 +185,8 @@ class ClusterPods:
             self._wanted, self._refused, self.synced = found, refused, True
         self._wake()
         version: str = page["metadata"]["resourceVersion"]
+        del page
+        memory.give_back()
         return version
 
     def watch_once(self, version: str) -> str:
@@ -228,14 +231,13 @@ class ClusterPods:
         for uid in [uid for uid in pods.pods if uid not in wanted]:
             pods.unregister(uid)
             self._applied.pop(uid, None)
-        pending = False
-        for uid, facts in wanted.items():
-            if uid not in pods.pods or self._applied.get(uid) != facts:
-                pending = not self._register(pods, facts) or pending
-        return pending
+        changed = {uid: facts for uid, facts in wanted.items() if uid not in pods.pods or self._applied.get(uid) != facts}
+        members = procs.members_of_pods(changed) if changed else {}
+        registered = [self._register(pods, facts, members[uid]) for uid, facts in changed.items()]
+        return not all(registered)
 
-    def _register(self, pods: Pods, facts: PodFacts) -> bool:
-        for pid in procs.members_of_pod(facts.id):
+    def _register(self, pods: Pods, facts: PodFacts, pids: list[int]) -> bool:
+        for pid in pids:
             try:
                 netns = procs.open_netns(pid)
             except OSError:

@@ -291,10 +291,19 @@ class Pods:
                 continue
             for listener in taken:
                 with listener:  # our copy must not keep the port open once the sidecar is gone
-                    self.programs.set_listener(pod.cookie, listener)
-                    pod.listens, pod.message = True, ""
+                    self._lead_to(pod, listener)
             if pod.listens:
                 return
+
+    def _lead_to(self, pod: Pod, listener: socket.socket) -> None:
+        """What arrives goes there, or is refused as before: the map is full, or the sidecar stopped listening a moment ago."""
+        assert self.programs is not None
+        try:
+            self.programs.set_listener(pod.cookie, listener)
+        except OSError as error:
+            pod.message = f"nothing can be led to the sidecar's listener: {error}"
+            return
+        pod.listens, pod.message = True, ""
 
     def _without_listeners(self, pod: Pod, problem: str) -> None:
         """Nobody's listener can be taken here: this rung does not work, for this pod and those that come."""

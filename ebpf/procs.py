@@ -11,7 +11,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 
 from ebpf import bpfsys
@@ -89,18 +89,21 @@ def members(inode: int) -> list[int]:
     return [pid for pid in pids() if netns_inode(pid) == inode]
 
 
-def members_of_pod(uid: str) -> list[int]:
-    """The processes of a Kubernetes pod, by the ``pod<uid>`` in their cgroup (both of the kubelet's drivers), of any hierarchy."""
-    names = (f"pod{uid}".encode(), f"pod{uid.replace('-', '_')}".encode())
-    found = []
+def members_of_pods(uids: Collection[str]) -> dict[str, list[int]]:
+    """The processes of Kubernetes pods, by the ``pod<uid>`` in their cgroup (both of the kubelet's drivers), of any hierarchy.
+
+    One look at every process, however many pods are asked for.
+    """
+    names = {name.encode(): uid for uid in uids for name in (f"pod{uid}", f"pod{uid.replace('-', '_')}")}
+    found: dict[str, list[int]] = {uid: [] for uid in uids}
     for pid in pids():
         try:
             with open(f"{PROC}/{pid}/cgroup", "rb") as file:
                 text = file.read(4096)
         except OSError:
             continue
-        if any(name in text for name in names):
-            found.append(pid)
+        if (uid := next((uid for name, uid in names.items() if name in text), None)) is not None:
+            found[uid].append(pid)
     return found
 
 

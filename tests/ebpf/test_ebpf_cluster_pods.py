@@ -162,7 +162,7 @@ def event(kind: str, raw: dict[str, Any]) -> bytes:
 def processes(monkeypatch):
     """uid -> pids of its processes."""
     found: dict[str, list[int]] = {}
-    monkeypatch.setattr(cluster_pods.procs, "members_of_pod", lambda uid: found.get(uid, []))
+    monkeypatch.setattr(cluster_pods.procs, "members_of_pods", lambda uids: {uid: found.get(uid, []) for uid in uids})
     monkeypatch.setattr(cluster_pods.procs, "open_netns", lambda pid: os.open("/dev/null", os.O_RDONLY))
     return found
 

@@ -50,4 +50,4 @@ def test_processes_of_a_pod_are_found_in_every_layout_of_cgroups(tmp_path, monke
     (tmp_path / "13").mkdir()  # ended while we looked
     (tmp_path / "self").mkdir()
     monkeypatch.setattr(procs, "PROC", str(tmp_path))
-    assert procs.members_of_pod("1a2b-3c") == [10]
+    assert procs.members_of_pods(["1a2b-3c", "1a2b-4d", "9z"]) == {"1a2b-3c": [10], "1a2b-4d": [11], "9z": []}
