@@ -97,7 +97,13 @@ class Outbound:
         return None, sniffed
 
     def _refuse_loops(self, accepted: Accepted) -> None:
-        """Our own ports are never a destination: a connection made to them directly would be forwarded to ourselves for ever."""
+        """Our own ports are never a destination: a connection made to them directly would be forwarded to ourselves for ever.
+
+        Nor is the caller. While one way of capture follows another, conntrack meets connections in their middle, may take the answer for
+        the question, and then names the caller itself as the original destination.
+        """
+        if tuple(accepted.dst) == tuple(accepted.client):
+            raise Failure(Cause.LOOP, f"{accepted.dst} is the caller itself, which it did not dial")
         ours = (self.config.inbound_listen.port, self.config.outbound_listen.port)
         local = accepted.dst.ip in self.config.pod_ips or accepted.dst.ip in ("127.0.0.1", "::1")
         if local and accepted.dst.port in ours:

@@ -72,8 +72,9 @@ def accept(sock, inbound):
         client, peer = sock.accept()
         try:
             target = original_dst(client)
-            if target[1] in (4140, 4143):
-                client.close()  # nobody was redirected: the loop guard of the real sidecar
+            if target[1] in (4140, 4143) or target == (peer[0].removeprefix("::ffff:"), peer[1]):
+                client.close()  # nobody was redirected, or conntrack took the answer for the question: the loop guards of the real sidecar
+                print("refused", *target, flush=True)
                 continue
         except OSError:
             client.close()

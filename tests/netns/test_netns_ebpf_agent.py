@@ -282,9 +282,31 @@ def test_removal_brings_pods_to_nftables_without_a_gap_and_leaves_nothing(lab: L
         pod.end()
     assert not lab.socket.exists() and not (lab.folder / "agent.json").exists() and not lab.pins.exists()
     if lab.agent is not None:
-        lab.agent.wait(10)
+        lab.agent.wait(30)
     for kind, ids in ours.items():
         wait_for(lambda kind=kind, ids=ids: not bpfsys.ids(kind) & ids, f"no {kind} of ours is left")
+
+
+def test_a_sidecar_that_asks_for_the_target_after_removal_learns_none_and_refuses(lab: Lab) -> None:
+    """What conntrack answers then is the sidecar's own address, or, when it met the connection in its middle, the caller's."""
+    lab.start()
+    for pod in lab.pods:
+        assert pod.register()["ok"]
+    one, two = lab.pods
+    sidecar = one.relay()
+    two.relay()
+    two.app()
+    paired = one.status()["counters"]["paired"]
+    os.kill(sidecar.pid, signal.SIGSTOP)
+    caller = one.spawn(APP_UID, sys.executable, str(RELAY), "call", two.ips[0], str(APP_PORT), "1")
+    wait_for(lambda: one.status()["counters"]["paired"] > paired, "the connection waits for the sidecar to accept it")
+    removed = lab.remove()
+    os.kill(sidecar.pid, signal.SIGCONT)
+    assert removed.returncode == 0, removed.stderr
+    assert sidecar.stdout is not None and sidecar.stdout.readline().startswith("refused ")
+    out, errors = caller.communicate(timeout=60)
+    assert json.loads(out)["error"], errors
+    assert one.call(two.ips[0])[0]["error"] == "", "captured by nftables now"
 
 
 def objects(lab: Lab) -> dict[str, set[int]]:
