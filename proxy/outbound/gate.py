@@ -181,7 +181,9 @@ class _Gate(ABC):
             endpoint = load.endpoint
             try:
                 dialled = await self._services.dialer.endpoint(endpoint, parse_addr(endpoint.addr), self.inside)
-            except Failure as failure:
+            except Exception as error:
+                # Whatever else it is must cost this request and not the task, which would take the whole sidecar with it.
+                failure = error if isinstance(error, Failure) else Failure(Cause.INTERNAL, f"dialling {endpoint.addr}: {error!r}")
                 self._record.note(failure)
                 load.failed(self._now())
                 tried |= {endpoint.addr}
