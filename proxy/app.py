@@ -30,6 +30,7 @@ from policy.wire import Hello
 from proxy.config import Config
 from proxy.discover import Discovery, PolicySource
 from proxy.dumps import dump_routes
+from proxy.inbound.arrive import Arrivals
 from proxy.inbound.serve import Inbound
 from proxy.live import Live
 from proxy.outbound.deadlines import Deadlines
@@ -44,8 +45,9 @@ from proxy.telemetry.access_log import EVENT, Mode
 from proxy.telemetry.metrics import Direction, Metrics, build_info, process_samples
 from proxy.telemetry.prometheus import Sample
 from proxy.telemetry.record import Recorder
-from proxy.transport.accept import Accepted, accept_forever
+from proxy.transport.accept import Accepted, accepting
 from proxy.transport.connect import Dialer
+from proxy.transport.listener import Listener
 from proxy.transport.relay import Relay
 from proxy.transport.secure import Security
 
@@ -103,6 +105,8 @@ class Sidecar:
         deadlines = Deadlines(self.relay, nursery, clock)
         services = Services(dialer, self.relay, nursery, self.http1_pool, self.http2_pool, deadlines, clock)
         self.inbound = Inbound(config, self.discovery, security, dialer, self.relay, self.live, self.recorder, nursery, http1, http2)
+        self.arrivals = Arrivals(self.inbound, partial(self._go_on, "inbound"), partial(self._over, "inbound"))
+        self._nursery = nursery
         self.outbound = Outbound(config, self.discovery, services, self.live, self.recorder, out1, out2)
         self.metrics.add_source(self._samples)
 
@@ -129,37 +133,64 @@ class Sidecar:
 
     def admit(self) -> bool:
         """Whether one more connection may be accepted."""
-        return self.relay.open_links + 2 * self.live.arriving < 2 * self.config.max_connections
+        return self.relay.open_links - len(self.arrivals) + 2 * self.live.arriving < 2 * self.config.max_connections
 
-    async def serve_inbound(self, accepted: Accepted) -> None:
-        """Serve what was meant for this pod; raises Failure.
+    def take_inbound(self, accepted: Accepted) -> None:
+        """Begin to serve what was meant for this pod.
 
         Redirection catches whatever is delivered to the pod's link, and the original destination is what the sender wrote. A neighbour on
         the same network could write 127.0.0.1, or any other host, and have it dialled from inside the pod.
         """
         ours = accepted.dst.ip in self.config.pod_ips
         if not ours and accepted.dst.port not in (self.config.inbound_listen.port, self.config.outbound_listen.port):
-            raise Failure(Cause.FOREIGN, f"{accepted.dst} is not an address of this pod ({', '.join(self.config.pod_ips)})")
-        await self.inbound.serve(accepted)
+            self.live.arrived()
+            detail = f"{accepted.dst} is not an address of this pod ({', '.join(self.config.pod_ips)})"
+            self._over("inbound", accepted, Failure(Cause.FOREIGN, detail))
+            return
+        self.arrive(accepted)
 
-    async def take(self, direction: Direction, serve: Callable[[Accepted], Awaitable[None]], accepted: Accepted) -> None:
-        """Serve one connection; whatever goes wrong ends this connection only."""
+    def arrive(self, accepted: Accepted) -> None:
+        """Begin to serve a connection to a port of this pod."""
         self.live.arrived()
+        if not self.arrivals.take(accepted):
+            self._go_on("inbound", accepted, self.inbound.serve)
+
+    def take_outbound(self, accepted: Accepted) -> None:
+        """Begin to serve a connection that the app made."""
+        self.live.arrived()
+        self._go_on("outbound", accepted, self.outbound.serve)
+
+    def _go_on(self, direction: Direction, accepted: Accepted, serve: Callable[[Accepted], Awaitable[None]]) -> None:
+        self._nursery.start_soon(self._serve, direction, accepted, serve)
+
+    async def _serve(self, direction: Direction, accepted: Accepted, serve: Callable[[Accepted], Awaitable[None]]) -> None:
+        """Serve one connection; whatever goes wrong ends this connection only."""
+        failed: Exception | None = None
         try:
             await serve(accepted)
-            return
-        except Failure as failure:
-            self.recorder.failed(direction, accepted.client, accepted.dst, failure.cause.value, failure.detail, effect(failure.cause).level)
-        except HandshakeFailed as error:
-            self.recorder.failed(direction, accepted.client, accepted.dst, f"tls-{error.reason}", error.detail, "warning")
-        except (trio.BrokenResourceError, trio.TooSlowError, OSError) as error:
-            self.recorder.failed(direction, accepted.client, accepted.dst, "connection-lost", str(error), "debug")
         except Exception as error:
+            failed = error
+        finally:
+            self._over(direction, accepted, failed)
+
+    def _over(self, direction: Direction, accepted: Accepted, error: Exception | None) -> None:
+        """A connection is being served, or cannot be because of ``error``."""
+        if error is not None:
+            self._tell(direction, accepted, error)
+            accepted.stream.abort()
+        self.live.settled()
+
+    def _tell(self, direction: Direction, accepted: Accepted, error: Exception) -> None:
+        client, dst = accepted.client, accepted.dst
+        if isinstance(error, Failure):
+            self.recorder.failed(direction, client, dst, error.cause.value, error.detail, effect(error.cause).level)
+        elif isinstance(error, HandshakeFailed):
+            self.recorder.failed(direction, client, dst, f"tls-{error.reason}", error.detail, "warning")
+        elif isinstance(error, (trio.BrokenResourceError, trio.TooSlowError, OSError)):
+            self.recorder.failed(direction, client, dst, "connection-lost", str(error), "debug")
+        else:
             self.metrics.error(direction, Cause.INTERNAL.value)
             _report_crash(error)
-        finally:
-            self.live.settled()
-        accepted.stream.abort()
 
 
 async def run(config: Config) -> None:
@@ -174,11 +205,11 @@ async def run(config: Config) -> None:
         nursery.start_soon(sidecar.discovery.run)
         for port in config.inbound_ports:
             sidecar.discovery.port(port)
-        accepting = await nursery.start(accept_both, sidecar, nursery)
+        listeners = accept_both(sidecar)
         gc.collect()
         gc.freeze()  # what exists now lives for ever: later collections need not look at it
         await sidecar.drain.wait_started()
-        await finish(sidecar, accepting)
+        await finish(sidecar, listeners)
         nursery.cancel_scope.cancel()
 
 
@@ -193,25 +224,22 @@ def admin_routes(sidecar: Sidecar) -> Routes:
     return routes
 
 
-async def accept_both(
-    sidecar: Sidecar, nursery: trio.Nursery, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED
-) -> None:
-    """Accept on both ports until cancelled."""
+def accept_both(sidecar: Sidecar) -> tuple[Listener, Listener]:
+    """Accept on both ports from now on, until both listeners are aborted; raises CannotListen."""
     config = sidecar.config
     inbound, outbound = listen(config.inbound_listen), listen(config.outbound_listen)
-    with trio.CancelScope() as scope:
-        async with trio.open_nursery() as accepting:
-            take_in = partial(sidecar.take, "inbound", sidecar.serve_inbound)
-            take_out = partial(sidecar.take, "outbound", sidecar.outbound.serve)
-            accepting.start_soon(accept_forever, inbound, take_in, nursery, sidecar.admit)
-            accepting.start_soon(accept_forever, outbound, take_out, nursery, sidecar.admit)
-            task_status.started(scope)
-            _log.info("listening", inbound=str(config.inbound_listen), outbound=str(config.outbound_listen))
+    listeners = (
+        accepting(sidecar.relay, inbound, sidecar.take_inbound, sidecar.admit),
+        accepting(sidecar.relay, outbound, sidecar.take_outbound, sidecar.admit),
+    )
+    _log.info("listening", inbound=str(config.inbound_listen), outbound=str(config.outbound_listen))
+    return listeners
 
 
-async def finish(sidecar: Sidecar, accepting: trio.CancelScope) -> None:
+async def finish(sidecar: Sidecar, listeners: tuple[Listener, Listener]) -> None:
     """Accept no more and end what is open, in order, within the grace time or until a second signal."""
-    accepting.cancel()
+    for listener in listeners:
+        listener.abort()
     sidecar.live.drain()
     sidecar.http1_pool.close_idle()
     sidecar.http2_pool.drain()

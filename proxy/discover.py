@@ -180,6 +180,11 @@ class Discovery:
             self._recent.popitem(last=False)
         return state
 
+    def known_port(self, port: int) -> PortState | None:
+        """The state of a dialled port if its policy is known already; raises Failure(OVERLOADED)."""
+        state = self._dialled_port(port)
+        return state if state.authorizer is not None else None
+
     async def wait_port(self, port: int) -> PortState:
         """The state of a dialled port with its policy known; raises Failure(NO_POLICY) when it does not arrive in time, OVERLOADED."""
         state = self._dialled_port(port)

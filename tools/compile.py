@@ -50,6 +50,7 @@ MODULES = (
     "proxy/routing.py",
     "proxy/telemetry/record.py",
     "proxy/transport/link.py",
+    "proxy/transport/listener.py",
     "proxy/transport/relay.py",
     "proxy/transport/tls_bio.py",
     "proxy/transport/turn.py",

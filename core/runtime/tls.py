@@ -5,12 +5,13 @@ resumption, no renegotiation (TLS 1.3 has none). The chain is verified by OpenSS
 verified here: a leaf must carry exactly one SAN, a URI, that is a workload identity of our own trust domain. Whoever dials also
 names the identity it expects.
 
-The data path takes a connection over after `TlsStream.do_handshake` (see `detach`) and moves records itself; everything else
-(identity, policy) keeps using the stream.
+A `Handshake` is bytes in, bytes out: the data path drives it from its relay loop and moves records itself afterwards. Everything else
+(identity, policy) uses `TlsStream`, which waits for its transport.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -36,6 +37,7 @@ _READ_BYTES = 65536
 _WRITE_BYTES = 32768  # at most, from the BIO at once: more than a handshake's flight
 _HANDSHAKE_BYTES_MAX = 256 * 1024  # far beyond any chain of ours; bounds what an unauthenticated peer makes us parse
 
+_VERIFY_OK = 0
 _VERIFY_REASONS = {
     9: "not-yet-valid",
     10: "expired",
@@ -51,13 +53,15 @@ class HandshakeFailed(Exception):
     """The peer could not be authenticated, or did not speak TLS 1.3 with us.
 
     reason: a stable word for metrics: ``expired``, ``not-yet-valid``, ``unknown-issuer``, ``self-signed``, ``no-certificate``,
-    ``identity-mismatch``, ``foreign-trust-domain``, ``invalid-identity``, ``closed``, ``reset``, ``alert``, ``protocol``.
+    ``identity-mismatch``, ``foreign-trust-domain``, ``invalid-identity``, ``closed``, ``reset``, ``alert``, ``protocol``, ``timeout``.
+    farewell: what TLS wants to tell the peer before the connection ends, an alert mostly.
     """
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, farewell: bytes = b"") -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+        self.farewell = farewell
 
 
 def server_context(credentials: Credentials, *, client: Literal["required", "optional"], alpn: Sequence[bytes]) -> SSL.Context:
@@ -69,7 +73,7 @@ def server_context(credentials: Credentials, *, client: Literal["required", "opt
     context = _context(credentials.bundle_pem)
     _present(context, credentials)
     verify = SSL.VERIFY_PEER | (SSL.VERIFY_FAIL_IF_NO_PEER_CERT if client == "required" else 0)
-    context.set_verify(verify, _remember_verify_error)
+    context.set_verify(verify)
     accepted = tuple(alpn)
 
     def select(_: SSL.Connection, offered: list[bytes]) -> bytes | object:
@@ -87,7 +91,7 @@ def client_context(credentials: Credentials | None, bundle_pem: bytes, alpn: Seq
     if credentials is not None:
         _present(context, credentials)
     context.set_options(_OP_NO_TICKET)
-    context.set_verify(SSL.VERIFY_PEER, _remember_verify_error)
+    context.set_verify(SSL.VERIFY_PEER)
     if alpn:
         context.set_alpn_protos(list(alpn))
     return context
@@ -130,12 +134,6 @@ def _send_no_tickets(connection: SSL.Connection) -> None:
     connection.set_options(_OP_NO_TICKET)
 
 
-def _remember_verify_error(connection: SSL.Connection, _: object, error: int, depth: int, ok: int) -> bool:
-    if not ok:
-        connection.set_app_data((error, depth))
-    return bool(ok)
-
-
 def peer_identity(connection: SSL.Connection, trust_domain: str) -> WorkloadId | None:
     """Who the verified peer is, None when it showed no certificate; raises HandshakeFailed when its name is not one of ours."""
     certificate = connection.get_peer_certificate()
@@ -171,68 +169,60 @@ def _leaf_identity(certificate: x509.Certificate) -> WorkloadId:
         raise HandshakeFailed("invalid-identity", str(error)) from None
 
 
-class TlsStream(trio.abc.HalfCloseableStream):
-    """TLS over any trio stream, by memory BIOs: call OpenSSL, then wait for exactly one thing, then again.
+class Handshake:
+    """One end of a handshake: takes what was received, gives what is to be sent. Whoever moves the bytes bounds the time.
 
-    One task may send while another receives. close_notify is a real half-close: after `send_eof` the peer's bytes still arrive
-    (RFC 8446 section 6.1), and a peer that vanishes without it raises BrokenResourceError instead of ending the stream.
+    peer, alpn: who the other end has proven to be and what is inside, once `done`.
     """
 
-    def __init__(self, transport: trio.abc.HalfCloseableStream, connection: SSL.Connection, expect: WorkloadId | None, trust_domain: str):
-        self.transport = transport
+    __slots__ = ("_expect", "_received", "_trust_domain", "alpn", "connection", "done", "peer")
+
+    def __init__(self, connection: SSL.Connection, expect: WorkloadId | None, trust_domain: str) -> None:
         self.connection = connection
+        self.done = False
         self.peer: WorkloadId | None = None
         self.alpn = b""
         self._expect = expect
         self._trust_domain = trust_domain
-        self._send_lock = trio.StrictFIFOLock()
+        self._received = 0
 
     @classmethod
-    def client(cls, transport: trio.abc.HalfCloseableStream, context: SSL.Context, server_name: str, expect: WorkloadId) -> TlsStream:
+    def client(cls, context: SSL.Context, server_name: str, expect: WorkloadId) -> Handshake:
         """The dialling end. expect: the identity discovery names for this endpoint; any other is refused."""
         connection = SSL.Connection(context, None)
         connection.set_connect_state()
         connection.set_tlsext_host_name(server_name.encode("ascii"))
-        return cls(transport, connection, expect, expect.trust_domain)
+        return cls(connection, expect, expect.trust_domain)
 
     @classmethod
-    def server(cls, transport: trio.abc.HalfCloseableStream, context: SSL.Context, trust_domain: str) -> TlsStream:
+    def server(cls, context: SSL.Context, trust_domain: str) -> Handshake:
         """The accepting end."""
         connection = SSL.Connection(context, None)
         connection.set_accept_state()
-        return cls(transport, connection, None, trust_domain)
+        return cls(connection, None, trust_domain)
 
-    async def do_handshake(self, already_received: bytes = b"") -> None:
-        """Run the handshake and learn `peer` and `alpn`; raises HandshakeFailed. already_received: bytes sniffed from the transport.
-
-        The caller bounds the time. On failure an alert was sent if TLS had one to send; the transport is left open.
-        """
-        received = len(already_received)
-        if already_received:
-            self.connection.bio_write(already_received)
-        while True:
-            try:
-                self.connection.do_handshake()
-                break
-            except SSL.WantReadError:
-                pass
-            except (SSL.Error, SSL.SysCallError) as error:
-                await self._flush_alert()
-                raise self._failure(error) from None
-            await self._send_flight()
-            try:
-                data = await self.transport.receive_some(_READ_BYTES)
-            except trio.BrokenResourceError:
-                raise HandshakeFailed("reset", "the peer reset the connection during the handshake") from None
-            received += len(data)
-            if not data or received > _HANDSHAKE_BYTES_MAX:
-                raise HandshakeFailed("closed" if not data else "protocol", "the peer ended the handshake early") from None
-            self.connection.bio_write(data)
+    def step(self, data: bytes) -> bytes:
+        """Go on with what was received (nothing yet at the beginning); returns what is to be sent. Raises HandshakeFailed."""
+        self._received += len(data)
+        if self._received > _HANDSHAKE_BYTES_MAX:
+            raise HandshakeFailed("protocol", "the peer's handshake is too long")
+        connection = self.connection
         try:
-            await self._send_flight()
-        except trio.BrokenResourceError:
-            raise HandshakeFailed("reset", "the peer reset the connection during the handshake") from None
-        self._check_peer()
+            if data:
+                connection.bio_write(data)
+            connection.do_handshake()
+        except SSL.WantReadError:
+            return _output(connection)
+        except (SSL.Error, SSL.SysCallError) as error:
+            raise _failure(connection, error, _output(connection)) from None
+        flight = _output(connection)
+        try:
+            self._check_peer()
+        except HandshakeFailed as error:
+            error.farewell = flight
+            raise
+        self.done = True
+        return flight
 
     def _check_peer(self) -> None:
         self.alpn = self.connection.get_alpn_proto_negotiated()
@@ -243,16 +233,87 @@ class TlsStream(trio.abc.HalfCloseableStream):
             found = self.peer.uri if self.peer else "nobody"
             raise HandshakeFailed("identity-mismatch", f"expected {self._expect.uri}, the peer is {found}")
 
-    def _failure(self, error: SSL.Error) -> HandshakeFailed:
-        seen = self.connection.get_app_data()
-        if isinstance(seen, tuple):
-            code, depth = seen
-            return HandshakeFailed(_VERIFY_REASONS.get(code, "unverified"), f"certificate at depth {depth}: X.509 verify error {code}")
-        parts = error.args[0] if error.args and isinstance(error.args[0], list) else []
-        text = "; ".join(part[2] for part in parts if len(part) > 2) or "connection closed"
-        if "peer did not return a certificate" in text:
-            return HandshakeFailed("no-certificate", text)
-        return HandshakeFailed("alert" if "alert" in text else "protocol", text)
+
+def _output(connection: SSL.Connection) -> bytes:
+    """Everything that OpenSSL wants sent by now, mostly one piece."""
+    output = b""
+    while True:
+        try:
+            piece = connection.bio_read(_WRITE_BYTES)
+        except SSL.WantReadError:
+            return output
+        output = output + piece if output else piece
+        if len(piece) < _WRITE_BYTES:
+            return output
+
+
+def _failure(connection: SSL.Connection, error: SSL.Error, farewell: bytes = b"") -> HandshakeFailed:
+    """Why OpenSSL gave up. What it thinks of the peer's chain is asked of the connection: a callback would cost every good handshake."""
+    code = lib.SSL_get_verify_result(connection._ssl)
+    if code != _VERIFY_OK:
+        return HandshakeFailed(_VERIFY_REASONS.get(code, "unverified"), f"the peer's certificate: X.509 verify error {code}", farewell)
+    parts = error.args[0] if error.args and isinstance(error.args[0], list) else []
+    text = "; ".join(part[2] for part in parts if len(part) > 2) or "connection closed"
+    if "peer did not return a certificate" in text:
+        return HandshakeFailed("no-certificate", text, farewell)
+    return HandshakeFailed("alert" if "alert" in text else "protocol", text, farewell)
+
+
+class TlsStream(trio.abc.HalfCloseableStream):
+    """TLS over any trio stream, by memory BIOs: call OpenSSL, then wait for exactly one thing, then again.
+
+    One task may send while another receives. close_notify is a real half-close: after `send_eof` the peer's bytes still arrive
+    (RFC 8446 section 6.1), and a peer that vanishes without it raises BrokenResourceError instead of ending the stream.
+    """
+
+    def __init__(self, transport: trio.abc.HalfCloseableStream, handshake: Handshake) -> None:
+        self.transport = transport
+        self.connection = handshake.connection
+        self._handshake = handshake
+        self._send_lock = trio.StrictFIFOLock()
+
+    @classmethod
+    def client(cls, transport: trio.abc.HalfCloseableStream, context: SSL.Context, server_name: str, expect: WorkloadId) -> TlsStream:
+        """See Handshake.client."""
+        return cls(transport, Handshake.client(context, server_name, expect))
+
+    @classmethod
+    def server(cls, transport: trio.abc.HalfCloseableStream, context: SSL.Context, trust_domain: str) -> TlsStream:
+        """See Handshake.server."""
+        return cls(transport, Handshake.server(context, trust_domain))
+
+    @property
+    def peer(self) -> WorkloadId | None:
+        """Who the other end is, after the handshake; None: it showed no certificate."""
+        return self._handshake.peer
+
+    @property
+    def alpn(self) -> bytes:
+        """What is inside, after the handshake."""
+        return self._handshake.alpn
+
+    async def do_handshake(self, already_received: bytes = b"") -> None:
+        """Run the handshake and learn `peer` and `alpn`; raises HandshakeFailed. already_received: bytes sniffed from the transport.
+
+        The caller bounds the time. On failure an alert was sent if TLS had one to send; the transport is left open.
+        """
+        handshake, data = self._handshake, already_received
+        try:
+            while True:
+                if flight := handshake.step(data):
+                    await self.transport.send_all(flight)
+                if handshake.done:
+                    return
+                data = bytes(await self.transport.receive_some(_READ_BYTES))
+                if not data:
+                    raise HandshakeFailed("closed", "the peer ended the handshake early")
+        except HandshakeFailed as failed:
+            if failed.farewell:
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # the peer is gone already
+                    await self.transport.send_all(failed.farewell)
+            raise
+        except trio.BrokenResourceError:
+            raise HandshakeFailed("reset", "the peer reset the connection during the handshake") from None
 
     async def _flush_alert(self) -> None:
         try:
@@ -262,20 +323,8 @@ class TlsStream(trio.abc.HalfCloseableStream):
 
     async def _flush(self) -> None:
         async with self._send_lock:
-            await self._send_flight()
-
-    async def _send_flight(self) -> None:
-        """Without the lock, which costs two turns of the scheduler, for when nobody else can be sending."""
-        while (data := self._encrypted()) is not None:
-            await self.transport.send_all(data)
-            if len(data) < _WRITE_BYTES:
-                break
-
-    def _encrypted(self) -> bytes | None:
-        try:
-            return self.connection.bio_read(_WRITE_BYTES)
-        except SSL.WantReadError:
-            return None
+            if data := _output(self.connection):
+                await self.transport.send_all(data)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Encrypt and send everything; on cancellation an unknown part was sent and the stream is unusable."""
@@ -304,7 +353,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 return b""
             except SSL.Error as error:
                 await self._flush_alert()
-                raise trio.BrokenResourceError(f"TLS: {self._failure(error)}") from error
+                raise trio.BrokenResourceError(f"TLS: {_failure(self.connection, error)}") from error
             await self._flush()  # key updates are answered by reading
             data = await self.transport.receive_some(_READ_BYTES)
             if not data:
@@ -328,7 +377,3 @@ class TlsStream(trio.abc.HalfCloseableStream):
             pass  # closing a dead connection: nobody is left to tell
         finally:
             await self.transport.aclose()
-
-    def detach(self) -> SSL.Connection:
-        """Give the connection to the relay loop, which reads and writes the BIOs itself from now on."""
-        return self.connection

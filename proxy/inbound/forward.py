@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from core.addrs import Addr, ClientAddr
+from core.runtime.sockets import Connecting
 from policy.authorize import Permit
 from proxy.protocol.http1 import Http1Upstream
 from proxy.protocol.http2 import Http2Limits, Http2Upstream
@@ -27,11 +28,19 @@ class Forwarder:
         self.app = app
         self._caller = caller
 
-    async def open(self, permit: Permit) -> Dialled:
-        """Connect to the app; raises Failure. The permit proves that somebody may go there."""
+    def begin(self, permit: Permit) -> Connecting:
+        """Begin to connect to the app; raises Failure. The permit proves that somebody may go there."""
         if not isinstance(permit, Permit):
             raise TypeError("forwarding needs a permit")
-        return await self._dialer.app(self.app, self._caller)
+        return self._dialer.begin_app(self.app, self._caller)
+
+    async def finish(self, connecting: Connecting) -> Dialled:
+        """The connection once it is made; raises Failure."""
+        return await self._dialer.finish(self.app, connecting)
+
+    async def open(self, permit: Permit) -> Dialled:
+        """Both; raises Failure."""
+        return await self.finish(self.begin(permit))
 
     def http1(self, dialled: Dialled, gone: Callable[[Http1Upstream], None]) -> Http1Upstream:
         """An HTTP/1.1 upstream on a fresh connection."""

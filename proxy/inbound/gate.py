@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import trio
 
+from core.runtime.sockets import Connecting
 from policy.authorize import Permit
 from proxy.inbound.authorize import Authorization, cause_of
 from proxy.inbound.forward import Forwarder
@@ -17,6 +18,7 @@ from proxy.protocol.http2 import Http2Client, Http2Upstream
 from proxy.protocol.requests import LATER, Answer, Bodies, Forward, HeadEdit, RequestHead, Verdict
 from proxy.rescue import Cause, Failure
 from proxy.telemetry.record import InboundRecord, Note
+from proxy.transport.connect import Dialled
 from proxy.transport.relay import Relay
 
 CLIENT_ID = b"pillion-client-id"
@@ -115,16 +117,23 @@ class InboundGate:
         upstream = self._upstream
         if upstream is not None:
             return Forward(upstream, self._edit, exchange)
-        self._waiting[token] = exchange
         if not self._connecting:
+            try:
+                connecting = self._forwarder.begin(permit)
+            except Failure as failure:
+                self._record.note(failure)
+                return Answer(failure.cause, self.explain, exchange)
+            if connecting.done:
+                return Forward(self._adopt(Dialled(connecting.sock, None)), self._edit, exchange)
             self._connecting = True
-            self._nursery.start_soon(self._connect, permit)
+            self._nursery.start_soon(self._connect, connecting)
+        self._waiting[token] = exchange
         return LATER
 
-    async def _connect(self, permit: Permit) -> None:
-        """Dial the app for everybody who waits for it."""
+    async def _connect(self, connecting: Connecting) -> None:
+        """Wait for the app on behalf of everybody who wants it."""
         try:
-            dialled = await self._forwarder.open(permit)
+            dialled = await self._forwarder.finish(connecting)
         except Failure as failure:
             self._record.note(failure)
             cause = failure.cause
@@ -136,12 +145,18 @@ class InboundGate:
             dialled.close()  # everybody who wanted it went away meanwhile
             return
         with self._relay.batch():
-            if isinstance(self.engine, Http1Client):
-                self._upstream = self._forwarder.http1(dialled, self._gone)
-            else:
-                self._upstream = self._forwarder.http2(dialled, self._gone)
-            upstream = self._upstream
+            upstream = self._adopt(dialled)
             self._tell(lambda exchange: Forward(upstream, self._edit, exchange))
+
+    def _adopt(self, dialled: Dialled) -> Http1Upstream | Http2Upstream:
+        """A fresh connection to the app, of the client's protocol."""
+        upstream: Http1Upstream | Http2Upstream
+        if isinstance(self.engine, Http1Client):
+            upstream = self._forwarder.http1(dialled, self._gone)
+        else:
+            upstream = self._forwarder.http2(dialled, self._gone)
+        self._upstream = upstream
+        return upstream
 
     def _tell(self, verdict: Callable[[Note], Verdict]) -> None:
         waiting, self._waiting = self._waiting, {}

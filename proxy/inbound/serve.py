@@ -7,6 +7,8 @@
 10 protocol    ALPN, policy, or first bytes
 11 authorize   inbound/authorize.py        Permit | Denied, for each request or for the connection
 12 forward     inbound/forward.py          to the app, needs the Permit
+
+Most connections come here only after their first steps, which `inbound/arrive.py` takes without a task where nothing has to be waited for.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import trio
 
 from core import alpn
 from core.names import WorkloadId
-from core.runtime.tls import HandshakeFailed
+from core.runtime.tls import Handshake, HandshakeFailed
 from policy.authorize import Client, Denied, Permit
 from proxy.config import Config
 from proxy.discover import Discovery, PortState
@@ -28,7 +30,6 @@ from proxy.inbound.forward import Forwarder
 from proxy.inbound.gate import InboundGate, forwarded_fields
 from proxy.inbound.refuse import RefusingGate
 from proxy.live import Live
-from proxy.protocol.client_hello import ClientHello
 from proxy.protocol.detect import Detected, FirstLine
 from proxy.protocol.http1 import Http1Client, Http1Limits
 from proxy.protocol.http2 import Http2Client, Http2Limits
@@ -37,14 +38,17 @@ from proxy.telemetry.record import InboundRecord, Recorder
 from proxy.transport.accept import Accepted
 from proxy.transport.connect import Dialer, Dialled
 from proxy.transport.join import NOBODY, begin, join, who_speaks_first
+from proxy.transport.link import Link
 from proxy.transport.relay import Relay
 from proxy.transport.secure import Security
 from proxy.transport.sniff import Sniffed, sniff
-from proxy.transport.tls_bio import Records
+from proxy.transport.tls_bio import Records, records
 
 _INSIDE = {alpn.HTTP1: Detected.HTTP1, alpn.HTTP2: Detected.HTTP2, alpn.OPAQUE: Detected.OPAQUE}
 _DECLARED = {"http1": Detected.HTTP1, "http2": Detected.HTTP2, "grpc": Detected.HTTP2, "opaque": Detected.OPAQUE, "tls": Detected.OPAQUE}
-_HTTP = (Detected.HTTP1, Detected.HTTP2)
+HTTP = (Detected.HTTP1, Detected.HTTP2)
+"""What the relay carries request by request; everything else is opaque."""
+
 _SILENT = Sniffed(b"", Detected.OPAQUE)
 
 
@@ -66,6 +70,14 @@ class Authenticated:
     records: Records | None
 
 
+class _Session(NamedTuple):
+    """One authenticated connection: what it may do, how the app is reached, and who counts it."""
+
+    authorization: Authorization
+    forwarder: Forwarder
+    record: InboundRecord
+
+
 @dataclass(frozen=True, slots=True)
 class Inbound:
     """Serves connections to this pod. Everything here is shared by all of them."""
@@ -81,36 +93,47 @@ class Inbound:
     http1_limits: Http1Limits
     http2_limits: Http2Limits
 
-    async def serve(self, accepted: Accepted) -> None:
-        """Take one connection from accept to the relay; raises Failure, HandshakeFailed, trio.BrokenResourceError."""
+    async def serve(self, accepted: Accepted, said: bytes | None = None) -> None:
+        """Take one connection from accept to the relay; raises Failure, HandshakeFailed, trio.BrokenResourceError.
+
+        said: what was read of it already; empty when it was silent for the time in which a client would have spoken.
+        """
         self._refuse_loops(accepted)
         try:
             port = await self.discovery.wait_port(accepted.dst.port)
         except Failure as failure:
             await self._refuse(accepted, failure.cause)
             raise
-        heard = await self._listen(accepted, port)
+        heard = await self._listen(accepted, port, said)
         try:
             peer = await self._authenticate(accepted, heard.sniffed, _declared(port))
         except BaseException:
             if heard.to_app is not None:
                 heard.to_app.close()
             raise
-        client = Client(accepted.client.ip, peer.identity.uri if peer.identity else None, peer.reason)
-        authorization = Authorization(port, client)
-        record = self.recorder.inbound(accepted.client, accepted.dst, client)
-        forwarder = self._forwarder(accepted)
-        if peer.protocol in _HTTP:
-            self._serve_http(accepted, peer, authorization, forwarder, record, heard.to_app)
+        if peer.protocol in HTTP:
+            if heard.to_app is not None:
+                heard.to_app.close()  # requests are permitted one by one; none was yet
+            self.serve_http(accepted, self.relay.adopt(accepted.stream.release(), NOBODY, peer.records), peer, port)
         else:
-            await self._serve_opaque(accepted, peer, port, authorization, forwarder, record, heard.to_app)
+            await self.serve_opaque(accepted, peer, port, heard.to_app)
+
+    def known_port(self, accepted: Accepted) -> PortState | None:
+        """The dialled port when its policy is known; raises Failure."""
+        self._refuse_loops(accepted)
+        return self.discovery.known_port(accepted.dst.port)
+
+    def _session(self, accepted: Accepted, peer: Authenticated, port: PortState) -> _Session:
+        client = Client(accepted.client.ip, peer.identity.uri if peer.identity else None, peer.reason)
+        record = self.recorder.inbound(accepted.client, accepted.dst, client)
+        return _Session(Authorization(port, client), self._forwarder(accepted), record)
 
     def _refuse_loops(self, accepted: Accepted) -> None:
         """Our own ports are never an app: a connection made to them directly would be forwarded to ourselves for ever."""
         if accepted.dst.port in (self.config.inbound_listen.port, self.config.outbound_listen.port):
             raise Failure(Cause.LOOP, f"{accepted.dst} is a port of the sidecar itself")
 
-    async def _listen(self, accepted: Accepted, port: PortState) -> Heard:
+    async def _listen(self, accepted: Accepted, port: PortState, said: bytes | None) -> Heard:
         """The client's first words, or, when it stays silent, whoever speaks first.
 
         A silent client may be waiting for the app (SMTP, MySQL). Only a client that may use the port as opaque bytes gets the app
@@ -118,12 +141,13 @@ class Inbound:
         of a handshake to begin; and one whom no policy could let in is told at once.
         """
         config = self.config
-        sniffed = await sniff(accepted.stream, config.detect_silence_s, config.detect_timeout_s)
-        if sniffed.protocol is not None:
-            return Heard(sniffed)
+        if said != b"":
+            sniffed = await sniff(accepted.stream, config.detect_silence_s, config.detect_timeout_s, said or b"")
+            if sniffed.protocol is not None:
+                return Heard(sniffed)
         authorization = Authorization(port, Client(accepted.client.ip, None, "plaintext"))
         permit = authorization.connection()
-        if authorization.some_request() and (_declared(port) in _HTTP or not isinstance(permit, Permit)):
+        if authorization.some_request() and (_declared(port) in HTTP or not isinstance(permit, Permit)):
             return Heard(await self._wait_words(accepted, self.config.idle_timeout_s))
         if not isinstance(permit, Permit):
             assert port.authorizer is not None
@@ -158,7 +182,7 @@ class Inbound:
             config = self.config
             sniffed = await sniff(accepted.stream, config.detect_silence_s, config.detect_timeout_s)
             peer = await self._authenticate(accepted, sniffed, None)
-            if peer.protocol not in _HTTP:
+            if peer.protocol not in HTTP:
                 return
             gate = RefusingGate(cause, self.relay, explain=peer.identity is not None)
             link = self.relay.adopt(accepted.stream.release(), NOBODY, peer.records)
@@ -171,32 +195,32 @@ class Inbound:
                 self.live.add(link, gate.engine, lambda: None)
 
     async def _authenticate(self, accepted: Accepted, sniffed: Sniffed, declared: Detected | None) -> Authenticated:
-        if sniffed.hello is not None and self._addressed_to_us(sniffed.hello):
+        if self.addressed_to_us(sniffed):
             secured = await self.security.accept(accepted.stream, sniffed.data)
             return Authenticated(secured.peer, "", _INSIDE[secured.alpn], b"", secured.records)
-        if sniffed.hello is not None:
-            return Authenticated(None, "tls-not-addressed-to-us", Detected.OPAQUE, sniffed.data, None)
-        return Authenticated(None, "plaintext", _plain_protocol(sniffed, declared), sniffed.data, None)
+        return _unauthenticated(sniffed, declared)
 
-    def _addressed_to_us(self, hello: ClientHello) -> bool:
+    def addressed_to_us(self, sniffed: Sniffed) -> bool:
         """TLS is ours to terminate when it names this workload and offers what only sidecars speak; any other is the app's own."""
-        return hello.server_name == self.security.identity.server_name and any(name in alpn.BETWEEN_SIDECARS for name in hello.alpn)
+        hello = sniffed.hello
+        if hello is None or hello.server_name != self.security.identity.server_name:
+            return False
+        return any(name in alpn.BETWEEN_SIDECARS for name in hello.alpn)
 
-    def _serve_http(
-        self,
-        accepted: Accepted,
-        peer: Authenticated,
-        authorization: Authorization,
-        forwarder: Forwarder,
-        record: InboundRecord,
-        to_app: Dialled | None,
-    ) -> None:
-        if to_app is not None:
-            to_app.close()  # requests are permitted one by one; none was yet
+    def authenticated(self, handshake: Handshake) -> Authenticated:
+        """The peer of a handshake that is done."""
+        return Authenticated(handshake.peer, "", _INSIDE[handshake.alpn], b"", records(handshake.connection))
+
+    def unauthenticated(self, sniffed: Sniffed, port: PortState) -> Authenticated:
+        """A client whose bytes are not addressed to us as TLS."""
+        return _unauthenticated(sniffed, _declared(port))
+
+    def serve_http(self, accepted: Accepted, link: Link, peer: Authenticated, port: PortState) -> None:
+        """Requests of this connection are decided on one by one from now on; the link carries it already."""
+        authorization, forwarder, record = self._session(accepted, peer, port)
         identity = peer.identity.uri if peer.identity else None
         told = forwarded_fields(self.config.forwarded, accepted.client.ip)
         gate = InboundGate(authorization, forwarder, record, self.relay, self.nursery, identity, told)
-        link = self.relay.adopt(accepted.stream.release(), NOBODY, peer.records)
         http1 = peer.protocol is Detected.HTTP1
         record.protocol = "HTTP/1.1" if http1 else "HTTP/2"
         gate.engine = Http1Client(link, gate, self.http1_limits) if http1 else Http2Client(link, gate, self.http2_limits)
@@ -209,17 +233,9 @@ class Inbound:
             begin(self.relay, link, gate.engine, peer.data)
             self.live.add(link, gate.engine, closed)
 
-    async def _serve_opaque(
-        self,
-        accepted: Accepted,
-        peer: Authenticated,
-        port: PortState,
-        authorization: Authorization,
-        forwarder: Forwarder,
-        record: InboundRecord,
-        to_app: Dialled | None,
-    ) -> None:
+    async def serve_opaque(self, accepted: Accepted, peer: Authenticated, port: PortState, to_app: Dialled | None = None) -> None:
         """Join the connection with the app; cut it when a later policy takes the permit back."""
+        authorization, forwarder, record = self._session(accepted, peer, port)
         screened = _declared(port) is not Detected.OPAQUE
         try:
             app = await self._open_opaque(authorization, forwarder, record, to_app, peer.data if screened else b"")
@@ -263,6 +279,12 @@ class Inbound:
         raise Failure(Cause.DENIED, decision.reason)
 
 
+def _unauthenticated(sniffed: Sniffed, declared: Detected | None) -> Authenticated:
+    if sniffed.hello is not None:
+        return Authenticated(None, "tls-not-addressed-to-us", Detected.OPAQUE, sniffed.data, None)
+    return Authenticated(None, "plaintext", _plain_protocol(sniffed, declared), sniffed.data, None)
+
+
 async def _say_no(accepted: Accepted, records: Records | None) -> None:
     """Tell a meshed peer that nothing its client could say would help, before its connection is reset: what is only reset while its
     client is silent, the peer takes for a port of requests (outbound.serve)."""
@@ -281,6 +303,6 @@ def _plain_protocol(sniffed: Sniffed, declared: Detected | None) -> Detected:
     """The protocol of plaintext: as declared, else as it looks. HTTP/2 on a port declared HTTP/1 is still HTTP, with the same rules."""
     seen = Detected.OPAQUE if sniffed.protocol in (None, Detected.TLS) else sniffed.protocol
     assert seen is not None
-    if declared is None or (declared in _HTTP and seen in _HTTP):
+    if declared is None or (declared in HTTP and seen in HTTP):
         return seen
     return declared

@@ -91,24 +91,33 @@ class _Reader:
 
 
 def _parse(hello: bytes) -> ClientHello:
-    reader = _Reader(hello)
-    reader.take(2 + 32)  # legacy_version, random
-    reader.vector(1)  # legacy_session_id
-    reader.vector(2)  # cipher_suites
-    reader.vector(1)  # legacy_compression_methods
+    """Runs for every connection, so the dozen extensions of no interest are stepped over without a reader for each."""
+    at = 2 + 32  # legacy_version, random
+    at += 1 + hello[at]  # legacy_session_id
+    at += 2 + _u16(hello, at)  # cipher_suites
+    at += 1 + hello[at]  # legacy_compression_methods
     name = ""
     alpn: tuple[bytes, ...] = ()
-    if not reader.more:
+    if at == len(hello):
         return ClientHello(name, alpn)
-    extensions = reader.vector(2)
-    while extensions.more:
-        kind = int.from_bytes(extensions.take(2), "big")
-        content = extensions.vector(2)
+    end = at + 2 + _u16(hello, at)
+    at += 2
+    if end > len(hello):
+        raise IndexError
+    while at < end:
+        kind, stop = _u16(hello, at), at + 4 + _u16(hello, at + 2)
+        if stop > end:
+            raise IndexError
         if kind == _EXT_SERVER_NAME:
-            name = _server_name(content)
+            name = _server_name(_Reader(hello[at + 4 : stop]))
         elif kind == _EXT_ALPN:
-            alpn = _alpn(content)
+            alpn = _alpn(_Reader(hello[at + 4 : stop]))
+        at = stop
     return ClientHello(name, alpn)
+
+
+def _u16(data: bytes, at: int) -> int:
+    return data[at] << 8 | data[at + 1]
 
 
 def _server_name(content: _Reader) -> str:

@@ -74,11 +74,16 @@ class Dialer:
         stream = await self._connect(addr)
         return Dialled(stream.release(), None)
 
-    async def app(self, addr: Addr, caller: ClientAddr) -> Dialled:
-        """Connect to the pod's own app, which sees ``caller`` where the kernel can show it; raises Failure."""
-        tell = partial(self._callers.tell, caller=caller) if self._callers.heard else None
-        stream = await self._connect(addr, tell)
-        return Dialled(stream.release(), None)
+    def begin_app(self, addr: Addr, caller: ClientAddr) -> Connecting:
+        """Begin to connect to the pod's own app, which sees ``caller`` where the kernel can show it; raises Failure.
+
+        An app on this machine has mostly accepted by the time this returns (`Connecting.done`), and nobody has to wait.
+        """
+        return self._begin(addr, partial(self._callers.tell, caller=caller) if self._callers.heard else None)
+
+    async def finish(self, addr: Addr, connecting: Connecting) -> Dialled:
+        """A connection without TLS once it is made; raises Failure."""
+        return Dialled((await self._made(addr, connecting)).release(), None)
 
     async def endpoint(self, endpoint: Endpoint, addr: Addr, inside: bytes) -> Dialled:
         """Connect as discovery says: mutual TLS when the endpoint has an identity, plaintext when not; raises Failure.
@@ -113,9 +118,17 @@ class Dialer:
             raise
         return Dialled(stream.release(), secured.records)
 
-    async def _connect(self, addr: Addr, prepare: Callable[[socket.socket], None] | None = None) -> RawStream:
+    async def _connect(self, addr: Addr) -> RawStream:
+        return await self._made(addr, self._begin(addr))
+
+    def _begin(self, addr: Addr, prepare: Callable[[socket.socket], None] | None = None) -> Connecting:
         try:
-            connecting = Connecting(addr, prepare)
+            return Connecting(addr, prepare)
+        except OSError as error:
+            raise _connect_failure(addr, error) from None
+
+    async def _made(self, addr: Addr, connecting: Connecting) -> RawStream:
+        try:
             if not connecting.done:
                 with trio.fail_after(self._connect_s):
                     await connecting.wait()
@@ -123,8 +136,12 @@ class Dialer:
         except trio.TooSlowError:
             raise Failure(Cause.CONNECT_TIMEOUT, f"{addr} did not answer within {self._connect_s:g} s") from None
         except OSError as error:
-            refused = error.errno == errno.ECONNREFUSED
-            raise Failure(Cause.CONNECT_REFUSED if refused else Cause.CONNECT_FAILED, f"{addr}: {error.strerror or error}") from None
+            raise _connect_failure(addr, error) from None
+
+
+def _connect_failure(addr: Addr, error: OSError) -> Failure:
+    refused = error.errno == errno.ECONNREFUSED
+    return Failure(Cause.CONNECT_REFUSED if refused else Cause.CONNECT_FAILED, f"{addr}: {error.strerror or error}")
 
 
 _workload_id = lru_cache(maxsize=1024)(parse_workload_id)  # the same few endpoints are dialled again and again

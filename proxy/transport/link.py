@@ -189,6 +189,14 @@ class Link:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             self._drop()
 
+    def leave(self) -> socket.socket:
+        """Give the socket back to whoever wants to wait on it. This link is dead from then on, and its receiver hears nothing more."""
+        if self._mask != _UNWATCHED:
+            self._relay.epoll.unregister(self._fd)
+        self._stop()
+        self._relay.forget(self._fd)
+        return self.sock
+
     def expire_after(self, seconds: float | None) -> None:
         if seconds is None:
             self.deadline = NEVER
@@ -202,6 +210,18 @@ class Link:
     def start(self) -> None:
         """Begin to deliver; called once by `Relay.adopt`, after the creator stored the link."""
         self._watch()
+
+    def succeed(self, link: Link) -> None:
+        """Take the place of another link of the same socket, as it is watched; that one is dead from then on. Called by `Relay.secure`."""
+        self._mask = link._mask
+        link._stop()
+
+    def _stop(self) -> None:
+        self._dead = True
+        self.reading = self.blocked = False
+        self._mask = _UNWATCHED
+        self.deadline = NEVER
+        self._relay.unschedule(self)
 
     def _transmit(self, data: bytes | memoryview) -> int:
         """Send; the number of bytes taken, 0 when the socket is full, -1 when it is dead (the receiver hears of it later)."""

@@ -28,6 +28,7 @@ import trio
 from core.runtime.memory import give_back
 from proxy.protocol.sides import Receiver
 from proxy.transport.link import DISCARD, NEVER, Link, TlsLink
+from proxy.transport.listener import Listener
 from proxy.transport.tls_bio import Records
 from proxy.transport.turn import Turn, turns
 
@@ -77,9 +78,25 @@ class Relay:
         self._links[sock.fileno()] = link
         return link
 
+    def listen(self, sock: socket.socket, accepted: Callable[[socket.socket, tuple[object, ...]], None]) -> Listener:
+        """Take over a listening non-blocking socket; ``accepted`` takes each connection. Until the listener's `abort`."""
+        self._links[sock.fileno()] = listener = Listener(self, sock, accepted)
+        listener.start()
+        return listener
+
+    def secure(self, link: Link, records: Records) -> Link:
+        """From now on the bytes of a plain link are the records of a TLS connection: the link that stands in its place.
+
+        For connections whose handshake the link's receiver did. Nothing may be held by the old link: its peer has read what it was sent.
+        """
+        secured = TlsLink(self, link.sock, DISCARD, records)
+        secured.succeed(link)
+        self._links[link.sock.fileno()] = secured
+        return secured
+
     @property
     def open_links(self) -> int:
-        """How many connections the loop carries."""
+        """How many sockets the loop carries."""
         return len(self._links)
 
     async def run(self) -> None:
@@ -190,6 +207,10 @@ class Relay:
         """A link closed its socket."""
         del self._links[fd]
         self._closed += 1
+
+    def forget(self, fd: int) -> None:
+        """A link left with its socket open."""
+        del self._links[fd]
 
     def schedule(self, link: Link, deadline: float) -> None:
         """Look at the link again when its deadline has passed."""

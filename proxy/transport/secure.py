@@ -16,7 +16,7 @@ from core import alpn
 from core.credentials import Credentials
 from core.names import WorkloadId
 from core.runtime.sockets import RawStream
-from core.runtime.tls import HandshakeFailed, TlsStream, client_context, server_context
+from core.runtime.tls import Handshake, HandshakeFailed, TlsStream, client_context, server_context
 from core.runtime.watch import Cell
 from proxy.rescue import Cause, Failure
 from proxy.transport.tls_bio import Records, records
@@ -54,11 +54,15 @@ class Security:
             self._clients = {name: client_context(credentials, credentials.bundle_pem, [name]) for name in alpn.BETWEEN_SIDECARS}
         return credentials
 
-    async def accept(self, stream: RawStream, received: bytes) -> Secured:
-        """Authenticate a peer that addressed us; raises Failure or HandshakeFailed."""
+    def accepting(self) -> Handshake:
+        """Our end of a handshake with a peer that addressed us; raises Failure."""
         self.current()
         assert self._server is not None
-        return await self._shake(TlsStream.server(stream, self._server, self.identity.trust_domain), received)
+        return Handshake.server(self._server, self.identity.trust_domain)
+
+    async def accept(self, stream: RawStream, received: bytes) -> Secured:
+        """Authenticate a peer that addressed us; raises Failure or HandshakeFailed."""
+        return await self._shake(TlsStream(stream, self.accepting()), received)
 
     async def dial(self, stream: RawStream, expect: WorkloadId, inside: bytes) -> Secured:
         """Authenticate to an endpoint and demand that it is ``expect``; raises Failure or HandshakeFailed."""
@@ -70,4 +74,4 @@ class Security:
             await tls.do_handshake(received)
         if scope.cancelled_caught:
             raise HandshakeFailed("timeout", f"the handshake was not finished within {self._handshake_s:g} s")
-        return Secured(tls.peer, tls.alpn, records(tls.detach()))
+        return Secured(tls.peer, tls.alpn, records(tls.connection))

@@ -67,22 +67,22 @@ RECEIVE_BUFFER: Final[memoryview] = memoryview(_ffi.buffer(_receive, READ_MAX))
 _SEND_VIEW: Final[memoryview] = memoryview(_ffi.buffer(_send, _SEND_BYTES))
 
 # Bound once: attribute look-ups on cffi's lib object cost as much as the calls.
-_SSL_read, _SSL_write, _SSL_get_error = _lib.SSL_read, _lib.SSL_write, _lib.SSL_get_error
+_SSL_read, _SSL_write, _SSL_get_error, _SSL_shutdown = _lib.SSL_read, _lib.SSL_write, _lib.SSL_get_error, _lib.SSL_shutdown
 _BIO_read, _BIO_write, _ERR_clear_error = _lib.BIO_read, _lib.BIO_write, _lib.ERR_clear_error
 
 
 class FastRecords:
-    """Records by direct calls of SSL_read, SSL_write, BIO_read and BIO_write on process-wide buffers."""
+    """Records by direct calls of SSL_read, SSL_write, BIO_read and BIO_write on process-wide buffers.
 
-    __slots__ = ("_connection", "_into", "_out", "_ssl", "ended")
+    Keeps OpenSSL's object only: pyOpenSSL's around it costs an idle connection 1 KB, and nothing calls back into it after a handshake.
+    """
+
+    __slots__ = ("_into", "_out", "_ssl", "ended")
 
     def __init__(self, connection: SSL.Connection) -> None:
         raw: Any = connection
-        _replace_bios(raw)
-        self._connection = connection  # owns what the three pointers point to
-        self._ssl = raw._ssl
-        self._into = raw._into_ssl
-        self._out = raw._from_ssl
+        self._ssl = raw._ssl  # owns what the other two point to
+        self._into, self._out = _replace_bios(raw)
         self.ended = False
 
     def decrypt(self, length: int) -> bytes:
@@ -114,19 +114,22 @@ class FastRecords:
         return _SEND_VIEW[:n]
 
     def close_notify(self) -> bytes:
-        return _close_notify(self._connection)
+        if _SSL_shutdown(self._ssl) < 0:
+            _ERR_clear_error()
+            return b""  # already broken: RST or FIN says the rest
+        return self.output()
 
     def output(self) -> bytes:
         n = _BIO_read(self._out, _send, _SEND_BYTES)
         return bytes(_SEND_VIEW[:n]) if n > 0 else b""
 
 
-def _replace_bios(connection: Any) -> None:
+def _replace_bios(connection: Any) -> tuple[Any, Any]:
     """Fresh memory BIOs after the handshake: a BIO never gives back what it once held, and a handshake is larger than most records.
 
     An idle connection then costs 5 KB less. Bytes that came with the handshake's last flight move to the new BIO.
     """
-    fresh = []
+    fresh: list[Any] = []
     for old in (connection._into_ssl, connection._from_ssl):
         bio = _lib.BIO_new(_lib.BIO_s_mem())
         _lib.BIO_set_mem_eof_return(bio, -1)
@@ -135,6 +138,7 @@ def _replace_bios(connection: Any) -> None:
         fresh.append(bio)
     connection._into_ssl, connection._from_ssl = fresh
     _lib.SSL_set_bio(connection._ssl, *fresh)  # takes ownership, frees the old ones
+    return fresh[0], fresh[1]
 
 
 class PortableRecords:
@@ -170,24 +174,17 @@ class PortableRecords:
         return self.output()
 
     def close_notify(self) -> bytes:
-        return _close_notify(self._connection)
+        try:
+            self._connection.shutdown()
+        except SSL.Error:
+            return b""  # already broken: RST or FIN says the rest
+        return self.output()
 
     def output(self) -> bytes:
         try:
             return self._connection.bio_read(_SEND_BYTES)
         except SSL.WantReadError:
             return b""
-
-
-def _close_notify(connection: SSL.Connection) -> bytes:
-    try:
-        connection.shutdown()
-    except SSL.Error:
-        return b""  # already broken: RST or FIN says the rest
-    try:
-        return connection.bio_read(_SEND_BYTES)
-    except SSL.WantReadError:
-        return b""
 
 
 def records(connection: SSL.Connection) -> Records:

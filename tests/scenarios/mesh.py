@@ -106,16 +106,15 @@ class Mesh:
         """One more pod; it is no endpoint until `destination` says so."""
         peer = Peer()
 
-        def give(sock: socket.socket) -> Awaitable[None]:
+        def give(sock: socket.socket) -> None:
             peer.accepted += 1
-            return self.give_to_server(sock)
+            self.give_to_server(sock)
 
         self._nursery.start_soon(self._redirect, peer.listener, give, peer.scope)
         return peer
 
-    def give_to_server(self, sock: socket.socket) -> Awaitable[None]:
-        dst = OriginalDst(self.app)
-        return self.server.take("inbound", self.server.inbound.serve, Accepted(RawStream(sock), _client_of(sock), dst))
+    def give_to_server(self, sock: socket.socket) -> None:
+        self.server.arrive(Accepted(RawStream(sock), _client_of(sock), OriginalDst(self.app)))
 
     def policy(self, policy: InboundPolicy | None) -> None:
         """What the controller says about the app's port."""
@@ -138,8 +137,16 @@ class Mesh:
     async def dial(self, dst: OriginalDst = VIP) -> trio.SocketStream:
         """The client app connects to ``dst``; the redirect gives the connection to its sidecar."""
         near, far = tcp_pair()
-        accepted = Accepted(RawStream(far), _client_of(far), dst)
-        self._nursery.start_soon(self.client.take, "outbound", self.client.outbound.serve, accepted)
+        self.client.take_outbound(Accepted(RawStream(far), _client_of(far), dst))
+        return app_stream(near)
+
+    async def dial_with_reversed_target(self) -> trio.SocketStream:
+        """The client app connects, and the kernel names the app itself as what it dialled."""
+        near, far = tcp_pair()
+        client = _client_of(far)
+        self._nursery.start_soon(
+            self.client.take, "outbound", self.client.outbound.serve, Accepted(RawStream(far), client, OriginalDst(client))
+        )
         return app_stream(near)
 
     async def dial_unmeshed(self) -> trio.SocketStream:
@@ -149,7 +156,7 @@ class Mesh:
     def dial_server(self) -> socket.socket:
         """The same, for callers that speak for themselves."""
         near, far = tcp_pair()
-        self._nursery.start_soon(self.give_to_server, far)
+        self.give_to_server(far)
         return near
 
     @asynccontextmanager
@@ -158,8 +165,8 @@ class Mesh:
         listener = socket.create_server(("127.0.0.1", 0))
         listener.setblocking(False)
 
-        def give(sock: socket.socket) -> Awaitable[None]:
-            return self.client.take("outbound", self.client.outbound.serve, Accepted(RawStream(sock), _client_of(sock), dst))
+        def give(sock: socket.socket) -> None:
+            self.client.take_outbound(Accepted(RawStream(sock), _client_of(sock), dst))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._redirect, listener, give)
@@ -167,7 +174,7 @@ class Mesh:
             nursery.cancel_scope.cancel()
 
     async def _redirect(
-        self, listener: socket.socket, give: Callable[[socket.socket], Awaitable[None]], scope: trio.CancelScope | None = None
+        self, listener: socket.socket, give: Callable[[socket.socket], None], scope: trio.CancelScope | None = None
     ) -> None:
         with listener, scope or trio.CancelScope():
             while True:
@@ -177,7 +184,7 @@ class Mesh:
                 sock, _ = listener.accept()
                 _sockets.append(sock)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._nursery.start_soon(give, sock)
+                give(sock)
 
     def log(self, event: str = "") -> list[dict[str, object]]:
         """What both sidecars logged so far; with event only the lines that contain it."""
