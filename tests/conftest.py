@@ -8,7 +8,18 @@ import re
 import shutil
 import subprocess
 
+import hypothesis
 import pytest
+
+# CI tries the same examples in every run, a laptop others each time; how long one takes says how busy the machine is, so nothing is timed
+hypothesis.settings.register_profile(
+    "pillion",
+    hypothesis.settings.get_profile("ci" if os.environ.get("CI") else "default"),
+    max_examples=50,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("pillion")
 
 _PACKAGES = {
     "ip": "iproute2",

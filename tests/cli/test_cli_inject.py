@@ -53,7 +53,7 @@ def wrapped(kind: str, template: dict[str, Any]) -> dict[str, Any]:
     return {"kind": kind, "metadata": {"name": "x"}, "spec": {"template": template}}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.sampled_from(["Pod", "Deployment", "StatefulSet", "DaemonSet", "Job", "CronJob"]), metadata, spec, st.booleans())
 def test_uninject_is_the_inverse_of_inject(kind: str, meta: dict[str, Any], pod: dict[str, Any], manual: bool) -> None:
     before = wrapped(kind, {**meta, "spec": pod})

@@ -211,7 +211,7 @@ async def test_http_2_is_refused() -> None:
         http.send_headers(1, head, end_stream=False)
         await stream.send_all(http.data_to_send())
         found: list[str] = []
-        with trio.move_on_after(2):
+        with trio.move_on_after(0.5):
             while not found and (data := await stream.receive_some()):
                 events = http.receive_data(bytes(data))
                 found += [dict(event.headers)[":status"] for event in events if isinstance(event, h2.events.ResponseReceived)]

@@ -415,7 +415,7 @@ def route_lists(matches: st.SearchStrategy[object], kind: str) -> st.SearchStrat
 present = st.dictionaries(st.sampled_from(["x", "y", "z"]), st.sampled_from(["1", "2"]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(route_lists(http_matches, "http") | route_lists(grpc_matches, "grpc"), hosts, methods, request_paths, present, present)
 def test_the_table_finds_what_sorting_all_candidates_finds(
     routes: list[Route], host: str, method: str, path: str, headers: dict[str, str], query: dict[str, str]

@@ -234,7 +234,7 @@ FRAMES = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), FRAMES), max_size=40), st.integers(0, 40))
 def test_no_bytes_from_either_side_raise_and_nothing_is_left_behind(script: list[tuple[int, bytes]], cut: int) -> None:
     chain = Chain()
