@@ -12,6 +12,8 @@ import h2.exceptions
 import h2.settings
 import trio
 
+from tests.scenarios.peers import PATIENCE_S
+
 Headers = list[tuple[str, str]]
 
 
@@ -68,8 +70,8 @@ class H2:
         news.set()
 
     async def wait(self, condition: Callable[[], bool]) -> None:
-        """Until the condition holds; a connection that ends before, or 10 s, fail the test."""
-        with trio.fail_after(10):
+        """Until the condition holds; a connection that ends before fails the test."""
+        with trio.fail_after(PATIENCE_S):
             while not condition():
                 assert not self.over, f"the connection ended after {self.events}"
                 await self._news.wait()

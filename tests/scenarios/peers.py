@@ -13,6 +13,9 @@ import trio
 from core.addrs import Addr
 
 MIB = 1 << 20
+PATIENCE_S = 30.0
+"""How long something may take that should come at once: on a machine with more to do than processors, seconds pass before one's turn
+comes. Nothing is lost by it where it comes at once."""
 
 
 class Ran(NamedTuple):
@@ -23,7 +26,7 @@ class Ran(NamedTuple):
     err: str
 
 
-async def run(*command: str, stdin: bytes = b"", patience_s: float = 20) -> Ran:
+async def run(*command: str, stdin: bytes = b"", patience_s: float = PATIENCE_S) -> Ran:
     """Run a program to its end; it is killed when something hangs."""
     with trio.fail_after(patience_s):
         done = await trio.run_process(list(command), stdin=stdin, capture_stdout=True, capture_stderr=True, check=False)
@@ -32,7 +35,7 @@ async def run(*command: str, stdin: bytes = b"", patience_s: float = 20) -> Ran:
 
 async def curl(entry: Addr, path: str, *options: str, stdin: bytes = b"") -> Ran:
     """One curl to a path at ``entry``; further URLs may be among the options."""
-    return await run("curl", "-sS", "-D", "/dev/stderr", "--max-time", "15", *options, f"http://{entry}{path}", stdin=stdin)
+    return await run("curl", "-sS", "-D", "/dev/stderr", "--max-time", "25", *options, f"http://{entry}{path}", stdin=stdin)
 
 
 @asynccontextmanager
@@ -47,7 +50,7 @@ async def program(*command: str, ready: Addr) -> AsyncIterator[None]:
 
         process = await nursery.start(serve)
         try:
-            with trio.fail_after(10):
+            with trio.fail_after(PATIENCE_S):
                 while not await _answers(ready):
                     assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
                     await trio.sleep(0.01)  # another process: there is no event to wait for
@@ -68,7 +71,7 @@ async def _answers(addr: Addr) -> bool:
 async def read_until(stream: trio.SocketStream, mark: bytes) -> bytes:
     """What arrives up to and including the bytes that end with ``mark``."""
     data = b""
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE_S):
         while not data.endswith(mark):
             more = await stream.receive_some(65536)
             assert more, f"the connection ended after {data!r}"
@@ -79,7 +82,7 @@ async def read_until(stream: trio.SocketStream, mark: bytes) -> bytes:
 async def read_all(stream: trio.SocketStream) -> bytes:
     """Everything up to the orderly end."""
     data = b""
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE_S):
         while more := await stream.receive_some(65536):
             data += more
     return data

@@ -11,7 +11,7 @@ import trio.lowlevel
 
 from tests.scenarios.h2_peers import H2, H2App
 from tests.scenarios.mesh import Mesh, mesh
-from tests.scenarios.peers import Exchange, H11App, Http1, read_until
+from tests.scenarios.peers import PATIENCE_S, Exchange, H11App, Http1, read_until
 
 
 class Gathering:
@@ -26,14 +26,14 @@ class Gathering:
         self._waiting += 1
         if self._waiting == self._size:
             self._all.set()
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE_S):
             await self._all.wait()
 
 
 async def _ask(made: Mesh, times: int, seen: list[int], method: str = "GET") -> None:
     client = Http1(await made.dial())
     for _ in range(times):
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE_S):
             seen.append((await client.ask("/", method))[0])
 
 

@@ -17,7 +17,7 @@ import websockets.sync.server
 
 from core.addrs import Addr
 from tests.scenarios.mesh import inbound_policy, mesh, only
-from tests.scenarios.peers import MIB, Exchange, H11App, curl, read_all, read_until, run
+from tests.scenarios.peers import MIB, PATIENCE_S, Exchange, H11App, curl, read_all, read_until, run
 
 pytestmark = pytest.mark.needs("curl")
 _BIG = random.Random(7).randbytes(10 * MIB)
@@ -165,17 +165,17 @@ def _websocket_server() -> Iterator[Addr]:
 async def test_a_websocket_is_upgraded_and_carries_messages_both_ways():
     def talk(entry: Addr) -> list[str | bytes]:
         with websockets.sync.client.connect(f"ws://{entry}/chat", proxy=None) as socket:
-            said = [socket.recv(10)]
+            said = [socket.recv(PATIENCE_S)]
             for message in ("text", b"\x00binary", "x" * 300_000):
                 socket.send(message)
-                said.append(socket.recv(10))
+                said.append(socket.recv(PATIENCE_S))
             return said
 
     with _websocket_server() as app:
         async with mesh(app) as made, made.entry() as entry:
             said = await trio.to_thread.run_sync(talk, entry)
             assert said == ["welcome spiffe://cluster.local/ns/shop/sa/cart", "text", b"\x00binary", "x" * 300_000]
-            with trio.fail_after(5):
+            with trio.fail_after(PATIENCE_S):
                 await made.server.live.wait_none()  # a tunnel is counted when it ends
             assert made.metric(made.server, "pillion_response_total", status_code="101") == 1
 

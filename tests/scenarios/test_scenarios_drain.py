@@ -18,7 +18,7 @@ from proxy.app import Sidecar, accept_both, admin_routes, finish
 from proxy.transport.listener import Listener
 from tests.scenarios.h2_peers import H2, H2App
 from tests.scenarios.mesh import ANYONE, VIP, WEB, Mesh, inbound_policy, mesh, only
-from tests.scenarios.peers import Exchange, H11App, Http1, read_all
+from tests.scenarios.peers import PATIENCE_S, Exchange, H11App, Http1, read_all
 
 _GRACE_S = 20
 OTHER = OriginalDst(Addr("10.96.0.77", 80))
@@ -208,7 +208,7 @@ async def _frames_until(client: H2, kind: int) -> list[Frame]:
 
 async def _exactly(stream: trio.SocketStream, size: int) -> bytes:
     data = b""
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE_S):
         while len(data) < size:
             more = await stream.receive_some(size - len(data))
             assert more

@@ -12,7 +12,7 @@ from core.addrs import Addr
 from policy.wire import Endpoint, GrpcMatch, Route, Rule
 from tests.scenarios.grpc_peers import Cart, Client, calling, grpc_server, status_of
 from tests.scenarios.mesh import CART, FOR_CART, WEB, Mesh, inbound_policy, mesh, only
-from tests.scenarios.peers import MIB
+from tests.scenarios.peers import MIB, PATIENCE_S
 
 Status = grpc.StatusCode
 
@@ -30,16 +30,16 @@ def app(cart: Cart):
 
 async def _talk(made: Mesh, talk):
     async with made.entry() as entry:
-        with trio.fail_after(20):
+        with trio.fail_after(2 * PATIENCE_S):
             return await trio.to_thread.run_sync(calling, entry, talk)
 
 
 async def test_every_kind_of_call_works(app: Addr):
     def talk(client: Client) -> None:
-        assert client.echo(b"one", timeout=5) == b"one"
-        assert [int(number) for number in client.count(b"1000", timeout=5)] == list(range(1000))
-        assert client.sum((b"%d" % number for number in range(500)), timeout=5) == b"%d" % sum(range(500))
-        chat = client.chat(iter([b"a", b"b", b"c"]), timeout=5)
+        assert client.echo(b"one", timeout=PATIENCE_S) == b"one"
+        assert [int(number) for number in client.count(b"1000", timeout=PATIENCE_S)] == list(range(1000))
+        assert client.sum((b"%d" % number for number in range(500)), timeout=PATIENCE_S) == b"%d" % sum(range(500))
+        chat = client.chat(iter([b"a", b"b", b"c"]), timeout=PATIENCE_S)
         assert list(chat) == [b"hello", b"A", b"B", b"C"]
 
     async with mesh(app) as made:
@@ -51,7 +51,7 @@ async def test_every_kind_of_call_works(app: Addr):
 async def test_a_bidirectional_stream_answers_while_it_is_open(app: Addr):
     def talk(client: Client) -> None:
         lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        chat = client.chat(iter(lines.get, None), timeout=5)
+        chat = client.chat(iter(lines.get, None), timeout=PATIENCE_S)
         assert next(chat) == b"hello"  # the server speaks before we do
         for line in (b"one", b"two"):
             lines.put(line)
@@ -67,7 +67,7 @@ async def test_a_bidirectional_stream_answers_while_it_is_open(app: Addr):
 async def test_metadata_and_trailers_pass_both_ways_and_the_app_learns_the_proven_name(app: Addr):
     def talk(client: Client) -> None:
         sent = (("x-one", "1"), ("x-bytes-bin", bytes(range(256))), ("pillion-client-id", "spiffe://cluster.local/ns/a/sa/liar"))
-        _, call = client.echo.with_call(b"", metadata=sent, timeout=5)
+        _, call = client.echo.with_call(b"", metadata=sent, timeout=PATIENCE_S)
         initial = dict(call.initial_metadata())
         assert (initial["x-saw-x-one"], initial["x-saw-pillion-client-id"]) == ("1", CART.uri)
         trailing = dict(call.trailing_metadata())
@@ -79,24 +79,23 @@ async def test_metadata_and_trailers_pass_both_ways_and_the_app_learns_the_prove
 
 async def test_a_deadline_reaches_the_app_and_ends_the_call(app: Addr, cart: Cart):
     def talk(client: Client) -> None:
-        client.echo(b"", timeout=5)
-        code, _, took = status_of(lambda: client.wait(b"", timeout=0.3))
-        assert (code, took < 2) == (Status.DEADLINE_EXCEEDED, True)
-        assert cart.cancelled.wait(5)
+        client.echo(b"", timeout=PATIENCE_S)
+        assert status_of(lambda: client.wait(b"", timeout=0.3))[0] is Status.DEADLINE_EXCEEDED
+        assert cart.cancelled.wait(PATIENCE_S)
 
     async with mesh(app) as made:
         await _talk(made, talk)
     assert cart.left_s is not None
-    assert 3 < cart.left_s < 6  # what the app sees is rounded up on the way
+    assert PATIENCE_S / 2 < cart.left_s < PATIENCE_S + 5  # what the app sees is rounded up on the way
 
 
 async def test_a_cancelled_call_is_cancelled_at_the_app_and_others_go_on(app: Addr, cart: Cart):
     def talk(client: Client) -> None:
         waiting = client.wait.future(b"")
-        assert cart.waiting.wait(5)
+        assert cart.waiting.wait(PATIENCE_S)
         waiting.cancel()
-        assert cart.cancelled.wait(5)
-        assert client.echo(b"still here", timeout=5) == b"still here"
+        assert cart.cancelled.wait(PATIENCE_S)
+        assert client.echo(b"still here", timeout=PATIENCE_S) == b"still here"
 
     async with mesh(app) as made:
         await _talk(made, talk)
@@ -104,7 +103,7 @@ async def test_a_cancelled_call_is_cancelled_at_the_app_and_others_go_on(app: Ad
 
 async def test_a_status_of_the_app_arrives_with_its_message(app: Addr):
     def talk(client: Client) -> None:
-        assert status_of(lambda: client.fail("lost: ä%".encode()))[:2] == (Status.DATA_LOSS, "lost: ä%")
+        assert status_of(lambda: client.fail("lost: ä%".encode())) == (Status.DATA_LOSS, "lost: ä%")
         assert status_of(lambda: client.missing(b""))[0] is Status.UNIMPLEMENTED
 
     async with mesh(app) as made:
@@ -113,9 +112,9 @@ async def test_a_status_of_the_app_arrives_with_its_message(app: Addr):
 
 async def test_the_status_of_a_call_is_in_metrics_and_access_log_of_both_sidecars(app: Addr):
     def talk(client: Client) -> None:
-        assert client.echo(b"four", timeout=5) == b"four"
-        assert status_of(lambda: client.fail(b"why", timeout=5))[0] is Status.DATA_LOSS
-        assert status_of(lambda: client.missing(b"", timeout=5))[0] is Status.UNIMPLEMENTED  # no body: the status is in the head
+        assert client.echo(b"four", timeout=PATIENCE_S) == b"four"
+        assert status_of(lambda: client.fail(b"why", timeout=PATIENCE_S))[0] is Status.DATA_LOSS
+        assert status_of(lambda: client.missing(b"", timeout=PATIENCE_S))[0] is Status.UNIMPLEMENTED  # no body: the status is in the head
 
     async with mesh(app, PILLION_ACCESS_LOG="all") as made:
         await _talk(made, talk)
@@ -126,19 +125,19 @@ async def test_the_status_of_a_call_is_in_metrics_and_access_log_of_both_sidecar
         assert lines.count(("/shop.Cart/Echo", 0, 5 + 4, 5 + 4)) == 2  # five bytes before each message
         assert [line[1] for line in lines].count(15) == [line[1] for line in lines].count(12) == 2
         made.policy(inbound_policy(only(WEB)))
-        assert (await _talk(made, lambda client: status_of(lambda: client.echo(b"", timeout=10))))[0] is Status.PERMISSION_DENIED
+        assert (await _talk(made, lambda client: status_of(lambda: client.echo(b"", timeout=PATIENCE_S))))[0] is Status.PERMISSION_DENIED
         assert made.metric(made.server, "pillion_response_total", grpc_status="7", classification="failure") == 1
 
 
 async def test_big_messages_pass_both_ways(app: Addr):
     message = bytes(range(256)) * (10 * MIB // 256)
     async with mesh(app) as made:
-        assert await _talk(made, lambda client: client.echo(message, timeout=15)) == message
+        assert await _talk(made, lambda client: client.echo(message, timeout=PATIENCE_S)) == message
 
 
 async def test_hundreds_of_calls_at_once_share_a_connection(app: Addr, cart: Cart):
     def talk(client: Client) -> None:
-        calls = [client.echo.future(b"%d" % number, timeout=15) for number in range(300)]
+        calls = [client.echo.future(b"%d" % number, timeout=PATIENCE_S) for number in range(300)]
         assert [call.result() for call in calls] == [b"%d" % number for number in range(300)]
 
     async with mesh(app) as made:
@@ -148,9 +147,9 @@ async def test_hundreds_of_calls_at_once_share_a_connection(app: Addr, cart: Car
 
 async def test_a_denied_call_is_permission_denied_at_once(app: Addr, cart: Cart):
     async with mesh(app, policy=inbound_policy(only(WEB))) as made:
-        code, message, took = await _talk(made, lambda client: status_of(lambda: client.echo(b"", timeout=10)))
-        assert (code, message, took < 2) == (Status.PERMISSION_DENIED, "denied", True)
-        streamed = await _talk(made, lambda client: status_of(lambda: list(client.chat(iter([b"a"]), timeout=10))))
+        answered = await _talk(made, lambda client: status_of(lambda: client.echo(b"", timeout=PATIENCE_S)))
+        assert answered == (Status.PERMISSION_DENIED, "denied")
+        streamed = await _talk(made, lambda client: status_of(lambda: list(client.chat(iter([b"a"]), timeout=PATIENCE_S))))
         assert streamed[0] is Status.PERMISSION_DENIED
         assert cart.calls == 0
 
@@ -160,8 +159,8 @@ async def test_a_route_lets_one_method_through_and_denies_the_rest(app: Addr):
     route = Route(FOR_CART.server, "grpc", (), (echo,), FOR_CART.authorizations)
 
     def talk(client: Client) -> None:
-        assert client.echo(b"x", timeout=5) == b"x"
-        assert status_of(lambda: client.fail(b"", timeout=5))[0] is Status.UNIMPLEMENTED  # no route: Gateway API has it so
+        assert client.echo(b"x", timeout=PATIENCE_S) == b"x"
+        assert status_of(lambda: client.fail(b"", timeout=PATIENCE_S))[0] is Status.UNIMPLEMENTED  # no route: Gateway API has it so
 
     async with mesh(app, policy=inbound_policy(routes=(route,))) as made:
         await _talk(made, talk)
@@ -170,14 +169,14 @@ async def test_a_route_lets_one_method_through_and_denies_the_rest(app: Addr):
 async def test_no_endpoint_and_a_refusing_one_are_unavailable_at_once(app: Addr):
     async with mesh(app) as made:
         made.nowhere()
-        code, message, took = await _talk(made, lambda client: status_of(lambda: client.echo(b"", timeout=10)))
-        assert (code, message, took < 2) == (Status.UNAVAILABLE, "no-endpoints", True)
+        answered = await _talk(made, lambda client: status_of(lambda: client.echo(b"", timeout=PATIENCE_S)))
+        assert answered == (Status.UNAVAILABLE, "no-endpoints")
         made.destination(Endpoint("127.0.0.1:1", WEB.uri))
-        code, message, took = await _talk(made, lambda client: status_of(lambda: client.echo(b"", timeout=10)))
-        assert (code, message, took < 2) == (Status.UNAVAILABLE, "connect-refused", True)
+        answered = await _talk(made, lambda client: status_of(lambda: client.echo(b"", timeout=PATIENCE_S)))
+        assert answered == (Status.UNAVAILABLE, "connect-refused")
 
 
 async def test_an_app_that_is_not_there_is_unavailable_at_once():
     async with mesh(Addr("127.0.0.1", 1)) as made:
-        code, message, took = await _talk(made, lambda client: status_of(lambda: client.echo(b"", timeout=10)))
-        assert (code, message, took < 2) == (Status.UNAVAILABLE, "connect-refused", True)
+        answered = await _talk(made, lambda client: status_of(lambda: client.echo(b"", timeout=PATIENCE_S)))
+        assert answered == (Status.UNAVAILABLE, "connect-refused")

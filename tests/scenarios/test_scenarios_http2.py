@@ -18,7 +18,7 @@ import trio.lowlevel
 from core.addrs import Addr
 from tests.scenarios.h2_peers import H2, H2App
 from tests.scenarios.mesh import CART, WEB, Mesh, inbound_policy, mesh, only
-from tests.scenarios.peers import MIB, curl, program, run
+from tests.scenarios.peers import MIB, PATIENCE_S, curl, program, run
 
 _BIG = random.Random(8).randbytes(10 * MIB)
 H2Code = h2.errors.ErrorCodes
@@ -204,7 +204,7 @@ async def test_a_header_bomb_ends_its_connection_and_never_reaches_the_app(copie
         indexed = copies == "of one table entry"  # 4 KB on the wire, a megabyte decoded; the limit on tables is not known yet
         await client.request(more=[("x-same", "v" * 3900)] * 300 if indexed else [(f"x-{at}", "v" * 4000) for at in range(60)])
         nursery.start_soon(client.pump)
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE_S):
             while not client.over:
                 await trio.lowlevel.checkpoint()
         goaway = [event for event in client.events if isinstance(event, h2.events.ConnectionTerminated)]

@@ -17,7 +17,7 @@ from core.runtime.sockets import RawStream
 from core.runtime.tls import HandshakeFailed, TlsStream, client_context
 from tests.certs import Authority
 from tests.scenarios.mesh import ANYONE, CART, WEB, Mesh, inbound_policy, mesh
-from tests.scenarios.peers import Exchange, H11App, read_until
+from tests.scenarios.peers import PATIENCE_S, Exchange, H11App, read_until
 
 _OURS = Authority()
 _THEIRS = Authority("another mesh")
@@ -33,7 +33,7 @@ async def _ask(made: Mesh, credentials: Credentials | None, name: str = WEB.serv
     context = client_context(credentials, _OURS.bundle_pem, [inside])
     tls = TlsStream.client(RawStream(made.dial_server()), context, name, WEB)
     try:
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE_S):
             await tls.do_handshake()
             await tls.send_all(b"GET / HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n")
             answer = b""

@@ -23,7 +23,7 @@ from proxy.transport.join import NOBODY, begin
 from proxy.transport.relay import Relay
 from tests.certs import Authority
 from tests.scenarios.mesh import ANYONE, FOR_CART, WEB, Mesh, inbound_policy, mesh, only, tcp_pair
-from tests.scenarios.peers import Exchange, H11App, Http1
+from tests.scenarios.peers import PATIENCE_S, Exchange, H11App, Http1
 
 _OURS = Authority()
 _RESET = struct.pack("ii", 1, 0)
@@ -169,7 +169,7 @@ async def test_an_engine_that_raises_on_the_first_bytes_loses_its_connection_onl
         made.forgive()
         assert (await good.ask())[0] == 200
         await good.stream.aclose()
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE_S):
             await made.client.live.wait_none()
         assert made.metric(made.client, "pillion_tcp_open_connections") == 0
 

@@ -17,7 +17,7 @@ from policy.wire import Destination, Endpoint, HttpMatch, InboundPolicy, PathMat
 from tests.certs import Authority
 from tests.scenarios.h2_peers import H2
 from tests.scenarios.mesh import ANYONE, CART, FOR_CART, WEB, inbound_policy, mesh, only
-from tests.scenarios.peers import MIB, H11App, program, read_all, read_until, run
+from tests.scenarios.peers import MIB, PATIENCE_S, H11App, program, read_all, read_until, run
 
 _RESET = struct.pack("ii", 1, 0)
 _BANNER = b"220 mail.shop ESMTP\r\n"
@@ -70,7 +70,7 @@ def _with_route() -> InboundPolicy:
 
 
 async def _was_reset(stream: trio.SocketStream) -> bool:
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE_S):
         try:
             return await stream.receive_some(65536) == b"<no, it ended in order>"
         except trio.BrokenResourceError:
@@ -200,7 +200,7 @@ async def test_a_reset_by_the_client_is_a_reset_for_the_app():
         await stream.receive_some(1)
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         stream.socket.close()
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE_S):
             await app.over.wait()
         assert app.said == [b"\x00<reset>"]
 
@@ -278,7 +278,7 @@ async def test_without_any_policy_requests_are_answered_with_503_and_the_connect
             await client.start()
             await client.request()
             got = b""
-            with trio.fail_after(10):
+            with trio.fail_after(PATIENCE_S):
                 while b"\x08\x03503" not in got:  # :status
                     got += await stream.receive_some(65536) or b"<end>\x08\x03503"
             assert b"<end>" not in got
@@ -420,7 +420,7 @@ async def test_a_finished_opaque_connection_is_a_line_of_the_access_log() -> Non
         await client.send_all(b"twelve bytes")
         assert await client.receive_some() == b"twelve bytes"
         await client.aclose()
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE_S):
             while len(lines) < 2:
                 await trio.lowlevel.checkpoint()
             made.policy(inbound_policy(only(WEB)))
@@ -456,7 +456,7 @@ async def test_a_plaintext_connection_is_cut_once_discovery_names_an_identity_fo
         await client.send_all(b"still")
         assert await client.receive_some() == b"still"  # known now, and not meshed
         cell.set(Destination("pod", None, "detect", (Endpoint(str(pod), WEB.uri),)))
-        with pytest.raises(trio.BrokenResourceError), trio.fail_after(5):
+        with pytest.raises(trio.BrokenResourceError), trio.fail_after(PATIENCE_S):
             await client.receive_some()
 
 

@@ -14,7 +14,7 @@ from trio.testing import MockClock
 from policy.wire import Endpoint
 from proxy.app import Sidecar
 from tests.scenarios.mesh import ANYONE, FOR_CART, WEB, Mesh, inbound_policy, mesh
-from tests.scenarios.peers import MIB, Exchange, H11App, Http1, read_all, read_until
+from tests.scenarios.peers import MIB, PATIENCE_S, Exchange, H11App, Http1, read_all, read_until
 
 _TOTAL = 40 * MIB
 _PIECE = random.Random(3).randbytes(64 * 1024)
@@ -43,7 +43,7 @@ class Source:
 
     async def wait_stuck(self) -> None:
         """Until nothing more was taken for a while: buffers of kernels have no event that says so."""
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE_S):
             before = -1
             while before != self.written:
                 before = self.written
@@ -120,7 +120,7 @@ async def test_a_client_that_leaves_while_its_answer_is_stuck_frees_everything()
         await stream.send_all(_ASK)
         await source.wait_stuck()
         await stream.aclose()
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE_S):
             await made.client.live.wait_none()
             await made.server.live.wait_none()
         assert made.metric(made.client, "pillion_errors_total", error="client-gone") == 1
@@ -210,7 +210,7 @@ async def test_more_connections_than_allowed_are_refused_and_the_others_live():
                 client = Http1(stream)
                 assert (await client.ask())[0] == 200
             assert not made.client.admit()
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE_S):
             await made.client.live.wait_none()
 
 
@@ -222,7 +222,7 @@ async def test_connections_that_say_nothing_count_as_well():
         assert not made.server.admit()
         for stream in silent:
             await stream.aclose()
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE_S):
             await made.server.live.wait_none()
         assert made.server.admit()
 
