@@ -157,6 +157,8 @@ class AdminServer:
                     pass  # the client went away: nobody is left to tell
                 finally:
                     self._open.pop(opened, None)
+        except Exception as error:  # raised from here it would end the listener, and with it the process
+            _log.error("a bug of ours ended an admin connection", exc_info=error)
         finally:
             with trio.move_on_after(1) as closing:
                 closing.shield = True
@@ -185,20 +187,22 @@ class _Connection:
         self._stream = stream
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=_HEAD_BYTES_MAX)
         self._client = client
+        self._head = False  # the request that was begun is a HEAD, whose answers have no body, refusals neither
 
     async def run(self) -> None:
         while True:
+            self._head = False
             try:
                 with trio.fail_after(_IDLE_S):
                     request = await self._next_request()
             except h11.RemoteProtocolError as error:
-                await self._send(text_response(str(error), error.error_status_hint), head=False)
+                await self._send(text_response(str(error), error.error_status_hint))
                 return
             except trio.TooSlowError:
                 return
             if request is None:
                 return
-            await self._send(await self._answer(request), head=request.method == "HEAD")
+            await self._send(await self._answer(request))
             if self._h11.our_state is not h11.DONE or self._h11.their_state is not h11.DONE:
                 return
             self._h11.start_next_cycle()
@@ -216,6 +220,7 @@ class _Connection:
                 self._h11.receive_data(bytes(await self._stream.receive_some(_HEAD_BYTES_MAX)))
             elif isinstance(event, h11.Request):
                 head = event
+                self._head = event.method == b"HEAD"
             elif isinstance(event, h11.Data):
                 body += bytes(event.data)
                 if len(body) > _BODY_BYTES_MAX:
@@ -250,12 +255,12 @@ class _Connection:
             _log.error("admin request failed", method=request.method, path=request.path, exc_info=error)
             return text_response(f"{request.path} failed: {type(error).__name__}; see the log", 500)
 
-    async def _send(self, response: Response, *, head: bool) -> None:
+    async def _send(self, response: Response) -> None:
         headers = [("content-type", response.content_type), ("content-length", str(len(response.body))), *response.headers]
         if self._h11.their_state is not h11.DONE:
             headers.append(("connection", "close"))
         data = self._h11.send(h11.Response(status_code=response.status, headers=headers)) or b""
-        data += b"" if head else self._h11.send(h11.Data(data=response.body)) or b""
+        data += b"" if self._head else self._h11.send(h11.Data(data=response.body)) or b""
         data += self._h11.send(h11.EndOfMessage()) or b""
         with trio.move_on_after(_SEND_S) as scope:
             await self._stream.send_all(data)

@@ -138,6 +138,27 @@ async def test_what_is_too_much_or_wrong_is_refused_and_closed(data: bytes, stat
     assert (await ask(data)).startswith(b"HTTP/1.1 " + status)
 
 
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (get("/echo?" + "&".join(f"a{n}=1" for n in range(100)), "HEAD"), b"400"),
+        (get("/echo", "HEAD", "content-length: 70000\r\n") + b"a" * 70_000, b"413"),
+        (get("/echo", "HEAD", "transfer-encoding: chunked\r\n") + b"no size\r\n", b"400"),
+    ],
+)
+async def test_a_head_that_is_refused_gets_no_body_either(data: bytes, status: bytes) -> None:
+    answer = await ask(data)
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert answer.endswith(b"\r\n\r\n")
+
+
+async def test_a_bug_of_ours_ends_the_connection_and_not_the_listener() -> None:
+    async def impossible(_: Request) -> Response:
+        return Response(200, b"", headers=(("no name", ""),))
+
+    assert await ask(get("/impossible"), {("GET", "/impossible"): impossible}) == b""
+
+
 @pytest.mark.parametrize("data", [b"", b"GET /ec", b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nab"])
 async def test_a_client_that_never_finishes_is_closed(autojump_clock: MockClock, data: bytes) -> None:
     assert await ask(data) == b""
