@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from typing import NamedTuple
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
+_BOOTED_S = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+"""Once: /proc/stat has whole seconds, and a value that follows the wall clock would look like restarts."""
 
 
 class ProcessFigures(NamedTuple):
@@ -34,10 +37,6 @@ def read_process() -> ProcessFigures:
         open_fds=len(os.listdir("/proc/self/fd")) - 1,  # without the one that lists
         max_fds=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         threads=int(fields[17]),
-        start_time_s=_boot_time_s() + int(fields[19]) / _TICKS,
+        start_time_s=_BOOTED_S + int(fields[19]) / _TICKS,
     )
 
-
-def _boot_time_s() -> float:
-    with open("/proc/stat", encoding="ascii") as file:
-        return next((float(line.split()[1]) for line in file if line.startswith("btime ")), 0.0)
