@@ -25,6 +25,7 @@ _REDIRECTS_MAX = 10  # kubelet's
 _HEAD_BYTES_MAX = 64 << 10
 _AT_ONCE = 2  # for each probe: a kubelet asks one at a time, anybody else waits
 _TIMEOUT_S = (0.1, 300.0)
+_AGAIN_S = (0.02, 0.1)  # the first pause, and the longest
 
 
 class InvalidProbe(ValueError):
@@ -37,7 +38,11 @@ class ProbeFailed(Exception):
 
 @dataclass(frozen=True)
 class Probe:
-    """An original probe. headers: of an httpGet, names as given. service: of a grpc probe. timeout_s: for the whole attempt."""
+    """An original probe. headers: of an httpGet, names as given. service: of a grpc probe. timeout_s: for the whole attempt.
+
+    patient: an app that does not listen yet has until the timeout to do so. A kubelet would ask again after a whole period, so that a pod
+    is Ready up to a period after its app. Not for liveness: what stopped listening must be noticed at once.
+    """
 
     kind: Literal["httpGet", "tcpSocket", "grpc"]
     port: int
@@ -47,6 +52,7 @@ class Probe:
     host: str = ""
     headers: tuple[tuple[str, str], ...] = ()
     service: str = ""
+    patient: bool = False
 
 
 def read_probes(declared: Mapping[str, Any]) -> dict[str, Probe]:
@@ -69,20 +75,22 @@ def _read_probe(path: str, spec: object) -> Probe:
         raise wrong("port: expected a number from 1 to 65535 (the injector resolves names)")
     if type(timeout_s) not in (int, float) or not _TIMEOUT_S[0] <= timeout_s <= _TIMEOUT_S[1]:
         raise wrong(f"timeoutSeconds: expected a number from {_TIMEOUT_S[0]} to {_TIMEOUT_S[1]:.0f}")
+    patient = not path.endswith("/livenessProbe")
     if kinds[0] == "tcpSocket":
-        return Probe("tcpSocket", port, timeout_s)
+        return Probe("tcpSocket", port, timeout_s, patient=patient)
     if kinds[0] == "grpc":
         service = action.get("service") or ""
         if not isinstance(service, str):
             raise wrong("grpc.service: expected text")
-        return Probe("grpc", port, timeout_s, service=service)
+        return Probe("grpc", port, timeout_s, service=service, patient=patient)
     scheme: Literal["HTTP", "HTTPS"] = action.get("scheme") or "HTTP"
     if scheme not in ("HTTP", "HTTPS"):
         raise wrong("httpGet.scheme: expected HTTP or HTTPS")
     target, host = action.get("path") or "/", action.get("host") or ""
     try:
         headers = tuple((field["name"], field["value"]) for field in action.get("httpHeaders") or ())
-        probe = Probe("httpGet", port, timeout_s, target if target.startswith("/") else "/" + target, scheme, host, headers)
+        target = target if target.startswith("/") else "/" + target
+        probe = Probe("httpGet", port, timeout_s, target, scheme, host, headers, patient=patient)
         _request_bytes(probe, probe.path, "127.0.0.1")
     except (AttributeError, KeyError, TypeError, UnicodeError, h11.LocalProtocolError) as error:
         raise wrong(f"httpGet: not a request that can be sent ({error})") from None
@@ -119,7 +127,7 @@ async def perform(probe: Probe, ip: str) -> None:
             elif probe.kind == "httpGet":
                 await _http(probe, ip)
             else:
-                await trio.aclose_forcefully(await trio.open_tcp_stream(ip, probe.port))
+                await trio.aclose_forcefully(await _dial(probe, ip))
     except trio.TooSlowError:
         raise ProbeFailed(f"no result within {probe.timeout_s:g} s") from None
     except NotHealthy as error:
@@ -130,6 +138,18 @@ async def perform(probe: Probe, ip: str) -> None:
         raise ProbeFailed("the connection broke") from None
     except OSError:
         raise ProbeFailed(f"port {probe.port} cannot be connected to") from None
+
+
+async def _dial(probe: Probe, ip: str) -> trio.SocketStream:
+    pause_s, longest_s = _AGAIN_S
+    while True:
+        try:
+            return await trio.open_tcp_stream(ip, probe.port)
+        except OSError:
+            if not probe.patient:
+                raise
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, longest_s)
 
 
 async def _http(probe: Probe, ip: str) -> None:
@@ -150,7 +170,7 @@ async def _http(probe: Probe, ip: str) -> None:
 
 async def _get(probe: Probe, path: str, ip: str) -> h11.Response:
     connection, request = _request_bytes(probe, path, ip)
-    stream: trio.abc.Stream = await trio.open_tcp_stream(ip, probe.port)
+    stream: trio.abc.Stream = await _dial(probe, ip)
     if probe.scheme == "HTTPS":
         stream = trio.SSLStream(stream, _unverified(), server_hostname=probe.host or None, https_compatible=True)
     try:
@@ -191,7 +211,7 @@ def _unverified() -> ssl.SSLContext:
 
 async def _grpc(probe: Probe, ip: str) -> None:
     check = HealthCheck(_authority(probe, ip), probe.service)
-    stream = await trio.open_tcp_stream(ip, probe.port)
+    stream = await _dial(probe, ip)
     try:
         await stream.send_all(check.request)
         while not check.done:

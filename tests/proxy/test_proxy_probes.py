@@ -125,6 +125,27 @@ async def test_tcp_succeeds_when_something_listens(unused: int) -> None:
     assert await probe({"tcpSocket": {"port": unused}}) == (503, f"failed: port {unused} cannot be connected to")
 
 
+@pytest.mark.parametrize("kind", ["readinessProbe", "startupProbe"])
+async def test_an_app_that_does_not_listen_yet_has_until_the_probes_timeout(kind: str, autojump_clock: MockClock) -> None:
+    """The kubelet's next question would come a whole period later."""
+    path = f"/pillion-probe/app/{kind}"
+    with socket.socket() as app:
+        app.bind(("127.0.0.1", 0))
+        spec = {"tcpSocket": {"port": app.getsockname()[1]}, "timeoutSeconds": 3}
+        runner = ProbeRunner(read_probes({path: spec}), "127.0.0.1")
+        began = trio.current_time()
+        assert (await runner.handle(Request("GET", path))).status == 503
+        assert trio.current_time() - began == pytest.approx(3)
+
+        async def begin_to_listen() -> None:
+            await trio.sleep(2)
+            app.listen()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(begin_to_listen)
+            assert (await runner.handle(Request("GET", path))).status == 200
+
+
 @pytest.fixture
 def unused() -> Iterator[int]:
     """A port that nobody else gets but nobody listens on."""
