@@ -1,12 +1,56 @@
-"""The programs are loaded once for the session; every test has pods of its own, and leaves the kernel as it found it."""
+"""The programs are loaded once for the session; every test has pods of its own, and leaves the kernel as it found it.
+
+The suite in the emulated machine takes minutes of one processor. It begins with the session, behind everything else that runs, and the
+test that waits for it comes last, before those of a cluster.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from lab import Lab, LabPod
+from second_kernel import PROGRAMS, Guest
+
+ROOT = Path(__file__).parents[2]
+_LEFT_OUT = "not resuming and not second and not node and not grpc and not go_net and not wrk"
+_SCALE = 0.05
+"""A twentieth of the rounds: what the suite looks for shows in the first of them, and emulation is ten times slower."""
+_GUEST = pytest.StashKey[Guest]()
+
+
+def _in_the_guest(item: pytest.Item) -> bool:
+    return "guest" in getattr(item, "fixturenames", ())
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Stable: every other test stays where it was."""
+    items.sort(key=lambda item: 2 if item.get_closest_marker("cluster") else int(_in_the_guest(item)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin, if the test was selected and will not be skipped."""
+    wanted = any(map(_in_the_guest, session.items)) and not session.config.option.collectonly
+    if wanted and os.geteuid() == 0 and all(map(shutil.which, PROGRAMS)):
+        words = [sys.executable, "-m", "pytest", "tests/kernel", "-q", "--no-header", "-p", "no:cacheprovider", "-k", _LEFT_OUT]
+        session.config.stash[_GUEST] = Guest(["env", f"PILLION_KERNEL_SCALE={_SCALE}", "CI=", *words], 1500, folder=ROOT)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Also when the session was interrupted."""
+    if (guest := session.config.stash.get(_GUEST, None)) is not None:
+        guest.end()
+
+
+@pytest.fixture
+def guest(pytestconfig: pytest.Config) -> Guest:
+    """This suite under Debian's kernel, begun with the session."""
+    return pytestconfig.stash[_GUEST]
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ import time
 import zlib
 from collections.abc import Callable
 
-from lab import OUT_PORT, SCALE, TARGET, rounds
+from lab import OUT_PORT, PATIENCE_S, SCALE, TARGET, rounds
 
 MIB = 1 << 20
 HELD_MAX = 8 * MIB
@@ -42,7 +42,7 @@ class Hop:
 
     def connect(self) -> socket.socket:
         """The app's end."""
-        return socket.create_connection((TARGET, 80), 10)
+        return socket.create_connection((TARGET, 80), PATIENCE_S)
 
     def pair(self) -> tuple[socket.socket, socket.socket]:
         """(the app's end, the sidecar's end), both blocking, without Nagle."""
@@ -137,7 +137,7 @@ def check_half_close(hop: Hop) -> None:
         expected = struct.pack("=Q16s", len(data), hashlib.blake2b(data, digest_size=16).digest()) + _NOISE[: len(data) % 5000]
         assert read_all(c) == expected
         c.close()
-    thread.join(10)
+    thread.join(PATIENCE_S)
 
 
 def _twenty_writes(
@@ -148,7 +148,7 @@ def _twenty_writes(
         for word in range(first, 20):
             c.send(struct.pack("=I", word))
         s = accept()
-        s.settimeout(5)
+        s.settimeout(PATIENCE_S)
         if reader:
             s.sendall(b"early")
         c.shutdown(socket.SHUT_WR)
@@ -156,7 +156,7 @@ def _twenty_writes(
         assert words == list(range(20)), f"round {turn}: {words}"
         s.close()
         if reader:
-            c.settimeout(5)
+            c.settimeout(PATIENCE_S)
             assert read_all(c) == b"early"
         c.close()
 
@@ -186,7 +186,7 @@ def check_full_backlog(hop: Hop) -> None:
         time.sleep(0.01)
         for _ in range(2):
             s, _ = hop.listener.accept()
-            s.settimeout(5)
+            s.settimeout(PATIENCE_S)
             words = list(array.array("I", s.recv(80)))
             assert words == list(range(len(words))), words
             s.close()
@@ -359,7 +359,7 @@ def check_peek(hop: Hop) -> None:
     """MSG_PEEK sees what recv then returns."""
     for _ in range(rounds(400) // 20):
         c, s = hop.pair()
-        s.settimeout(5)
+        s.settimeout(PATIENCE_S)
         for _ in range(20):
             data = _noise(random.randrange(1, 20000))
             c.sendall(data)
@@ -381,9 +381,9 @@ def _epoll(hop: Hop, flags: int) -> None:
             size = 1 + turn % 3000
             c.send(b"q" * size)
             got = 0
-            end = time.monotonic() + 5
+            end = time.monotonic() + PATIENCE_S
             while got < size and time.monotonic() < end:
-                assert poll.poll(5), f"round {turn}: no event for {size - got} bytes"
+                assert poll.poll(PATIENCE_S), f"round {turn}: no event for {size - got} bytes"
                 with contextlib.suppress(BlockingIOError):
                     while True:
                         got += len(s.recv(700))
@@ -408,7 +408,7 @@ def check_end_of_stream_events(hop: Hop) -> None:
         poll.register(s, select.EPOLLIN | select.EPOLLRDHUP)
         c.send(b"last")
         c.shutdown(socket.SHUT_WR)
-        end = time.monotonic() + 5
+        end = time.monotonic() + PATIENCE_S
         while not (events := poll.poll(1)) or not events[0][1] & select.EPOLLRDHUP:
             assert time.monotonic() < end
         assert events[0][1] & select.EPOLLIN
@@ -417,7 +417,7 @@ def check_end_of_stream_events(hop: Hop) -> None:
     c, s = hop.pair()
     with select.epoll() as poll:
         poll.register(c, select.EPOLLOUT)
-        assert poll.poll(1)
+        assert poll.poll(PATIENCE_S)
     for flags, option in ((socket.MSG_DONTWAIT, 0), (0, 50000)):
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("=qq", 0, option))
         try:
@@ -474,7 +474,7 @@ def check_splice_in(hop: Hop) -> None:
 def check_more_and_zerocopy(hop: Hop) -> None:
     """MSG_MORE keeps nothing back for good, MSG_ZEROCOPY sends what was in the buffer."""
     c, s = hop.pair()
-    s.settimeout(5)
+    s.settimeout(PATIENCE_S)
     for _ in range(rounds(200)):
         c.send(b"a", socket.MSG_MORE)
         c.send(b"b", socket.MSG_MORE)
@@ -500,7 +500,7 @@ def check_reset(hop: Hop) -> None:
         c.sendall(b"data")
         c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
         c.close()
-        s.settimeout(5)
+        s.settimeout(PATIENCE_S)
         seen: list[bytes | int | None] = []
         for _ in range(2):
             try:
@@ -528,7 +528,7 @@ def check_peer_closes_while_sending(hop: Hop) -> None:
         thread.start()
         read_exactly(s, 50000)
         s.close()
-        thread.join(10)
+        thread.join(PATIENCE_S)
         assert errors and errors[0] in (errno.EPIPE, errno.ECONNRESET), errors
         c.close()
 
@@ -547,14 +547,14 @@ def check_shutdown_while_sending(hop: Hop) -> None:
         thread.start()
         time.sleep(0.001)
         c.shutdown(socket.SHUT_RDWR)
-        s.settimeout(10)
+        s.settimeout(PATIENCE_S)
         got = b""
         with contextlib.suppress(ConnectionResetError):
             while piece := s.recv(65536):
                 got += piece
         words = array.array("I", got[: len(got) // 4 * 4])
         assert all(word == at // 1000 for at, word in enumerate(words))
-        thread.join(5)
+        thread.join(PATIENCE_S)
         _close(c, s)
 
 
@@ -566,7 +566,7 @@ def check_reuseport(hop: Hop) -> None:
     used = set()
     for turn in range(rounds(300)):
         c = hop.connect()
-        ready = select.select(listeners, [], [], 5)[0]
+        ready = select.select(listeners, [], [], PATIENCE_S)[0]
         used.add(listeners.index(ready[0]))
         s, _ = ready[0].accept()
         c.sendall(b"ping%d" % turn)

@@ -34,6 +34,9 @@ ACCELERATED = CAPTURED | PodFlag.ACCELERATE
 SCALE = float(os.environ.get("PILLION_KERNEL_SCALE") or 1)
 """Rounds and bytes times this: a guest without hardware virtualization is ten times slower."""
 
+PATIENCE_S = 30.0 if SCALE >= 1 else 120.0
+"""How long a step may take that should come at once: on a machine with more to do than processors, seconds pass before one's turn comes."""
+
 _numbers = itertools.count(1)
 
 
@@ -59,7 +62,7 @@ class Process:
         os.close(writer)
         self._reader = reader
 
-    def result(self, seconds: float = 60.0) -> Any:
+    def result(self, seconds: float = 4 * PATIENCE_S) -> Any:
         """What the function returned or told; raises Failed with its traceback, also when it is silent for too long."""
         data = b""
         end = time.monotonic() + seconds
@@ -157,7 +160,7 @@ class LabPod:
         self.running.append(process)
         return process
 
-    def run(self, function: Callable[..., Any], *args: Any, uid: int = APP_UID, seconds: float = 60.0) -> Any:
+    def run(self, function: Callable[..., Any], *args: Any, uid: int = APP_UID, seconds: float = 4 * PATIENCE_S) -> Any:
         """The same, until it returns."""
         return self.start(function, *args, uid=uid).result(seconds)
 
@@ -167,7 +170,7 @@ class LabPod:
         self.popened.append(process)
         return process
 
-    def output(self, words: Sequence[str], *, uid: int = APP_UID, seconds: float = 60.0, **more: Any) -> bytes:
+    def output(self, words: Sequence[str], *, uid: int = APP_UID, seconds: float = 4 * PATIENCE_S, **more: Any) -> bytes:
         """What a program writes to standard output; raises Failed for another exit code than 0."""
         process = self.popen(words, uid=uid, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
         try:
@@ -179,7 +182,7 @@ class LabPod:
             raise Failed(f"{words[0]}: exit code {process.returncode}: {(err or out).decode(errors='replace')[-2000:]}")
         return out
 
-    def wait_port(self, port: int, host: str = "127.0.0.1", seconds: float = 20.0) -> None:
+    def wait_port(self, port: int, host: str = "127.0.0.1", seconds: float = 2 * PATIENCE_S) -> None:
         """Until somebody listens there."""
         self.run(_wait_port, host, port, seconds, seconds=seconds + 5)
 
@@ -202,7 +205,7 @@ class LabPod:
         self.node.forget(self.cookie)
         _ip("netns", "del", self.name)
         (self.cgroup / "cgroup.kill").write_text("1")
-        end = time.monotonic() + 10
+        end = time.monotonic() + PATIENCE_S
         while True:
             try:
                 self.cgroup.rmdir()
@@ -233,7 +236,7 @@ class Lab:
         bpfsys.mount_bpffs(self._mount)
         self.root = self._mount / "pillion"
         self.pods: list[LabPod] = []
-        self.report = loader.install(self.root, limits, folder=folder, seconds=120)
+        self.report = loader.install(self.root, limits, folder=folder, seconds=4 * PATIENCE_S)
         self.node = attach.Node(attach.Pins(self.root))
 
     def pod(self) -> LabPod:

@@ -1,7 +1,8 @@
 """A command under another kernel: Debian's own, in qemu without hardware virtualization, with this machine's files read-only below it.
 
 The guest sees the host's root folder through 9p with a memory overlay on top, so the interpreter, the virtual environment and the
-repository are the host's; nothing that it writes comes back. Boots in seconds, runs about ten times slower than the machine.
+repository are the host's; nothing that it writes comes back. Boots in seconds, runs about ten times slower than the machine. `Guest` runs
+a command there while this process does something else: ``second_kernel.py INITRD FOLDER WORD...`` is what it starts.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pillion" / "kernel"
-PROGRAMS = ("qemu-system-x86_64", "busybox", "cpio", "depmod", "apt-get", "dpkg-deb")
+PROGRAMS = ("qemu-system-x86_64", "busybox", "cpio", "depmod", "apt-get", "dpkg-deb", "setpriv")
 _MODULES = [
     *("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
     *("netfs", "fscache", "9pnet", "9pnet_virtio", "9p", "overlay", "veth"),
@@ -86,26 +90,52 @@ def _initrd(kernel: Path, release: str, command: str, seen: Path) -> bytes:
         return _archive(folder)
 
 
-def run(words: list[str], seconds: float, *, folder: Path, megabytes: int = 2048) -> tuple[int, str]:
-    """Exit code (None of its own: 99) and console output of a command in the guest."""
+class Guest:
+    """A command in the guest, which begins at once and yields to whatever else this machine does. `end` in every case.
+
+    folder: the command's working folder. The kernel ends the guest when the thread that made it ends, however that comes about.
+    """
+
+    def __init__(self, words: Sequence[str], seconds: float, *, folder: Path) -> None:
+        self._own = Path(tempfile.mkdtemp(prefix="pillion-guest-"))
+        self._log = self._own / "console"
+        self._end = time.monotonic() + seconds
+        before = ["setpriv", "--pdeathsig", "KILL", "nice", "-n", "10"]
+        argv = [*before, sys.executable, __file__, str(self._own / "initrd"), str(folder), *words]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def wait(self) -> tuple[int, str]:
+        """Exit code (99: the command came to none) and console output, once it has ended or its seconds are over."""
+        late = ""
+        try:
+            self._process.wait(max(0.0, self._end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            late = "\n=== out of time\n"
+        text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]|\x1bc|\r", "", self._log.read_text(errors="replace")) + late
+        text = text[max(text.find("=== up"), 0) :]
+        code = re.search(r"=== exit code (\d+)", text)
+        return (int(code[1]) if code else 99), text
+
+    def end(self) -> None:
+        """Nothing is left of it."""
+        self._process.kill()
+        self._process.wait()
+        shutil.rmtree(self._own)
+
+
+def _become_guest(initrd: Path, folder: Path, words: Sequence[str], megabytes: int = 2048) -> None:
+    """Replace this process by the machine that runs the command."""
     kernel, release = fetch()
     path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     command = f"export PATH={path} HOME=/root PYTHONDONTWRITEBYTECODE=1 LANG=C.UTF-8\ncd {shlex.quote(str(folder))}\n{shlex.join(words)}\n"
-    with tempfile.NamedTemporaryFile() as initrd:
-        initrd.write(_initrd(kernel, release, command, folder))
-        initrd.flush()
-        qemu = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(megabytes), "-nographic"]
-        qemu += ["-no-reboot", "-nic", "none", "-kernel", str(kernel / "boot" / f"vmlinuz-{release}"), "-initrd", initrd.name]
-        qemu += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off"]
-        qemu += ["-virtfs", "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"]
-        try:
-            done = subprocess.run(
-                qemu, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=False
-            )
-            output = done.stdout
-        except subprocess.TimeoutExpired as error:
-            output = (error.stdout or b"") + b"\n=== out of time\n"
-    text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]|\x1bc|\r", "", output.decode(errors="replace"))
-    text = text[max(text.find("=== up"), 0) :]
-    code = re.search(r"=== exit code (\d+)", text)
-    return (int(code[1]) if code else 99), text
+    initrd.write_bytes(_initrd(kernel, release, command, folder))
+    qemu = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(megabytes), "-nographic"]
+    qemu += ["-no-reboot", "-nic", "none", "-kernel", str(kernel / "boot" / f"vmlinuz-{release}"), "-initrd", str(initrd)]
+    qemu += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off"]
+    qemu += ["-virtfs", "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"]
+    os.execvp(qemu[0], qemu)
+
+
+if __name__ == "__main__":
+    _become_guest(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

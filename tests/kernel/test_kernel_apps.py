@@ -16,7 +16,7 @@ from pathlib import Path
 
 import hop_checks
 import pytest
-from lab import ACCELERATED, CAPTURED, SCALE, SIDECAR_UID, TARGET, Failed, LabPod, rounds
+from lab import ACCELERATED, CAPTURED, PATIENCE_S, SCALE, SIDECAR_UID, TARGET, Failed, LabPod, rounds
 from relay_sidecar import relay
 
 from ebpf.layout import Counter, PodFlag, PortKind
@@ -75,7 +75,7 @@ def test_curl_reads_files_of_nginx(meshed: LabPod, site: Path) -> None:
     """sendfile(2) and TCP_CORK on one side, one connection for several requests on the other."""
     _nginx(meshed, site)
     url = f"http://{TARGET}:8080"
-    got = meshed.output(["curl", "-sS", "--max-time", "30", f"{url}/large", f"{url}/small", f"{url}/large"])
+    got = meshed.output(["curl", "-sS", "--max-time", str(PATIENCE_S), f"{url}/large", f"{url}/small", f"{url}/large"])
     assert got == (site / "large").read_bytes() + b"small\n" + (site / "large").read_bytes()
 
 
@@ -97,14 +97,14 @@ def test_curl_through_haproxy(meshed: LabPod, site: Path, options: str) -> None:
     _nginx(meshed, site)
     config = site / f"haproxy-{meshed.name}.cfg"
     config.write_text(
-        f"defaults\n mode http\n timeout connect 5s\n timeout client 20s\n timeout server 20s\n {options}\n"
+        f"defaults\n mode http\n timeout connect 30s\n timeout client 30s\n timeout server 30s\n {options}\n"
         "listen all\n bind 127.0.0.1:9090\n server app 127.0.0.1:8080\n"
     )
     meshed.popen(["haproxy", "-db", "-f", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     meshed.wait_port(9090)
     if options:
-        meshed.output(["curl", "-sS", "--max-time", "30", f"http://{TARGET}:8080/small"])  # by the accelerated port
-    got = meshed.output(["curl", "-sS", "--max-time", "30", f"http://{TARGET}:9090/large"])
+        meshed.output(["curl", "-sS", "--max-time", str(PATIENCE_S), f"http://{TARGET}:8080/small"])  # by the accelerated port
+    got = meshed.output(["curl", "-sS", "--max-time", str(PATIENCE_S), f"http://{TARGET}:9090/large"])
     assert got == (site / "large").read_bytes()
 
 
@@ -154,7 +154,7 @@ def test_go_that_splices_must_be_opted_out(pod: LabPod, go_echo: Path, site: Pat
 @pytest.mark.needs("node")
 def test_node_http(meshed: LabPod) -> None:
     meshed.popen(["node", str(APPS / "echo.js"), "serve", "8080"])
-    meshed.wait_port(8080, seconds=60)
+    meshed.wait_port(8080)
     number = rounds(200)
     got = meshed.output(["node", str(APPS / "echo.js"), "call", TARGET, "8080", "160000", str(number)]).decode().strip()
     assert got == hashlib.sha256(b"0123456789abcdef" * 10000 * number).hexdigest()
@@ -187,7 +187,8 @@ def _grpc_client(number: int) -> bool:
         echo = channel.unary_unary("/test.Echo/Echo")
         stream = channel.stream_stream("/test.Echo/Stream")
         messages = [random.Random(turn).randbytes(1 + turn * 500) for turn in range(number)]
-        return [echo(message, timeout=20) for message in messages] == messages and list(stream(iter(messages), timeout=60)) == messages
+        echoed = [echo(message, timeout=PATIENCE_S) for message in messages]
+        return echoed == messages and list(stream(iter(messages), timeout=2 * PATIENCE_S)) == messages
 
 
 def _in_own_interpreter(pod: LabPod, function: str, *args: str, **more: object) -> subprocess.Popen[bytes]:
@@ -202,7 +203,7 @@ def test_grpc(meshed: LabPod) -> None:
     assert server.stdout
     assert server.stdout.readline()
     client = _in_own_interpreter(meshed, f"print(t._grpc_client({rounds(100)}))")
-    assert client.communicate(timeout=90)[0].strip() == b"True"
+    assert client.communicate(timeout=4 * PATIENCE_S)[0].strip() == b"True"
 
 
 def _blocking_server(tell: Callable[..., None]) -> None:
@@ -218,7 +219,7 @@ def _blocking_client(number: int) -> int:
     right = 0
     for turn in range(number):
         data = random.Random(turn).randbytes(random.Random(turn).randrange(1, 100000))
-        with socket.create_connection((TARGET, 8080), 20) as sock:
+        with socket.create_connection((TARGET, 8080), PATIENCE_S) as sock:
             sock.settimeout(None)
             sock.sendall(data)
             sock.shutdown(socket.SHUT_WR)
@@ -278,7 +279,7 @@ def _stress_clients(tasks: int, seconds: float) -> dict[str, int]:
                         writer.write(struct.pack("=IIf", size, answer, pick.choice([0, 0, 0, 0.002])) + data)
                         sent.append((data, answer))
                     for data, answer in sent:
-                        got = await asyncio.wait_for(reader.readexactly(16 + answer), 30)
+                        got = await asyncio.wait_for(reader.readexactly(16 + answer), PATIENCE_S)
                         seen["wrong"] += got != hashlib.md5(data, usedforsecurity=False).digest() + _NOISE[:answer]
                         seen["requests"] += 1
                 if pick.random() < 0.3:
@@ -300,6 +301,6 @@ def _stress_clients(tasks: int, seconds: float) -> dict[str, int]:
 def test_two_hundred_asyncio_clients(meshed: LabPod) -> None:
     """Pipelining, pauses, aborts: not one wrong byte, error or hang."""
     meshed.start(_stress_server).result()
-    seen = meshed.run(_stress_clients, 200 if SCALE >= 1 else 40, 3.0, seconds=90)
+    seen = meshed.run(_stress_clients, 200 if SCALE >= 1 else 40, 3.0)
     assert seen["requests"] > 200 * min(SCALE, 1)
     assert (seen["wrong"], seen["errors"], seen["hung"]) == (0, 0, 0), seen

@@ -15,7 +15,7 @@ from typing import Any
 
 import hop_checks
 import pytest
-from lab import ACCELERATED, APP_UID, CAPTURED, IN_PORT, OUT_PORT, SIDECAR_UID, TARGET, Failed, Lab, LabPod, join
+from lab import ACCELERATED, APP_UID, CAPTURED, IN_PORT, OUT_PORT, PATIENCE_S, SIDECAR_UID, TARGET, Failed, Lab, LabPod, join
 
 from core.addrs import Addr
 from core.capture import CALLER_LEVEL, CALLER_OPTION, caller_option
@@ -33,7 +33,7 @@ MPTCP = 262
 def _connect(family: int, ip: str, port: int, bind: str = "") -> tuple[Any, Any] | int | None:
     """(own address, peer's address), or the errno."""
     with socket.socket(family) as sock:
-        sock.settimeout(5)
+        sock.settimeout(PATIENCE_S)
         try:
             if bind:
                 sock.bind((bind, 0))
@@ -52,7 +52,7 @@ def _sidecar(number: int, tell: Callable[..., None]) -> None:
         seen.append(str(original_dst(sock)))
         sock.close()
     tell(seen)
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def _listen(host: str, port: int, tell: Callable[..., None]) -> None:
@@ -70,7 +70,7 @@ def _listen(host: str, port: int, tell: Callable[..., None]) -> None:
 def _ask(family: int, ip: str, port: int, caller: tuple[str, int] | None = None) -> list[str]:
     """What `_listen` greets with."""
     with socket.socket(family) as sock:
-        sock.settimeout(5)
+        sock.settimeout(PATIENCE_S)
         if caller:
             sock.setsockopt(CALLER_LEVEL, CALLER_OPTION, caller_option(Addr(*caller)))
         sock.connect((ip, port))
@@ -132,7 +132,7 @@ def test_data_in_the_syn_is_captured_too(pod: LabPod) -> None:
         with socket.socket() as sock:
             try:
                 sock.sendto(b"x", 0x20000000, (TARGET, 80))
-                sock.settimeout(5)
+                sock.settimeout(PATIENCE_S)
                 sock.recv(1)
                 return 0
             except OSError as error:
@@ -151,7 +151,7 @@ def test_mptcp_sockets_cannot_be_made_in_a_registered_pod(lab: Lab) -> None:
     def dial() -> int | None:
         try:
             with socket.socket(socket.AF_INET, socket.SOCK_STREAM, MPTCP) as sock:
-                sock.settimeout(5)
+                sock.settimeout(PATIENCE_S)
                 sock.connect(("10.98.2.2", 8080))
                 return 0
         except OSError as error:
@@ -244,7 +244,7 @@ def _inbound_sidecar(tell: Callable[..., None]) -> None:
 
 def _greeting(family: int, ip: str, port: int) -> str | int | None:
     with socket.socket(family) as sock:
-        sock.settimeout(5)
+        sock.settimeout(PATIENCE_S)
         try:
             sock.connect((ip, port))
             return sock.recv(200).decode()

@@ -18,7 +18,7 @@ def _hop(pod: LabPod, name: str, flags: PodFlag) -> None:
     if name in ("fast_open", "syn_cookies"):
         pod.run(_sysctl, "tcp_fastopen" if name == "fast_open" else "tcp_syncookies", "3" if name == "fast_open" else "2", uid=0)
     pod.attach(flags)
-    pod.run(hop_checks.run_check, name, seconds=120)
+    pod.run(hop_checks.run_check, name)
 
 
 def _sysctl(name: str, value: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import struct
 import threading
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import hop_checks
 import pytest
-from lab import ACCELERATED, CAPTURED, OUT_PORT, SIDECAR_UID, TARGET, Lab, LabPod, rounds
+from lab import ACCELERATED, CAPTURED, OUT_PORT, PATIENCE_S, SIDECAR_UID, TARGET, Lab, LabPod, rounds
 
 from ebpf import attach, layout
 from ebpf.layout import Counter, PodFlag, PortKind
@@ -47,7 +48,7 @@ def _same_tuples(family: int, host: str, mark: bytes, number: int, steps: tuple[
         for one, other in ((c, s), (s, c), (c, s)):
             message = mark + struct.pack("=I", turn) * 20
             one.sendall(message)
-            other.settimeout(5)
+            other.settimeout(PATIENCE_S)
             got = hop_checks.read_exactly(other, len(message))
             foreign += got != message
             done += 1
@@ -207,7 +208,7 @@ def _flood(number: int) -> int:
     listener = hop_checks.listen(((socket.IPPROTO_TCP, 9, 30),), backlog=256)  # its sockets appear with the first data only
     waiting = []
     for _ in range(number):
-        c = socket.create_connection((TARGET, 80), 10)
+        c = socket.create_connection((TARGET, 80), PATIENCE_S)
         waiting.append(c)
     unknown = 0
     for c in waiting:
@@ -242,7 +243,7 @@ def _serve(port: int, tell: Callable[..., None]) -> None:
 
 
 def _dial(host: str, port: int) -> bytes:
-    with socket.create_connection((host, port), 10) as sock:
+    with socket.create_connection((host, port), PATIENCE_S) as sock:
         sock.settimeout(None)
         sock.sendall(b"hello")
         return hop_checks.read_exactly(sock, 5)
@@ -288,17 +289,17 @@ def test_bytes_are_counted(pod: LabPod) -> None:
 # --- the state a restart finds --------------------------------------------------------------------------------------------------------
 
 
-def _talk(number: int, tell: Callable[..., None]) -> None:
+def _talk(number: int, ends: int, tell: Callable[..., None]) -> None:
+    """Until there is something to read from the descriptor ``ends``."""
     hop = hop_checks.Hop()
     pairs = [hop.pair() for _ in range(number)]
     for c, _ in pairs:
         c.sendall(b"unread")
     tell(None)
-    end = time.monotonic() + 1.0
     turn = 0
     for _, s in pairs:
         assert hop_checks.read_exactly(s, 6) == b"unread"
-    while time.monotonic() < end:
+    while not select.select([ends], [], [], 0)[0]:
         for c, s in pairs:
             message = struct.pack("=Q", turn) * 30
             c.sendall(message)
@@ -314,10 +315,11 @@ def test_programs_can_be_exchanged_and_removed_under_load() -> None:
     from ebpf import loader
 
     lab = Lab()
+    ends, end = os.pipe()
     try:
         pod = lab.pod()
         pod.attach(ACCELERATED, inbound=True)
-        talking = pod.start(_talk, 20)
+        talking = pod.start(_talk, 20, ends)
         talking.result()
         before = set(lab.node.pods())
         report = loader.install(lab.root)
@@ -327,10 +329,13 @@ def test_programs_can_be_exchanged_and_removed_under_load() -> None:
             assert set(restarted.pods()) == before == restarted.linked()
             assert restarted.pods()[pod.cookie] == layout.Pod(SIDECAR_UID, ACCELERATED, OUT_PORT, 4143)
         attach.remove(lab.root)
+        os.write(end, b"x")
         assert talking.result() > 0
         assert isinstance(pod.counts()[Counter.MESSAGES], int)
     finally:
         lab.close()
+        os.close(ends)
+        os.close(end)
 
 
 def test_flags_change_for_the_next_connection(pod: LabPod) -> None:
@@ -343,7 +348,7 @@ def test_flags_change_for_the_next_connection(pod: LabPod) -> None:
     assert pod.counts()[Counter.MESSAGES] == 2
 
 
-def _wait_for_all() -> int:
+def _wait_for_all(seconds: float) -> int:
     """An app's reader that took a first part by TCP and waits for the rest with MSG_WAITALL: bytes of its one call, -1 when it hangs."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -353,12 +358,14 @@ def _wait_for_all() -> int:
     sidecar = socket.create_connection(("127.0.0.1", 6000))
     sidecar.sendall(b"a" * 100)
     app, _ = listener.accept()
+    assert hop_checks.held(app) > 0
     got: list[int] = []
     thread = threading.Thread(target=lambda: got.append(len(app.recv(200, socket.MSG_WAITALL))), daemon=True)
     thread.start()
-    time.sleep(0.1)
+    while hop_checks.held(app):  # until the reader has the first part, and sleeps
+        time.sleep(0.001)
     sidecar.sendall(b"b" * 100)
-    thread.join(1)
+    thread.join(seconds)
     return got[0] if got else -1
 
 
@@ -366,10 +373,10 @@ def test_a_reader_that_waits_for_all_does_not_hang(pod: LabPod) -> None:
     """It sleeps inside TCP's recv(2), which does not look into the queue of redirected messages: the rest must come by TCP too."""
     pod.attach(ACCELERATED)
     for _ in range(20):
-        assert pod.run(_wait_for_all, uid=SIDECAR_UID) == 200
+        assert pod.run(_wait_for_all, PATIENCE_S, uid=SIDECAR_UID) == 200
 
 
 def test_an_app_said_never_to_wait_for_all_must_not(pod: LabPod) -> None:
     """The control: without looking at the reader it hangs, which is the price of RESUME."""
     pod.attach(ACCELERATED | PodFlag.RESUME)
-    assert pod.run(_wait_for_all, uid=SIDECAR_UID) == -1
+    assert pod.run(_wait_for_all, 1.0, uid=SIDECAR_UID) == -1

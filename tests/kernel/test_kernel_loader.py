@@ -10,7 +10,7 @@ from pathlib import Path
 
 import hop_checks
 import pytest
-from lab import ACCELERATED, Lab, LabPod
+from lab import ACCELERATED, PATIENCE_S, Lab, LabPod
 
 from ebpf import attach, bpfsys, layout, loader
 from ebpf.layout import Counter
@@ -34,12 +34,12 @@ def _install_after(root: Path, *setup: str) -> loader.Report:
     """The loader in a mount namespace of its own, after these commands."""
     script = " && ".join([*setup, 'exec "$@"'])
     words = ["unshare", "--mount", "sh", "-c", script, "sh", *loader.command(root)]
-    done = subprocess.run(words, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(words, capture_output=True, timeout=4 * PATIENCE_S, check=False)
     return loader.read_report(done.stdout)
 
 
 def test_every_program_is_installed_and_listed(bpffs: Path) -> None:
-    report = loader.install(bpffs)
+    report = loader.install(bpffs, seconds=4 * PATIENCE_S)
     assert report == loader.Report(KERNEL, tuple(program.name for program in layout.PROGRAMS))
     assert report.why_not([program.name for program in layout.PROGRAMS]) == ""
 
@@ -64,7 +64,7 @@ def test_a_bpf_file_system_is_mounted_where_there_is_none(tmp_path: Path) -> Non
 
 def test_without_privileges_it_names_the_capabilities(bpffs: Path) -> None:
     words = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all", *loader.command(bpffs)]
-    done = subprocess.run(words, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(words, capture_output=True, timeout=4 * PATIENCE_S, check=False)
     report = loader.read_report(done.stdout)
     assert done.returncode == 1
     assert not report.installed
@@ -77,7 +77,7 @@ def test_the_named_capabilities_are_enough(bpffs: Path) -> None:
     names = ["dac_override", *(name.removeprefix("CAP_").lower() for name in loader.CAPABILITIES)]
     keep = ",".join(["-all", *(f"+{name}" for name in names)])
     words = ["setpriv", f"--bounding-set={keep}", f"--inh-caps={keep}", *loader.command(bpffs)]
-    done = subprocess.run(words, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(words, capture_output=True, timeout=4 * PATIENCE_S, check=False)
     report = loader.read_report(done.stdout)
     assert len(report.installed) == len(layout.PROGRAMS), report
 
@@ -109,7 +109,7 @@ def test_a_refused_program_is_named_with_its_helper_and_the_kernel(bpffs: Path, 
     folder = tmp_path_factory.mktemp("programs")
     source = (Path(loader.__file__).parent / "bpf" / "inbound.bpf.c").read_text()
     (folder / "inbound.bpf.c").write_text(source.replace("u64 ns;", "u64 ns = bpf_get_netns_cookie(ctx);", 1))
-    report = loader.install(bpffs, folder=folder)
+    report = loader.install(bpffs, folder=folder, seconds=4 * PATIENCE_S)
     assert set(report.refused) == {"inbound"}
     said = report.refused["inbound"]
     assert said.startswith("program inbound (inbound.bpf.c), helper bpf_get_netns_cookie: kernel " + KERNEL)
@@ -122,19 +122,19 @@ def test_a_refused_program_is_named_with_its_helper_and_the_kernel(bpffs: Path, 
 def test_programs_that_do_not_compile_are_a_problem_with_the_compilers_words(bpffs: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("programs")
     (folder / "redirect.bpf.c").write_text("int redirect(struct sk_msg_md *msg) { return nonsense; }")
-    report = loader.install(bpffs, folder=folder)
+    report = loader.install(bpffs, folder=folder, seconds=4 * PATIENCE_S)
     assert not report.installed
     assert "could not be compiled" in report.problem
     assert "nonsense" in report.problem
 
 
 def test_another_layout_is_never_laid_over_old_maps(bpffs: Path) -> None:
-    assert not loader.install(bpffs, {"PODS_MAX": 4}).problem
+    assert not loader.install(bpffs, {"PODS_MAX": 4}, seconds=4 * PATIENCE_S).problem
     (attach.Pins(bpffs).maps / "pods").unlink()
     fd = bpfsys.map_create(bpfsys.ARRAY, 4, 4, 1, "pods")
     bpfsys.pin(fd, attach.Pins(bpffs).maps / "pods")
     os.close(fd)
-    assert "map pods: key and value have 4 and 4 bytes" in loader.install(bpffs).problem
+    assert "map pods: key and value have 4 and 4 bytes" in loader.install(bpffs, seconds=4 * PATIENCE_S).problem
 
 
 def test_what_stays_in_memory_is_small(lab: Lab) -> None:

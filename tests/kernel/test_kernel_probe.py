@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from lab import PATIENCE_S
 
 from ebpf import loader, probe
 
@@ -13,8 +14,12 @@ pytestmark = pytest.mark.kernel
 
 
 def test_our_programs_pass_and_nothing_is_left() -> None:
-    assert probe.find() == probe.Findings("", "", "")
+    assert find() == probe.Findings("", "", "")
     assert "pillion-probe-" not in Path("/proc/self/mounts").read_text()
+
+
+def find(folder: Path | None = None) -> probe.Findings:
+    return probe.find(folder, 4 * PATIENCE_S)
 
 
 def _with(folder: Path, name: str, old: str, new: str) -> Path:
@@ -26,43 +31,41 @@ def _with(folder: Path, name: str, old: str, new: str) -> Path:
 
 def test_the_usual_program_does_not_pass() -> None:
     """It does not even know the target of what it captured."""
-    found = probe.find(Path(__file__).parent / "naive")
+    found = find(Path(__file__).parent / "naive")
     assert "not told the original destination" in found.connect
     assert found.sockmap == found.connect
 
 
 def test_a_missing_check_of_order_is_noticed(tmp_path: Path) -> None:
-    found = probe.find(_with(tmp_path, "redirect.bpf.c", "copied_seq != *(u32 *)(me + OFFSET_WRITE_SEQ))", "!copied_seq)"))
+    found = find(_with(tmp_path, "redirect.bpf.c", "copied_seq != *(u32 *)(me + OFFSET_WRITE_SEQ))", "!copied_seq)"))
     assert "acceleration (order) does not work" in found.sockmap
     assert "overtook" in found.sockmap
 
 
 def test_a_reader_left_sleeping_is_noticed(tmp_path: Path) -> None:
-    found = probe.find(_with(tmp_path, "redirect.bpf.c", " && reads_tcp(flow->peer_socket)", " && 0"))
+    found = find(_with(tmp_path, "redirect.bpf.c", " && reads_tcp(flow->peer_socket)", " && 0"))
     assert "MSG_WAITALL" in found.sockmap
 
 
 def test_a_missing_bound_of_memory_is_noticed(tmp_path: Path) -> None:
-    found = probe.find(_with(tmp_path, "redirect.bpf.c", "unread > QUEUE_LIMIT", "unread < 0"))
+    found = find(_with(tmp_path, "redirect.bpf.c", "unread > QUEUE_LIMIT", "unread < 0"))
     assert "acceleration (memory) does not work" in found.sockmap
     assert (found.connect, found.steer) == ("", "")
 
 
 def test_a_capture_that_captures_nothing_is_noticed(tmp_path: Path) -> None:
-    found = probe.find(_with(tmp_path, "connect.bpf.c", "return TO_SIDECAR;", "return LEAVE;"))
+    found = find(_with(tmp_path, "connect.bpf.c", "return TO_SIDECAR;", "return LEAVE;"))
     assert "capture of connect() does not work" in found.connect
     assert found.sockmap == found.connect
 
 
 def test_a_program_that_never_redirects_is_noticed(tmp_path: Path) -> None:
-    found = probe.find(
-        _with(tmp_path, "redirect.bpf.c", "if (!flow->peer_socket) {", "if (1) return SK_PASS;\n  if (!flow->peer_socket) {")
-    )
+    found = find(_with(tmp_path, "redirect.bpf.c", "if (!flow->peer_socket) {", "if (1) return SK_PASS;\n  if (!flow->peer_socket) {"))
     assert "0 of 40 messages" in found.sockmap
 
 
 def test_without_privileges_the_reason_is_said() -> None:
     words = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all", *probe.command()]
-    done = subprocess.run(words, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(words, capture_output=True, timeout=4 * PATIENCE_S, check=False)
     assert done.returncode == 1
     assert "Operation not permitted" in probe.read_findings(done.stdout).connect

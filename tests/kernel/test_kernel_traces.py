@@ -13,7 +13,7 @@ from pathlib import Path
 
 import hop_checks
 import pytest
-from lab import ACCELERATED, CAPTURED, SCALE, Lab, LabPod, join
+from lab import ACCELERATED, CAPTURED, PATIENCE_S, SCALE, Lab, LabPod, join
 
 from ebpf import attach, bpfsys
 
@@ -63,7 +63,7 @@ def test_nothing_is_left(lab: Lab) -> None:
         assert _ours() != before
     finally:
         other.close()
-    end = time.monotonic() + 10
+    end = time.monotonic() + PATIENCE_S
     while any(made[kind] & bpfsys.ids(kind) for kind in made) and time.monotonic() < end:
         time.sleep(0.05)  # the kernel frees programs a grace period later
     assert {kind: made[kind] & bpfsys.ids(kind) for kind in made} == {"map": set(), "prog": set(), "link": set()}
@@ -77,12 +77,11 @@ def test_a_pod_that_went_is_noticed_and_forgotten(lab: Lab) -> None:
     pod.attach(ACCELERATED, inbound=True)
     before = dict(lab.node.pods())
     assert not lab.node.ended(pod.cookie)
-    pod.start(_blast)
-    time.sleep(0.1)
+    pod.start(_blast).result()
     for process in pod.running:
         process.kill()
     subprocess.run(["ip", "netns", "del", pod.name], check=True)
-    end = time.monotonic() + 10
+    end = time.monotonic() + PATIENCE_S
     while not lab.node.ended(pod.cookie):
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -92,8 +91,9 @@ def test_a_pod_that_went_is_noticed_and_forgotten(lab: Lab) -> None:
     subprocess.run(["ip", "netns", "add", pod.name], check=True)  # for the lab's own cleaning
 
 
-def _blast() -> None:
+def _blast(tell: Callable[..., None]) -> None:
     c, s = hop_checks.Hop().pair()
+    tell(None)
     while True:
         c.sendall(b"x" * 60000)
         hop_checks.read_exactly(s, 60000)
