@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from core.capture import NOBODY
+
 OUTBOUND_PORT = 4140
 INBOUND_PORT = 4143
 ADMIN_PORT = 4191
@@ -45,7 +47,8 @@ def capture(
     """The table that leads a pod's TCP through its sidecar, IPv4 and IPv6.
 
     Out: everything but the sidecar's own connections (by uid) and what stays on the loopback device, so that talking to oneself never
-    touches the sidecar (Linkerd's proxy-init has the same two exemptions). In: everything but the admin port, which the node probes;
+    touches the sidecar (Linkerd's proxy-init has the same two exemptions). One connection of the sidecar is led like an app's, by which it
+    proves that it is captured (proxy.capture_proof). In: everything but the admin port, which the node probes;
     what arrives for the sidecar's own ports is led to it like the rest, where the loop guard refuses it. Only what opens a connection is
     redirected: conntrack takes a connection that it sees in the middle for a new one, and connections that eBPF had captured must live on.
     """
@@ -55,6 +58,7 @@ def capture(
         {
             "output": [
                 hook("nat", "output", -100),
+                *(f"{_family(ip)} daddr {ip} tcp dport {outbound_port} {_OPENING} redirect to :{outbound_port}" for ip in NOBODY),
                 f"meta skuid {sidecar_uid} return",
                 'oifname "lo" return',
                 *outbound,
@@ -68,6 +72,10 @@ def capture(
             ],
         }
     )
+
+
+def _family(ip: str) -> str:
+    return "ip6" if ":" in ip else "ip"
 
 
 def no_capture() -> str:

@@ -49,12 +49,16 @@ class Mesh:
     @property
     def identity(self) -> str:
         """``host:port`` of the identity service."""
-        return self.identity_addr or f"pillion-identity.{self.control_namespace}.svc.{self.cluster_domain}:8080"
+        return self.identity_addr or f"{self._service('pillion-identity')}:8080"
 
     @property
     def policy(self) -> str:
         """``host:port`` of the policy controller."""
-        return self.policy_addr or f"pillion-policy.{self.control_namespace}.svc.{self.cluster_domain}:8090"
+        return self.policy_addr or f"{self._service('pillion-policy')}:8090"
+
+    def _service(self, name: str) -> str:
+        """Ends in a dot: without it, a pod's resolver asks for the name in every domain of its search list first."""
+        return f"{name}.{self.control_namespace}.svc.{self.cluster_domain}."
 
 
 DEFAULT_MESH = Mesh()

@@ -247,7 +247,7 @@ FIXED_ENV = frozenset(
     for name in (
         *("POD_NAMESPACE", "POD_NAME", "POD_UID", "POD_IPS", "SERVICE_ACCOUNT", "TRUST_DOMAIN", "CONTROL_NAMESPACE", "IDENTITY_ADDR"),
         *("IDENTITY_TOKEN_FILE", "TRUST_ANCHORS_FILE", "POLICY_ADDR", "INBOUND_LISTEN", "OUTBOUND_LISTEN", "ADMIN_LISTEN"),
-        *("INBOUND_PORTS", "PROBES"),
+        *("INBOUND_PORTS", "PROBES", "PROVE_CAPTURE"),
     )
 )
 """Variables that say who the pod is and whom it trusts: no annotation may change them."""

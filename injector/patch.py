@@ -66,7 +66,7 @@ def build_patch(pod: Mapping[str, Any], options: Options, mesh: Mesh, raw: Mappi
     # before containers are inserted, which moves the others
     operations += [{"op": "replace", "path": probe.path, "value": dict(probe.probe)} for probe in probes]
     proxy = sidecar.container(pod, options, probes, mesh, native=native)
-    capture = sidecar.capture_container(options, mesh)
+    capture = sidecar.capture_container(options, mesh, native=native)
     first = [found for found in (capture, proxy if native else None) if found is not None]
     if first and not spec.get("initContainers"):
         operations.append(_add("/spec/initContainers", []))

@@ -44,7 +44,7 @@ def container(pod: Mapping[str, Any], options: Options, probes: Sequence[Rewritt
         "name": SIDECAR_NAME,
         "image": options.image or mesh.image,
         "imagePullPolicy": options.image_pull_policy or mesh.image_pull_policy,
-        "env": environment(pod, options, probes, mesh),
+        "env": environment(pod, options, probes, mesh, native=native),
         "ports": [
             {"name": "pillion-inbound", "containerPort": INBOUND_PORT, "protocol": "TCP"},
             {"name": "pillion-admin", "containerPort": ADMIN_PORT, "protocol": "TCP"},
@@ -67,12 +67,34 @@ def container(pod: Mapping[str, Any], options: Options, probes: Sequence[Rewritt
         lifecycle["preStop"] = {"exec": {"command": ["sleep", str(wait_s)]}}
     if native:
         found["restartPolicy"] = "Always"
+    if native and captured_by(options, mesh) == "none":
         found["startupProbe"] = _probe("/ready", periodSeconds=1, failureThreshold=120)  # Linkerd's: two minutes
-    elif options.await_ready:
-        lifecycle["postStart"] = {"exec": {"command": ["python", "-m", "injector.hold"]}}
+    elif native or options.await_ready:
+        lifecycle["postStart"] = {"exec": {"command": hold_command(options, mesh, native=native)}}
     if lifecycle:
         found["lifecycle"] = lifecycle
     return found
+
+
+def captured_by(options: Options, mesh: Mesh) -> str:
+    """Who leads the pod's connections to its sidecar: `mesh.Capture`."""
+    return "none" if mesh.capture == "none" else options.capture or mesh.capture
+
+
+def proves_capture(options: Options, mesh: Mesh, *, native: bool) -> bool:
+    """Whether the sidecar proves capture itself: it is the first container, and no other starts before it has.
+
+    A classic sidecar starts after init containers, so that they would run unproven: there a container of its own proves.
+    """
+    return native and captured_by(options, mesh) == "agent"
+
+
+def hold_command(options: Options, mesh: Mesh, *, native: bool) -> list[str]:
+    """What holds the other containers (proxy.hold says why it is no startup probe).
+
+    An image from before sidecars proved capture refuses the word ``proven``, so that its pods do not start.
+    """
+    return ["python", "-S", "-m", "injector.hold", *(["proven"] if proves_capture(options, mesh, native=native) else [])]
 
 
 def wait_before_exit_s(options: Options, *, native: bool) -> int:
@@ -86,9 +108,10 @@ def _probe(path: str, **timing: int) -> dict[str, Any]:
     return {"httpGet": {"path": path, "port": ADMIN_PORT}, "timeoutSeconds": 1, **timing}
 
 
-def capture_container(options: Options, mesh: Mesh) -> dict[str, Any] | None:
-    """The init container before all others: puts capture in place, or waits until the agent's is proven; None where others capture."""
-    if mesh.capture == "none":
+def capture_container(options: Options, mesh: Mesh, *, native: bool) -> dict[str, Any] | None:
+    """The init container before all others: puts capture in place, or waits until the agent's is proven; None where none is needed."""
+    by = captured_by(options, mesh)
+    if by == "none" or proves_capture(options, mesh, native=native):
         return None
     found: dict[str, Any] = {
         "name": CAPTURE_NAME,
@@ -96,7 +119,7 @@ def capture_container(options: Options, mesh: Mesh) -> dict[str, Any] | None:
         "imagePullPolicy": options.image_pull_policy or mesh.image_pull_policy,
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
-    if (options.capture or mesh.capture) == "agent":
+    if by == "agent":
         found["command"] = ["python", "-m", "ebpf.validator"]
         found["securityContext"] = {"runAsUser": VALIDATOR_UID, "runAsGroup": VALIDATOR_UID, **_RESTRICTED}
     else:
@@ -122,7 +145,7 @@ def ranges_text(ranges: Iterable[tuple[int, int]]) -> str:
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
 
 
-def environment(pod: Mapping[str, Any], options: Options, probes: Sequence[Rewritten], mesh: Mesh) -> list[dict[str, Any]]:
+def environment(pod: Mapping[str, Any], options: Options, probes: Sequence[Rewritten], mesh: Mesh, *, native: bool) -> list[dict[str, Any]]:
     """The sidecar's variables; what only the kubelet knows comes by downward API."""
     fields = {
         "PILLION_POD_NAMESPACE": "metadata.namespace",
@@ -149,6 +172,8 @@ def environment(pod: Mapping[str, Any], options: Options, probes: Sequence[Rewri
         "PILLION_SHUTDOWN_ENDPOINT": "true" if options.shutdown_endpoint else "false",
         "PILLION_PROBES": probes_text({probe.key: probe.original for probe in probes}),
     }
+    if proves_capture(options, mesh, native=native):
+        values["PILLION_PROVE_CAPTURE"] = "true"
     if options.forwarded != "off":
         values["PILLION_FORWARDED"] = options.forwarded
     if options.connect_timeout_ms is not None:

@@ -27,9 +27,11 @@ from core.runtime.watch import Cell
 from identity.client import IdentitySettings, keep_certified
 from policy.client import PolicyClient
 from policy.wire import Hello
+from proxy.capture_proof import CaptureProof
 from proxy.config import Config
 from proxy.discover import Discovery, PolicySource
 from proxy.dumps import dump_routes
+from proxy.hold import end_unproven, release
 from proxy.inbound.arrive import Arrivals
 from proxy.inbound.serve import Inbound
 from proxy.live import Live
@@ -107,6 +109,7 @@ class Sidecar:
         self.inbound = Inbound(config, self.discovery, security, dialer, self.relay, self.live, self.recorder, nursery, http1, http2)
         self.arrivals = Arrivals(self.inbound, partial(self._go_on, "inbound"), partial(self._over, "inbound"))
         self._nursery = nursery
+        self.proof = CaptureProof(config.outbound_listen.port)
         self.outbound = Outbound(config, self.discovery, services, self.live, self.recorder, out1, out2)
         self.metrics.add_source(self._samples)
 
@@ -120,6 +123,8 @@ class Sidecar:
         credentials = self.credentials.value
         if self.drain.started:
             reasons.append(f"draining: {self.drain.reason}")
+        if self.config.prove_capture and self.proof.problem:
+            reasons.append(f"capture is not proven: {self.proof.problem}")
         if credentials is None:
             reasons.append("no certificate yet from the identity service")
         elif credentials.not_after <= time.time():
@@ -158,7 +163,7 @@ class Sidecar:
     def take_outbound(self, accepted: Accepted) -> None:
         """Begin to serve a connection that the app made."""
         self.live.arrived()
-        self._go_on("outbound", accepted, self.outbound.serve)
+        self._go_on("outbound", accepted, self.proof.take if self.proof.concerns(accepted) else self.outbound.serve)
 
     def _go_on(self, direction: Direction, accepted: Accepted, serve: Callable[[Accepted], Awaitable[None]]) -> None:
         self._nursery.start_soon(self._serve, direction, accepted, serve)
@@ -199,6 +204,9 @@ async def run(config: Config) -> None:
         sidecar = Sidecar(config, nursery)
         await nursery.start(drain_on_signals, sidecar.drain)
         await nursery.start(AdminServer(admin_routes(sidecar)).serve, [trio_listener(listen(config.admin_listen))])
+        if config.prove_capture:
+            await nursery.start(release, sidecar.not_ready, sidecar.proof)
+            nursery.start_soon(end_unproven, sidecar.proof)
         nursery.start_soon(sidecar.relay.run)
         nursery.start_soon(keep_certified, _identity_settings(config), sidecar.credentials, _Certificates(sidecar.metrics))
         nursery.start_soon(sidecar.policy.run)
@@ -206,6 +214,8 @@ async def run(config: Config) -> None:
         for port in config.inbound_ports:
             sidecar.discovery.port(port)
         listeners = accept_both(sidecar)
+        if config.prove_capture:
+            nursery.start_soon(sidecar.proof.prove)
         gc.collect()
         gc.freeze()  # what exists now lives for ever: later collections need not look at it
         await sidecar.drain.wait_started()

@@ -86,6 +86,13 @@ class Config:
         reason="which finished requests are logged",
     )
 
+    prove_capture: bool = setting(
+        "PILLION_PROVE_CAPTURE",
+        boolean,
+        default="false",
+        reason="whether to end unless this pod's connections are led here; its other containers wait for that (injector.hold)",
+    )
+
     detect_silence_s: float = setting(
         "PILLION_DETECT_SILENCE_MS",
         milliseconds(1, 60_000),

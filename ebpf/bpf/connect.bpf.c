@@ -1,7 +1,8 @@
 /* connect(): the app's connections lead to its sidecar; both hops of the pod are marked for pairing.
  *
- * Stops: reaching the network around the sidecar. Leaves alone: the sidecar's own uid, loopback and the pod's own addresses, skipped ports,
- * other namespaces under the same cgroup, everything that is not TCP. Runs in the caller's context, once a connection.
+ * Stops: reaching the network around the sidecar. Leaves alone: the sidecar's own uid (but for the connection that proves capture), loopback
+ * and the pod's own addresses, skipped ports, other namespaces under the same cgroup, everything that is not TCP. Runs in the caller's
+ * context, once a connection.
  */
 #include "mesh.h"
 
@@ -16,6 +17,13 @@ static __always_inline void begin(struct flow *flow, u32 flags) {
   __builtin_memset(&flow->peer, 0, sizeof(flow->peer));
 }
 
+/* Where nobody is (core/capture.py), at the sidecar's own port: led to the sidecar whoever dials, so that the sidecar can see capture work. */
+static __always_inline int is_proof(struct pod *pod, struct addr *to, u32 port) {
+  if (port != pod->out_port) return 0;
+  if (to->family == AF_INET) return to->ip[0] == bpf_htonl(0xc0000201);
+  return to->ip[0] == bpf_htonl(0x01000000) && !to->ip[1] && !to->ip[2] && to->ip[3] == bpf_htonl(1);
+}
+
 static __always_inline enum where decide(struct bpf_sock_addr *ctx, struct addr *to, u32 *out_port) {
   u64 ns = bpf_get_netns_cookie(ctx);
   struct pod *pod = pods.lookup(&ns);
@@ -23,7 +31,7 @@ static __always_inline enum where decide(struct bpf_sock_addr *ctx, struct addr 
   struct bpf_sock *sk = (struct bpf_sock *)ctx->sk;
   if (!sk) return NOWHERE;
   u32 flags = pod->flags, port = bpf_ntohs(to->port);
-  int sidecar = (u32)bpf_get_current_uid_gid() == pod->uid;
+  int sidecar = (u32)bpf_get_current_uid_gid() == pod->uid && !is_proof(pod, to, port);
   int own = is_own(pod, to);
   u32 accelerate = (flags & POD_ACCELERATE) && !in_port_set(ns, PORTS_NOT_ACCELERATED, port) ? FLOW_ACCELERATE : 0;
   struct flow *flow = flows.sk_storage_get(sk, 0, 0);

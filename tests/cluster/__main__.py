@@ -2,6 +2,7 @@
 
 up [--nodes N]     a Kubernetes on this machine with DNS and the Gateway API, Pillion's images in its nodes; prints how to use it
 code               the newest code into the images and the nodes (seconds); pods that start afterwards run it
+times [ROUNDS]     how long pods take to be Ready, with and without a sidecar
 kubectl ARGS...    kubectl on this cluster
 down               end it and remove everything
 """
@@ -96,7 +97,7 @@ def main(arguments: list[str]) -> int:
         from tests.cluster import times
         from tests.cluster.kube import Kube
 
-        times.show(Kube(str(running.binaries / "kubectl"), str(running.kubeconfig)))
+        times.show(Kube(str(running.binaries / "kubectl"), str(running.kubeconfig)), int(rest[0]) if rest else 10)
     elif what == "conformance":
         return conform(running, Path(rest[0] if rest else "docs/conformance/report.yaml"))
     else:

@@ -41,7 +41,7 @@ def events(space: Space, reason: str) -> list[Object]:
 
 
 def test_a_dry_run_shows_the_pod_as_it_would_be_and_does_nothing(space: Space) -> None:
-    assert names(created(space, client())) == ["pillion-capture", "pillion-proxy"]
+    assert names(created(space, client())) == ["pillion-proxy"]
     refused = client(annotations={PREFIX + "log-level": "loud"})
     with pytest.raises(Refused, match="'loud': expected one of debug, info, warning, error"):
         created(space, refused)
@@ -229,4 +229,4 @@ def test_a_serving_certificate_that_is_lost_is_made_again_and_known(space: Space
     before = bundle()
     mesh.run("patch", "secret", "pillion-injector-tls", "--type=json", "-p", '[{"op": "remove", "path": "/data"}]')
     until("a new authority", lambda: bundle() != before, seconds=90, pause=1)
-    until("the webhook to be asked again", lambda: names(created(space, client())) == ["pillion-capture", "pillion-proxy"], seconds=30)
+    until("the webhook to be asked again", lambda: names(created(space, client())) == ["pillion-proxy"])

@@ -213,7 +213,7 @@ def test_what_the_injector_sets_is_what_no_annotation_may() -> None:
     from injector.mesh import Mesh
     from injector.sidecar import environment
 
-    found = {entry["name"] for entry in environment(pod(), Options(), [], Mesh())}
+    found = {entry["name"] for entry in environment(pod(), Options(), [], Mesh(capture="agent"), native=True)}
     tunable = {f"PILLION_{name}" for name in ("LOG_LEVEL", "LOG_FORMAT", "ACCESS_LOG", "SHUTDOWN_GRACE_S", "SHUTDOWN_ENDPOINT")}
     assert found - tunable == FIXED_ENV
 

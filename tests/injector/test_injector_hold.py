@@ -1,4 +1,4 @@
-"""A classic sidecar holds the other containers until it is ready."""
+"""The sidecar holds the other containers until it is ready. With capture to be proven: tests/proxy/test_proxy_hold.py."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_it_waits_until_the_sidecar_is_ready(monkeypatch: pytest.MonkeyPatch) ->
     with admin((503, "not yet"), (503, "not yet"), (200, "ready")) as port:
         asked = hold.ask
         monkeypatch.setattr(hold, "ask", lambda: asked(port))
-        monkeypatch.setattr(hold, "_PAUSE_S", 0.001)
+        monkeypatch.setattr(hold, "_ASK_AGAIN_S", 0.001)
         assert hold.main([]) == 0
 
 
 def test_it_gives_up_with_the_sidecars_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(hold, "ask", lambda: (503, "no certificate yet"))
     monkeypatch.setattr(hold, "_WITHIN_S", 0.01)
-    monkeypatch.setattr(hold, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(hold, "_ASK_AGAIN_S", 0.001)
     assert hold.main([]) == 1
     assert "no certificate yet" in capsys.readouterr().err
 

@@ -16,8 +16,8 @@ from injector.mesh import DEFAULT_MESH, KEYS, InvalidMesh, Mesh, read_mesh
 def test_what_is_left_out_has_its_default() -> None:
     assert read_mesh(b"") == read_mesh(b"{}") == DEFAULT_MESH
     assert (DEFAULT_MESH.identity, DEFAULT_MESH.policy) == (
-        "pillion-identity.pillion.svc.cluster.local:8080",
-        "pillion-policy.pillion.svc.cluster.local:8090",
+        "pillion-identity.pillion.svc.cluster.local.:8080",
+        "pillion-policy.pillion.svc.cluster.local.:8090",
     )
 
 
@@ -55,7 +55,7 @@ def test_every_key_is_read() -> None:
 
 def test_the_addresses_follow_namespace_and_domain() -> None:
     found = read_mesh(b"{controlNamespace: mesh, clusterDomain: k8s.example.org}")
-    assert found.identity == "pillion-identity.mesh.svc.k8s.example.org:8080"
+    assert found.identity == "pillion-identity.mesh.svc.k8s.example.org.:8080"
 
 
 @pytest.mark.parametrize(

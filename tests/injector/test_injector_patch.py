@@ -77,8 +77,8 @@ def test_the_environment_is_one_the_sidecar_accepts() -> None:
     assert config.pod_ips == ("10.0.0.1", "fd00::1")
     assert config.inbound_ports == (8080,)
     assert (config.inbound_listen.port, config.outbound_listen.port, config.admin_listen.port) == (4143, 4140, 4191)
-    assert str(config.identity_addr) == "pillion-identity.pillion.svc.cluster.local:8080"
-    assert str(config.policy_addr) == "pillion-policy.pillion.svc.cluster.local:8090"
+    assert str(config.identity_addr) == "pillion-identity.pillion.svc.cluster.local.:8080"
+    assert str(config.policy_addr) == "pillion-policy.pillion.svc.cluster.local.:8090"
 
 
 def test_the_token_is_for_our_audience_only_and_mounted_into_the_sidecar_only() -> None:
@@ -147,22 +147,48 @@ def test_the_capture_program_takes_what_the_injector_writes(capsys: pytest.Captu
 RESTRICTED_VOLUMES = {"configMap", "projected"}
 
 
-def test_with_the_agent_the_pod_passes_the_restricted_level() -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_with_the_agent_the_pod_passes_the_restricted_level(native: bool) -> None:
     """Kubernetes' Pod Security Standards, level restricted, v1.34: the controls that concern what we add."""
-    after = meshed(pod(), Mesh(capture="agent"))["spec"]
-    capture, proxy = after["initContainers"]
-    assert (capture["name"], proxy["name"]) == ("pillion-capture", "pillion-proxy")
-    assert capture["command"] == ["python", "-m", "ebpf.validator"]
-    for container in (capture, proxy):
+    after = meshed(pod(), Mesh(capture="agent", native_sidecar=native))["spec"]
+    added = [found for found in [*after["initContainers"], *after["containers"]] if found["name"].startswith("pillion-")]
+    assert names(added) == (["pillion-proxy"] if native else ["pillion-capture", "pillion-proxy"])
+    for container in added:
         context = container["securityContext"]
         assert context["allowPrivilegeEscalation"] is False and context["runAsNonRoot"] is True and context["runAsUser"] > 0
         assert context["capabilities"] == {"drop": ["ALL"]} and context["seccompProfile"] == {"type": "RuntimeDefault"}
         assert context["readOnlyRootFilesystem"] is True
         assert not {"privileged", "procMount"} & context.keys()
         assert all("hostPort" not in port for port in container.get("ports", []))
-    assert capture["securityContext"]["runAsUser"] != 2102, "the sidecar's uid passes capture and would prove nothing"
     assert {next(key for key in volume if key != "name") for volume in after["volumes"]} <= RESTRICTED_VOLUMES
     assert after.keys() <= {"initContainers", "containers", "volumes"}
+
+
+def test_with_the_agent_a_native_sidecar_proves_capture_and_holds_the_others_until_it_has() -> None:
+    """Its hook is what the kubelet waits for; a startup probe would cost two more of the kubelet's looks, a second each."""
+    (proxy,) = meshed(pod(), Mesh(capture="agent"))["spec"]["initContainers"]
+    assert {"name": "PILLION_PROVE_CAPTURE", "value": "true"} in proxy["env"]
+    assert proxy["lifecycle"]["postStart"]["exec"]["command"] == ["python", "-S", "-m", "injector.hold", "proven"]
+    assert "startupProbe" not in proxy
+
+
+@pytest.mark.parametrize(
+    "mesh", [Mesh(capture="init"), Mesh(capture="agent", native_sidecar=False), LOCAL_MESH], ids=["init", "classic", "none"]
+)
+def test_elsewhere_the_sidecar_proves_nothing(mesh: Mesh) -> None:
+    """What captures, or proves capture, has run before it."""
+    spec = meshed(pod(), mesh)["spec"]
+    proxy = next(found for found in [*spec["initContainers"], *spec["containers"]] if found["name"] == "pillion-proxy")
+    assert "PILLION_PROVE_CAPTURE" not in {entry["name"] for entry in proxy["env"]}
+    assert names(spec["initContainers"])[:1] == (["pillion-proxy"] if mesh is LOCAL_MESH else ["pillion-capture"])
+    waited_for = [proxy.get("startupProbe") is not None, proxy.get("lifecycle", {}).get("postStart") is not None]
+    assert waited_for == ([True, False] if mesh is LOCAL_MESH else [False, True])
+
+
+def test_a_classic_sidecar_needs_a_container_that_proves_capture_before_init_containers_run() -> None:
+    capture = meshed(pod(), Mesh(capture="agent", native_sidecar=False))["spec"]["initContainers"][0]
+    assert capture["command"] == ["python", "-m", "ebpf.validator"]
+    assert capture["securityContext"]["runAsUser"] != 2102, "the sidecar's uid passes capture and would prove nothing"
 
 
 def test_a_classic_sidecar_is_ready_before_the_others_start_and_stays_a_while_when_they_end() -> None:
@@ -174,7 +200,7 @@ def test_a_classic_sidecar_is_ready_before_the_others_start_and_stays_a_while_wh
     assert (proxy["name"], app["name"]) == ("pillion-proxy", "app")
     assert "restartPolicy" not in proxy and "startupProbe" not in proxy
     assert proxy["lifecycle"] == {
-        "postStart": {"exec": {"command": ["python", "-m", "injector.hold"]}},
+        "postStart": {"exec": {"command": ["python", "-S", "-m", "injector.hold"]}},
         "preStop": {"exec": {"command": ["sleep", "5"]}},
     }
     assert after["metadata"]["annotations"]["kubectl.kubernetes.io/default-container"] == "app"
@@ -208,7 +234,7 @@ def test_resources_image_and_waiting_follow_the_annotations() -> None:
         assert container["resources"] == {"requests": {"cpu": "10m"}, "limits": {"memory": "128Mi"}}
         assert (container["image"], container["imagePullPolicy"]) == ("mine:1", "Never")
     proxy = after["spec"]["initContainers"][1]
-    assert proxy["lifecycle"] == {"preStop": {"exec": {"command": ["sleep", "7"]}}}
+    assert proxy["lifecycle"]["preStop"] == {"exec": {"command": ["sleep", "7"]}}
     env = {entry["name"]: entry.get("value") for entry in proxy["env"]}
     assert (env["PILLION_CONNECT_TIMEOUT_MS"], env["PILLION_DETECT_TIMEOUT_S"]) == ("1500", "2")
     assert (env["PILLION_MAX_CONNECTIONS"], env["PILLION_X"], env["PILLION_FORWARDED"]) == ("7", "$$(HOME)", "x-forwarded-for")

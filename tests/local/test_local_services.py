@@ -94,7 +94,7 @@ def test_rules_spread_over_ready_pods_and_refuse_where_there_is_none() -> None:
 def test_capture_exempts_the_sidecar_loopback_and_what_is_skipped() -> None:
     text = redirect.capture([(9000, 9000)], [(25, 25), (26, 30)])
     output, prerouting = text.split("chain prerouting")
-    assert output.index("skuid 2102 return") < output.index("redirect to :4140")
+    assert output.index("skuid 2102 return") < output.rindex("redirect to :4140")
     assert "tcp dport { 25-30 } return" in output, "ranges that touch are one: nft refuses overlaps"
     assert "tcp dport { 4191, 9000 } return" in prerouting and "redirect to :4143" in prerouting
     assert "4143" not in prerouting.split("redirect")[0], "what is dialled at the sidecar's own port goes through its loop guard"

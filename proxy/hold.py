@@ -1,0 +1,105 @@
+"""Lets the pod's other containers start: tells the sidecar's postStart hook (injector.hold) that it is ready. Called by proxy.app.
+
+The kubelet starts the next container once the hook has ended well. A startup probe says the same, a second later: the kubelet looks at
+containers once a second, and needs two more looks for a probe's result. But a kubelet that is restarted forgets its hooks, and takes a
+sidecar that runs for one that started. So as long as capture is not proven, the sidecar does not outlive its hook: whoever starts the
+container again has to run the hook again.
+
+The hook comes through an abstract Unix socket: it is the pod's own (its network namespace has it), there is from the first moment on, and
+the kernel says who calls and when the caller is gone. Only our own user is heard, which no app may run as (injector.decide).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import struct
+from collections.abc import Callable
+
+import trio
+
+from core.runtime import logs
+from proxy.capture_proof import CaptureProof
+
+SOCKET = "\0pillion-hold"
+READY = b"ready\n"
+
+_log = logs.logger("hold")
+
+_HOOK_COMES_S = 1.0  # it starts when we do, and does less: it is waiting by now, unless the kubelet ended before it ran one
+_PROVEN_WITHIN_S = 30.0  # the agent may be restarting
+_LOOK_S = 0.01
+
+
+class NotReleased(Exception):
+    """Why a sidecar that must prove capture ends: its pod's containers must not start."""
+
+
+async def release(
+    not_ready: Callable[[], list[str]], proof: CaptureProof, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Tell every hook that comes; raises NotReleased when none comes, or leaves, while capture is not proven."""
+    with trio.socket.from_stdlib_socket(_listener()) as listener:
+        task_status.started()
+        while True:
+            with trio.move_on_after(math.inf if proof.proven.value else _HOOK_COMES_S) as waiting:
+                caller, _ = await listener.accept()
+            if not waiting.cancelled_caught:
+                with caller:
+                    gone = _is_ours(caller) and not await _tell(caller, lambda: proof.proven.value and not not_ready())
+                if gone and not proof.proven.value:
+                    raise NotReleased(f"the postStart hook was ended before capture was proven: {proof.problem}")
+            elif not proof.proven.value:
+                raise NotReleased(f"no postStart hook came within {_HOOK_COMES_S:g} s, and capture is not proven: {proof.problem}")
+
+
+async def end_unproven(proof: CaptureProof) -> None:
+    """Until capture is proven; raises NotReleased when that takes too long."""
+    with trio.move_on_after(_PROVEN_WITHIN_S):
+        await proof.proven.wait_for(bool)
+        return
+    raise NotReleased(
+        f"this pod's traffic is not led to its sidecar after {_PROVEN_WITHIN_S:g} s, so its containers do not start: {proof.problem}."
+        " Does pillion-agent run on this node, and what does it say about this pod? (pillion check)"
+    )
+
+
+def _listener() -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock.bind(SOCKET)
+        sock.listen(4)
+    except OSError as error:
+        sock.close()
+        raise NotReleased(f"the postStart hook cannot be waited for: {error.strerror}") from None
+    return sock
+
+
+def _is_ours(caller: trio.socket.SocketType) -> bool:
+    uid: int = struct.unpack("3i", caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+    return uid == os.geteuid()
+
+
+async def _tell(caller: trio.socket.SocketType, ready: Callable[[], bool]) -> bool:
+    """Say it once it is so; False when the caller went away first."""
+    told = False
+    async with trio.open_nursery() as nursery:
+
+        async def listen() -> None:
+            try:
+                await caller.recv(1)  # it says nothing: this is its end
+            except OSError:
+                pass
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(listen)
+        while not ready():  # noqa: ASYNC110  # has many reasons, and ends within a second
+            await trio.sleep(_LOOK_S)
+        try:
+            told = await caller.send(READY) == len(READY)
+            _log.info("ready")
+        except OSError:
+            pass
+        nursery.cancel_scope.cancel()
+    return told

@@ -1,0 +1,92 @@
+"""No container of a meshed pod starts before capture is proven, whatever is missing or restarted meanwhile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import Ground
+from tests.cluster.kube import Object, Space, client, until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+AGENTS = "--selector=app.kubernetes.io/component=agent"
+
+
+@contextmanager
+def no_agent(mesh: Space) -> Iterator[None]:
+    """No node has one; what captures pods that run stays."""
+
+    def select(node: dict[str, str | None]) -> None:
+        change = {"spec": {"template": {"spec": {"nodeSelector": node}}}}
+        mesh.run("patch", "daemonset", "pillion-agent", "--type=strategic", "-p", json.dumps(change))
+
+    select({"pillion.dev/nowhere": "true"})
+    try:
+        until("no agent", lambda: not mesh.json("get", "pods", AGENTS)["items"], seconds=60)
+        yield
+    finally:
+        select({"pillion.dev/nowhere": None})
+        mesh.rolled_out("daemonset/pillion-agent")
+
+
+def sidecar(space: Space) -> Object:
+    """Its status."""
+    (found,) = space.json("get", "pod", "client")["status"]["initContainerStatuses"]
+    return found
+
+
+def why_it_ended(space: Space) -> str:
+    """What the sidecar said last, this time or the time before."""
+    status = sidecar(space)
+    ends = [status[field].get("terminated", {}) for field in ("state", "lastState")]
+    return "".join(end.get("message", "") for end in ends)
+
+
+def assert_app_never_started(space: Space) -> None:
+    (app,) = space.json("get", "pod", "client")["status"]["containerStatuses"]
+    assert "waiting" in app["state"] and not app["lastState"] and app["restartCount"] == 0
+
+
+def test_without_an_agent_a_pod_waits_and_says_why_and_starts_once_there_is_one(mesh: Space, space: Space) -> None:
+    with no_agent(mesh):
+        space.apply(client())
+        until("the sidecar's reason", lambda: "not led to its sidecar" in why_it_ended(space), seconds=90)
+        assert "a connection to 192.0.2.1 did not arrive" in why_it_ended(space)
+        assert_app_never_started(space)
+    space.ready("client")
+
+
+def test_a_kubelet_that_is_restarted_before_capture_is_proven_does_not_start_the_app(mesh: Space, space: Space, ground: Ground) -> None:
+    """It forgets the sidecar's hook, and takes a sidecar that runs for one that has started."""
+    if ground.nodes is None:
+        pytest.skip("needs the machines of the nodes")
+    with no_agent(mesh):
+        space.apply(client())
+        until("the sidecar's hook", lambda: hooks() or None)
+        for node in ground.nodes.nodes:
+            ground.nodes.stop(node, "kubelet", kill=True)
+        until("the hook to be gone", lambda: not hooks())
+        for node in ground.nodes.nodes:
+            ground.nodes.again(node, "kubelet")
+        until("the sidecar's reason", lambda: "postStart hook" in why_it_ended(space), seconds=60)
+        assert_app_never_started(space)
+    space.ready("client")
+
+
+def hooks() -> list[Path]:
+    """Processes of this machine that hold a pod's start."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                words = (process / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"injector.hold" in words and b"runc" not in words[0]:
+                found.append(process)
+    return found
