@@ -17,14 +17,14 @@ from tests.cluster.images import APP_IMAGE
 Object = dict[str, Any]
 
 
-_ENDPOINTS_WITHIN_S = 10.0
+_ENDPOINTS_WITHIN_S = 30.0
 
 
 class Refused(Exception):
     """kubectl failed; its message is what the API server said."""
 
 
-def until(what: str, test: Callable[[], Any], seconds: float = 30, pause: float = 0.2) -> Any:
+def until(what: str, test: Callable[[], Any], seconds: float = 60, pause: float = 0.2) -> Any:
     """The first true answer of ``test``; AssertionError naming ``what`` and the last answer when there is none in time."""
     end = time.monotonic() + seconds
     while True:

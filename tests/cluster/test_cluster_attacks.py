@@ -82,7 +82,7 @@ def test_the_token_of_a_deleted_pod_certifies_nobody(arena: Space) -> None:
     assert certify(arena, kept, "default")["status"] == 200
     arena.run("delete", "pod", "gone", "--now")
     # the API server's authenticator may remember a token for ten seconds
-    until("the token is refused", lambda: certify(arena, kept, "default")["status"] == 401, 30, 1)
+    until("the token is refused", lambda: certify(arena, kept, "default")["status"] == 401, pause=1)
 
 
 def test_a_forged_token_certifies_nobody(arena: Space) -> None:

@@ -167,7 +167,7 @@ def test_an_absent_api_server_fails_no_request(life: Space, mesh: Space, machine
     # the load must not depend on `exec` through the API server: it runs by itself and writes its totals to its log
     totals = ["load", "http://web/", f"--seconds={AWAY_S + 10}", "--workers=2"]
     life.apply(pod("alone", pod_spec(container("app", *totals), restartPolicy="Never")))
-    until("the load runs", lambda: life.json("get", "pod", "alone")["status"]["phase"] == "Running", 30)
+    until("the load runs", lambda: life.json("get", "pod", "alone")["status"]["phase"] == "Running")
     time.sleep(2)
     machines.stop(first, "apiserver")
     try:

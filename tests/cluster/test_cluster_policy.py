@@ -79,7 +79,7 @@ def answers(space: Space, path: str, *, method: str = "GET", **expected: int) ->
 
     seen: dict[str, int] = {}
     try:
-        until(f"{path} answers {expected}", asked, 15)
+        until(f"{path} answers {expected}", asked)
     except AssertionError as error:
         raise AssertionError(f"{error}; seen: {seen}") from None
 
@@ -139,7 +139,7 @@ def test_grpc_routes_split_a_port_by_methods(clean: Space) -> None:
         return str(answered.get("grpc-status", answered))
 
     expected = {("alice", "/bank.Prices/Get"): "0", ("bob", "/bank.Prices/Get"): "7", ("alice", "/bank.Prices/Set"): "12"}
-    until("gRPC statuses", lambda: {key: status(*key) for key in expected} == expected, 15)
+    until("gRPC statuses", lambda: {key: status(*key) for key in expected} == expected)
 
 
 def test_opaque_connections_are_authorized_as_a_whole(clean: Space) -> None:
@@ -148,7 +148,7 @@ def test_opaque_connections_are_authorized_as_a_whole(clean: Space) -> None:
     def greeted(who: str) -> bool:
         return bool(clean.app(who, "tcp", "web", "2525", "--timeout", "3").get("greeting"))
 
-    until("only bob is greeted", lambda: [greeted(who) for who in ("alice", "bob", "stranger")] == [False, True, False], 20)
+    until("only bob is greeted", lambda: [greeted(who) for who in ("alice", "bob", "stranger")] == [False, True, False])
 
 
 def test_the_default_policy_of_a_namespace_changes_live(clean: Space) -> None:

@@ -56,7 +56,7 @@ def ask(space: Space, path: str) -> tuple[int, str]:
 
 
 def becomes(space: Space, path: str, expected: tuple[int, str]) -> None:
-    until(f"{path} answers {expected}", lambda: ask(space, path) == expected, 20)
+    until(f"{path} answers {expected}", lambda: ask(space, path) == expected)
 
 
 def said(space: Space, name: str = "cart") -> dict[str, tuple[str, str]]:
@@ -94,7 +94,7 @@ def test_requests_and_answers_are_rewritten_and_have_their_time(clean: Space) ->
 
 def test_weights_are_shares(clean: Space) -> None:
     clean.apply(route(at("/", to("cart-v1", weight=3), to("cart-v2", weight=1))))
-    until("both are asked", lambda: {ask(clean, "/")[1] for _ in range(12)} == {"v1", "v2"}, 20)
+    until("both are asked", lambda: {ask(clean, "/")[1] for _ in range(12)} == {"v1", "v2"})
     counted = Counter(ask(clean, "/")[1] for _ in range(60))
     assert 30 <= counted["v1"] <= 57, counted
 
@@ -125,6 +125,6 @@ def test_routes_stay_in_force_without_any_controller_and_two_take_over(clean: Sp
         mesh.rolled_out("deployment/pillion-policy")
     clean.apply(route(at("/", to("cart-v1"))))
     becomes(clean, "/", (200, "v1"))
-    until("one of them writes", lambda: said(clean).get("Accepted") == ("True", "Accepted"), 45)
+    until("one of them writes", lambda: said(clean).get("Accepted") == ("True", "Accepted"))
     mesh.run("scale", "deployment/pillion-policy", "--replicas=1")
     mesh.rolled_out("deployment/pillion-policy")

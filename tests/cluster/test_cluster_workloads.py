@@ -93,7 +93,7 @@ def test_a_job_calls_a_service_and_ends_by_itself(shop: Space) -> None:
             "spec": {"backoffLimit": 0, "template": {"spec": pod_spec(calls_web(shop), restartPolicy="Never")}},
         }
     )
-    until("the job has ended", lambda: finished(shop, "once"), 40)
+    until("the job has ended", lambda: finished(shop, "once"))
 
 
 def test_a_job_of_a_cron_job_ends_by_itself(shop: Space) -> None:
@@ -107,7 +107,7 @@ def test_a_job_of_a_cron_job_ends_by_itself(shop: Space) -> None:
         }
     )
     shop.run("create", "job", "tonight", "--from=cronjob/nightly")
-    until("the job has ended", lambda: finished(shop, "tonight"), 40)
+    until("the job has ended", lambda: finished(shop, "tonight"))
 
 
 def test_a_daemon_set_has_a_meshed_pod_on_every_node(shop: Space) -> None:
@@ -180,7 +180,7 @@ def guarded(make_space: Callable[..., Space]) -> Space:
     command = container("exec", "serve", "--http", "8081", readinessProbe={"exec": {"command": ["python3", "-c", "pass"]}, **quick})
     grpc = container("grpc", "serve", "--http", "", "--grpc", "9090", readinessProbe={"grpc": {"port": 9090}, **quick})
     made.apply(pod("probed", pod_spec(http, tcp, command, grpc)), client("stranger", annotations=OUTSIDE), client())
-    made.ready("probed", "stranger", "client", seconds=40)
+    made.ready("probed", "stranger", "client")
     return made
 
 
