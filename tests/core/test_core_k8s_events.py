@@ -88,7 +88,7 @@ def test_series_of_a_thousand_objects_are_remembered_at_most() -> None:
 async def recording() -> AsyncIterator[tuple[FakeApiServer, EventRecorder]]:
     kinds = KINDS | {"/apis/events.k8s.io/v1/events": "Event"}
     del kinds["/api/v1/events"]
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         async with running(FakeApiServer(kinds=kinds)) as server, trio.open_nursery() as nursery:
             api = Api(server.access)
             recorder = EventRecorder(api, "pillion.dev/identity", "identity-0")

@@ -169,7 +169,7 @@ async def test_run_emits_the_first_state_before_it_has_started_and_edits_later(t
         await nursery.start(run)
         assert told == ["+a"]
         _write(tmp_path, "b.json", _account("b"))
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             await edited.wait()
         nursery.cancel_scope.cancel()
 

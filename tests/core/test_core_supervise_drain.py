@@ -117,7 +117,7 @@ async def test_without_work_draining_ends_at_once() -> None:
 async def test_the_second_signal_hurries() -> None:
     drain = Drain()
     drain.begin_work()
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             await nursery.start(drain_on_signals, drain)
             os.kill(os.getpid(), signal.SIGTERM)

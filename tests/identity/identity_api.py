@@ -161,7 +161,7 @@ class Mesh:
 
     async def step(self, step: str, *, ignore_absent: bool = False) -> None:
         """Do one step, waiting until nothing is in its way."""
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             while (answer := await self.ask(Ask("rotate", step, ignore_absent))).error:
                 assert answer.blocking or answer.again, answer.error
                 await trio.sleep(0.05)

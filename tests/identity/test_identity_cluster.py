@@ -245,7 +245,7 @@ async def test_a_given_issuer_is_followed_and_a_new_anchor_waits_for_the_workloa
             given(cluster, renewed, old)
             await cart.cell.wait_for(lambda value: value is not None and renewed.pair.certificate_pem in value.chain_pem)
             given(cluster, make_issuer("cluster.local", new, now), new)
-            with trio.fail_after(15):
+            with trio.fail_after(30):
                 await cart.cell.wait_for(lambda value: value is not None and value.bundle_pem == new.certificate_pem)
             assert [(reason, detail) for reason, detail in cart.seen.failures] == []
         await wait_until(lambda: cluster.bundle("shop") == new.certificate_pem.decode())
@@ -355,7 +355,7 @@ async def test_an_authority_of_our_own_gives_way_to_a_given_one_without_a_break(
             await cart.wait_certified()
             root = make_root("cluster.local", time.time())
             given(cluster, make_issuer("cluster.local", root, time.time()), root)
-            with trio.fail_after(15):
+            with trio.fail_after(30):
                 await cart.cell.wait_for(lambda value: value is not None and value.bundle_pem == root.certificate_pem)
             assert cart.seen.failures == []
 

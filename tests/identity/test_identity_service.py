@@ -174,7 +174,7 @@ async def test_what_a_stranger_says_instead_of_http_1_ends_the_strangers_connect
         transport = await trio.open_tcp_stream("127.0.0.1", lab.port)
         stream = trio.SSLStream(transport, unverified(), https_compatible=True)
         await stream.send_all(head)
-        with trio.fail_after(10), contextlib.suppress(trio.BrokenResourceError):
+        with trio.fail_after(30), contextlib.suppress(trio.BrokenResourceError):
             await stream.send_all(b"\0")
             while await stream.receive_some(4096):
                 pass
@@ -286,7 +286,7 @@ async def test_workloads_keep_speaking_to_each_other_through_every_step(tmp_path
             for workload in pair:
                 await workload.wait_certified()
             for step in (Step.ADD, Step.SWITCH, Step.DROP) * 2:
-                with trio.fail_after(10):
+                with trio.fail_after(30):
                     while lab.authority.blocking():
                         await both_handshakes(*pair)
                         handshakes += 2

@@ -100,7 +100,7 @@ def review_of(pod: Any, namespace: str, **request: Any) -> dict[str, Any]:
 
 def post(port: int, ca_pem: bytes, body: bytes, path: str, method: str = "POST") -> tuple[int, bytes]:
     context = ssl.create_default_context(cadata=ca_pem.decode())
-    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=10, context=context)
+    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=30, context=context)
     connection.sock = context.wrap_socket(_dial(port), server_hostname=NAME)
     try:
         connection.request(method, path, body, {"content-type": "application/json"})
@@ -111,7 +111,7 @@ def post(port: int, ca_pem: bytes, body: bytes, path: str, method: str = "POST")
 
 
 def _dial(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), timeout=10)
+    return socket.create_connection(("127.0.0.1", port), timeout=30)
 
 
 @asynccontextmanager

@@ -159,7 +159,7 @@ async def test_the_whole_controller_serves_a_folder_live_and_only_once_it_is_syn
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run, config, FolderSource(folder, parse_object), certify)
         nursery.start_soon(client.run)
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             first = await watched.wait_for(bool)
             assert first is not None and first.server.name == "all-unauthenticated"
             (folder / "server.json").write_text(json.dumps(lab.server()))
