@@ -8,7 +8,7 @@ defaults are the CRD's (Gateway API 1.6). Pure. Called by policy.gateway.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -19,6 +19,7 @@ from policy.durations import seconds_untrusted
 from policy.filters import Filters, Unsupported, read_filters
 
 _WEIGHT_MAX = 1_000_000
+_ATTEMPTS_MAX = 100
 
 
 class ServiceParent(NamedTuple):
@@ -48,6 +49,7 @@ class RuleForwarding(msgspec.Struct, frozen=True):
     references: tuple[Reference, ...]
     filters: Filters = Filters()
     timeouts: wire.Timeouts | None = None
+    retry: wire.Retry | None = None
 
 
 class Forwarding(msgspec.Struct, frozen=True):
@@ -77,6 +79,12 @@ class _Timeouts(_Strict, frozen=True):
     backend_request: str = "0s"
 
 
+class _Retry(_Strict, frozen=True):
+    codes: Annotated[tuple[int, ...], msgspec.Meta(max_length=200)] = ()
+    attempts: int = 1
+    backoff: str = "25ms"
+
+
 class _Rule(Protocol):
     @property
     def filters(self) -> tuple[Any, ...]: ...
@@ -92,9 +100,8 @@ def read_forwarding(parents: tuple[ServiceParent, ...], rules: Sequence[_Rule], 
     try:
         for number, rule in enumerate(rules):
             where = f"spec.rules[{number}]"
-            for name in ("retry", "session_persistence"):
-                if getattr(rule, name, None) is not None:
-                    raise Unsupported(f"{where}: {name.replace('session_p', 'sessionP')} is not supported")
+            if getattr(rule, "session_persistence", None) is not None:
+                raise Unsupported(f"{where}: sessionPersistence is not supported")
             if len(rule.backend_refs) > 16:
                 raise InvalidObject(f"{where}.backendRefs", "at most 16 backends", f"{len(rule.backend_refs)}")
             references = tuple(
@@ -105,7 +112,8 @@ def read_forwarding(parents: tuple[ServiceParent, ...], rules: Sequence[_Rule], 
             if filters.redirect is not None and references:
                 raise InvalidObject(f"{where}.backendRefs", "nothing beside a RequestRedirect", f"{len(references)} backends")
             timeouts = _timeouts(f"{where}.timeouts", getattr(rule, "timeouts", None))
-            read.append(RuleForwarding(references, filters, timeouts))
+            retry = _retry(f"{where}.retry", getattr(rule, "retry", None))
+            read.append(RuleForwarding(references, filters, timeouts, retry))
     except Unsupported as found:
         return Forwarding(parents, (), str(found))
     return Forwarding(parents, tuple(read))
@@ -132,3 +140,20 @@ def _timeouts(where: str, raw: object) -> wire.Timeouts | None:
     if 0 < request < attempt:
         raise InvalidObject(f"{where}.backendRequest", "no more time than for the whole request", shown(found.backend_request))
     return wire.Timeouts(request, attempt) if request or attempt else None
+
+
+def _retry(where: str, raw: object) -> wire.Retry | None:
+    """Attempts and backoff that nobody names are ours to choose: one more, and 25 ms."""
+    if raw is None:
+        return None
+    found = fields.read(raw, _Retry, where)
+    for position, code in enumerate(found.codes):
+        if not 400 <= code <= 599:
+            raise InvalidObject(f"{where}.codes[{position}]", "a status from 400 to 599", shown(code))
+    if len(set(found.codes)) < len(found.codes):
+        raise InvalidObject(f"{where}.codes", "each status once", shown(found.codes))
+    if found.attempts < 1:
+        raise InvalidObject(f"{where}.attempts", "1 or more", shown(found.attempts))
+    if found.attempts > _ATTEMPTS_MAX:
+        raise Unsupported(f"{where}.attempts: more than {_ATTEMPTS_MAX} attempts are not supported")
+    return wire.Retry(found.codes, found.attempts, seconds_untrusted(f"{where}.backoff", found.backoff))

@@ -176,6 +176,15 @@ class Timeouts(msgspec.Struct, frozen=True):
     attempt_s: float = 0.0
 
 
+class Retry(msgspec.Struct, frozen=True):
+    """Gateway API retry of a rule. codes: statuses after which it is sent again; where there is no answer, it always is. attempts: how
+    often at most, besides the first time. backoff_s: the shortest pause before."""
+
+    codes: tuple[int, ...] = ()
+    attempts: int = 1
+    backoff_s: float = 0.025
+
+
 class Action(msgspec.Struct, frozen=True):
     """What becomes of the requests of a rule: a redirect, or a share each for its backends. Neither is an error of the route: 500.
 
@@ -187,6 +196,7 @@ class Action(msgspec.Struct, frozen=True):
     edit: FieldEdit | None = None
     redirect: Redirect | None = None
     timeouts: Timeouts | None = None
+    retry: Retry | None = None
     response: FieldEdit | None = None
     rewrite: Rewrite | None = None
 

@@ -48,6 +48,7 @@ class Cause(enum.Enum):
     UPSTREAM_PROTOCOL = "upstream-protocol"  # the response broke a rule of the protocol
     UPSTREAM_TIMEOUT = "upstream-timeout"
     ROUTE_TIMEOUT = "route-timeout"  # a route allows no more time
+    RETRIABLE_STATUS = "retriable-status"  # an answer instead of which a route has the request sent again; no client sees this
     CLIENT_GONE = "client-gone"  # the client left before its answer was complete; nobody sees the status
     LOOP = "loop-detected"
     FOREIGN = "foreign-destination"  # led to us, but meant for an address that is not this pod's
@@ -81,6 +82,7 @@ _TABLE: dict[Cause, Effect] = {
     Cause.UPSTREAM_PROTOCOL: Effect(502, 14, "warning", True),
     Cause.UPSTREAM_TIMEOUT: Effect(504, 4, "info", True),
     Cause.ROUTE_TIMEOUT: Effect(504, 4, "info", True),
+    Cause.RETRIABLE_STATUS: Effect(502, 14, "info", True),
     Cause.CLIENT_GONE: Effect(499, 1, "debug", False),
     Cause.LOOP: Effect(508, 10, "warning", False),
     Cause.FOREIGN: Effect(403, 7, "warning", False),

@@ -18,9 +18,10 @@ from policy import wire
 from policy.match import MixedKinds, RouteTable, host_untrusted, joined
 from policy.paths import lenient_target_untrusted, query_values
 from policy.patterns import InvalidPattern
-from policy.wire import Action, Destination, FieldEdit, Route, Share, Timeouts
+from policy.wire import Action, Destination, FieldEdit, Retry, Route, Share, Timeouts
 from proxy.balance import Balancer
-from proxy.protocol.requests import AnswerEdit, HeadEdit, RequestHead
+from proxy.budget import Budget
+from proxy.protocol.requests import AnswerRule, HeadEdit, RequestHead
 from proxy.rescue import Cause, Redirect
 
 UNTOUCHED = HeadEdit()
@@ -29,12 +30,21 @@ _WELL_KNOWN = {"http": 80, "https": 443}
 _REMEMBERED = 1024  # request shapes whose rule is remembered; then all are forgotten
 
 
+class Limits(NamedTuple):
+    """How long a request of a rule may take, and how often it may be sent again; None: not at all. budget: of all its requests together."""
+
+    timeouts: Timeouts
+    retry: Retry | None
+    budget: Budget
+    random: Callable[[], float]
+
+
 class Way(NamedTuple):
-    """Where a request goes, what is changed in its head, and how long it may take; None: as long as it does."""
+    """Where a request goes, what is changed in its head, and what its rule says about time and retries; None: nothing."""
 
     balancer: Balancer
     edit: HeadEdit
-    timeouts: Timeouts | None = None
+    limits: Limits | None = None
 
 
 class _Rule:
@@ -42,13 +52,16 @@ class _Rule:
 
     __slots__ = ("redirect", "sums", "ways")
 
-    def __init__(self, action: Action, backends: list[Balancer | None]) -> None:
+    def __init__(self, action: Action, backends: list[Balancer | None], random: Callable[[], float], now: float) -> None:
         self.redirect = action.redirect
         self.ways: list[Way | None] = []
+        limits = None
+        if action.timeouts is not None or action.retry is not None:
+            limits = Limits(action.timeouts or Timeouts(), action.retry, Budget(now), random)
         for share in action.shares:
             balancer = backends[share.backend]
             edit = _head_edit(action, share)
-            self.ways.append(Way(balancer, edit, action.timeouts) if balancer is not None else None)
+            self.ways.append(Way(balancer, edit, limits) if balancer is not None else None)
         self.sums = list(accumulate(share.weight for share in action.shares))
 
 
@@ -70,7 +83,7 @@ class Routing:
             balancer.replace(backend.endpoints, now)
             self._balancers[key] = balancer
             backends.append(balancer)
-        self._rules = [[_Rule(action, backends) for action in route.actions] for route in destination.routes]
+        self._rules = [[_Rule(action, backends, random, now) for action in route.actions] for route in destination.routes]
         self._table: RouteTable | None = None
         try:
             self._table = RouteTable([Route(route.ref, route.kind, route.hostnames, route.rules, ()) for route in destination.routes])
@@ -138,13 +151,14 @@ def retargeted(path: str, prefix: str | None, target: bytes) -> bytes:
 def _head_edit(action: Action, share: Share) -> HeadEdit:
     """The rule's changes, then the backend's on what these made; in the answer the other way round."""
     strip, add = _fields(action.edit, share.edit)
-    answer = AnswerEdit(*_fields(share.response, action.response))
+    again = frozenset(action.retry.codes) if action.retry is not None else None
+    answer = AnswerRule(*_fields(share.response, action.response), again)
     host, retarget = b"", None
     for rewrite in (action.rewrite, share.rewrite):
         if rewrite is not None:
             host = rewrite.hostname.encode() or host
             retarget = retarget if rewrite.path is None else partial(retargeted, rewrite.path, rewrite.prefix)
-    edit = HeadEdit(strip, add, host, retarget, answer if answer != AnswerEdit() else None)
+    edit = HeadEdit(strip, add, host, retarget, answer if answer != AnswerRule() else None)
     return edit if edit != UNTOUCHED else UNTOUCHED
 
 

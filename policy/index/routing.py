@@ -72,7 +72,7 @@ def routing(
 def _action(store: Store, rule: RuleForwarding, ready: Ready, backends: dict[wire.Backend, int]) -> wire.Action:
     shares = tuple(_shares(store, rule.references, ready, backends))
     filters = rule.filters
-    return wire.Action(shares, filters.request, filters.redirect, rule.timeouts, filters.response, filters.rewrite)
+    return wire.Action(shares, filters.request, filters.redirect, rule.timeouts, rule.retry, filters.response, filters.rewrite)
 
 
 def _shares(store: Store, references: Iterable[Reference], ready: Ready, backends: dict[wire.Backend, int]) -> Iterator[wire.Share]:

@@ -75,6 +75,10 @@ class InboundGate:
         self._upstream = None
         return self._forward(decision, exchange, token)
 
+    def send_again(self, exchange: object, token: int, cause: Cause) -> bool:
+        """See requests.Gate: no rule asks for it here."""
+        return False
+
     def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
         """See requests.Gate: under the policy of now, and of whatever follows it."""
         assert isinstance(exchange, Note)

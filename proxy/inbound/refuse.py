@@ -34,6 +34,10 @@ class RefusingGate:
         """See requests.Gate; nothing was ever sent anywhere."""
         return self.request(head, token)
 
+    def send_again(self, exchange: object, token: int, cause: Cause) -> bool:
+        """See requests.Gate; nothing was ever sent anywhere."""
+        return False
+
     def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
         """See requests.Gate; nothing was ever answered but here."""
         return self._cause

@@ -93,15 +93,15 @@ class _Gate(ABC):
         if load is None:
             return Answer(Cause.NO_ENDPOINTS, self.explain, self._unsent(now, head))
         exchange = Exchange(load, way, self._record.begin(load.endpoint, head, now))
-        if way.timeouts is not None:
-            exchange.patience = Patience(way.timeouts, self._services.deadlines, partial(self._late, token))
+        if way.limits is not None:
+            exchange.patience = Patience(way.limits, self._services.deadlines, partial(self._late, token), now)
         upstream = self._ready(load.endpoint)
         if upstream is None:
             self._open(exchange, token)
             return LATER
         load.active += 1
         if exchange.patience is not None:
-            exchange.patience.sent()
+            exchange.patience.sent(now)
         return Forward(upstream, way.edit, exchange)
 
     def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
@@ -112,7 +112,7 @@ class _Gate(ABC):
         other = balancer.choose(now, avoid=tried)
         if other is None:
             if tried:
-                return Answer(cause, self.explain, exchange)
+                return LATER if self.send_again(exchange, token, cause) else Answer(cause, self.explain, exchange)
             other = load
         if tried:
             load.failed(now)
@@ -121,6 +121,22 @@ class _Gate(ABC):
         self._record.retried(cause)
         self._open(exchange, token, tried)
         return LATER
+
+    def send_again(self, exchange: object, token: int, cause: Cause) -> bool:
+        """See requests.Gate: after a pause, and to another endpoint if there is one."""
+        assert isinstance(exchange, Exchange)
+        patience, now = exchange.patience, self._now()
+        pause_s = patience.pause_s(now) if patience is not None else None
+        if patience is None or pause_s is None:
+            return False
+        if cause in UNREACHED:
+            exchange.load.failed(now)
+        else:
+            exchange.load.observe(now - patience.sent_at, now)
+        self._record.retried(cause)
+        self._owed[token] = exchange
+        self._services.nursery.start_soon(self._after_pause, exchange, token, pause_s)
+        return True
 
     def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
         """See requests.Gate: what leads out is decided by the other end."""
@@ -131,10 +147,12 @@ class _Gate(ABC):
         assert isinstance(exchange, Exchange)
         load, now = exchange.load, self._now()
         load.active -= 1
+        began = exchange.note.started
         if exchange.patience is not None:
             exchange.patience.end()
+            began = exchange.patience.sent_at
         if cause is None or cause is Cause.ROUTE_TIMEOUT:  # too slow an endpoint must not look like a fast one
-            load.observe(now - exchange.note.started, now)
+            load.observe(now - began, now)
         elif not status or cause in UNREACHED:
             load.failed(now)
         self._record.finish(exchange.note, status, cause, grpc_status, bodies)
@@ -214,11 +232,33 @@ class _Gate(ABC):
         exchange = self._owed.pop(token, None)
         if exchange is None:
             return
-        if exchange.patience is not None and not isinstance(found, Cause):
-            exchange.patience.sent()
+        if isinstance(found, Cause):
+            if found is not Cause.ROUTE_TIMEOUT and self.send_again(exchange, token, found):
+                return
+        elif exchange.patience is not None:
+            exchange.patience.sent(self._now())
         verdict = Answer(found, self.explain, exchange) if isinstance(found, Cause) else Forward(found, exchange.way.edit, exchange)
         with self._services.relay.batch():
             self.engine.proceed(token, verdict)
+
+    async def _after_pause(self, exchange: Exchange, token: int, pause_s: float) -> None:
+        """Send a request again after a pause, if somebody still waits for it then."""
+        await trio.sleep(pause_s)
+        if self._owed.get(token) is not exchange:
+            return
+        before, balancer, now = exchange.load, exchange.way.balancer, self._now()
+        other = balancer.choose(now, avoid=frozenset((before.endpoint.addr,))) or balancer.choose(now)
+        if other is None:
+            self._proceed(token, Cause.NO_ENDPOINTS)
+            return
+        before.active -= 1
+        exchange.load = other
+        upstream = self._ready(other.endpoint)
+        if upstream is None:
+            self._open(exchange, token)
+        else:
+            other.active += 1
+            self._proceed(token, upstream)
 
     def _late(self, token: int) -> None:
         """The time that a rule allows a request is over."""

@@ -1,34 +1,64 @@
-"""How long a request may take by the rule that sent it on its way: in all, and for each time it is sent to a backend."""
+"""How long a request may take by its rule, in all and for each time it is sent to a backend, and how often it is sent."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from policy.wire import Timeouts
 from proxy.outbound.deadlines import Deadline, Deadlines
+from proxy.routing import Limits
+
+_LONGEST_BACKOFF = 10  # times the rule's; each pause is twice the one before
+_JITTER = 0.5  # of a pause, added at random: who failed together must not come back together
 
 
 class Patience:
-    """The deadlines of one request. late: called when one of them has passed; not after `end`."""
+    """The deadlines of one request and the retries it has left. late: called when a deadline has passed; not after `end`.
 
-    __slots__ = ("_attempt", "_deadlines", "_late", "_timeouts", "_whole")
+    sent_at: when it was sent to a backend for the last time; before that, when it came.
+    """
 
-    def __init__(self, timeouts: Timeouts, deadlines: Deadlines, late: Callable[[], None]) -> None:
-        self._timeouts = timeouts
+    __slots__ = ("_attempt", "_deadlines", "_late", "_limits", "_retries", "_whole", "sent_at")
+
+    def __init__(self, limits: Limits, deadlines: Deadlines, late: Callable[[], None], now: float) -> None:
+        self._limits = limits
         self._deadlines = deadlines
         self._late = late
+        self._retries = 0
         self._attempt: Deadline | None = None
-        self._whole = deadlines.after(timeouts.request_s, late) if timeouts.request_s else None
+        timeouts = limits.timeouts
+        self._whole = deadlines.after(timeouts.request_s, self._over) if timeouts.request_s else None
+        self.sent_at = now
+        if limits.retry is not None:
+            self._retries = limits.retry.attempts
+            limits.budget.earn()
 
-    def sent(self) -> None:
+    def sent(self, now: float) -> None:
         """It is on its way to a backend from now on."""
-        if self._attempt is not None:
-            self._attempt.drop()
-        if self._timeouts.attempt_s:
-            self._attempt = self._deadlines.after(self._timeouts.attempt_s, self._late)
+        self.sent_at = now
+        self._drop_attempt()
+        if self._limits.timeouts.attempt_s:
+            self._attempt = self._deadlines.after(self._limits.timeouts.attempt_s, self._late)
+
+    def pause_s(self, now: float) -> float | None:
+        """It failed, and nothing of an answer was given: how long to wait before it is sent again; None: it is not."""
+        retry, budget = self._limits.retry, self._limits.budget
+        if retry is None or self._retries < 1 or not budget.spend(now):
+            return None
+        self._drop_attempt()
+        grown = min(1 << (retry.attempts - self._retries), _LONGEST_BACKOFF)
+        self._retries -= 1
+        return retry.backoff_s * grown * (1 + _JITTER * self._limits.random())
 
     def end(self) -> None:
         """It is over."""
-        for deadline in (self._whole, self._attempt):
-            if deadline is not None:
-                deadline.drop()
+        self._drop_attempt()
+        if self._whole is not None:
+            self._whole.drop()
+
+    def _over(self) -> None:
+        self._retries = 0
+        self._late()
+
+    def _drop_attempt(self) -> None:
+        if self._attempt is not None:
+            self._attempt.drop()

@@ -31,14 +31,16 @@ class RequestHead(Protocol):
         ...
 
 
-class AnswerEdit(NamedTuple):
-    """What is changed in the head of an answer, not in its trailers; interim answers (1xx) are left alone.
+class AnswerRule(NamedTuple):
+    """What is changed in the head of an answer, and which answers are not wanted. Trailers and interim answers (1xx) are left alone.
 
-    strip: lower-case names whose fields are removed wherever they occur. add: fields appended, lower-case name and value.
+    strip: lower-case names whose fields are removed wherever they occur. add: fields appended, lower-case name and value. again: after an
+    answer of these statuses, and where there is none, the gate is asked whether to send the request again; None: it is not asked.
     """
 
     strip: tuple[bytes, ...] = ()
     add: tuple[tuple[bytes, bytes], ...] = ()
+    again: frozenset[int] | None = None
 
 
 class HeadEdit(NamedTuple):
@@ -46,14 +48,14 @@ class HeadEdit(NamedTuple):
 
     strip: lower-case names whose fields are removed wherever they occur. add: fields appended, lower-case name and value. host: what
     Host or :authority becomes, empty when it stays. retarget: makes the target to send of the received one (origin-form), None when it
-    stays; both are for requests with a path. answer: what becomes of the answer's head, None when it stays as it is.
+    stays; both are for requests with a path. answer: what becomes of the answer, None when it goes on as it is.
     """
 
     strip: tuple[bytes, ...] = ()
     add: tuple[tuple[bytes, bytes], ...] = ()
     host: bytes = b""
     retarget: Callable[[bytes], bytes] | None = None
-    answer: AnswerEdit | None = None
+    answer: AnswerRule | None = None
 
 
 class Forward:
@@ -112,6 +114,11 @@ class Gate(Protocol):
     def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
         """Nobody acted on the request and it can be sent again: where to, or which failure. cause: UPSTREAM_RESET when the upstream died
         before a byte of its answer; one of rescue.UNREACHED when the sidecar that was asked could not connect to its app."""
+        ...
+
+    def send_again(self, exchange: object, token: int, cause: Cause) -> bool:
+        """The request's rule has an `AnswerRule.again`, all of the request is at hand, and the client got nothing of an answer: shall it be
+        sent again? True: the gate will call ``proceed``, not before this call has returned. cause: what became of it so far."""
         ...
 
     def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:

@@ -159,7 +159,7 @@ class Metrics:
         }
         self._no_route = self._counters("inbound_http_route_not_found_total", "Requests that matched no route of their Server.")
         self._errors = self._counters("errors_total", "What the proxy refused or failed, by cause.")
-        self._retries = self._counters("retries_total", "Requests sent again because nobody had acted on them, by cause.")
+        self._retries = self._counters("retries_total", "Requests sent again: nobody had acted on them, or a route says so.")
         self._opens = self._counters("tcp_open_total", "Connections opened.")
         self._open = self._gauges("tcp_open_connections", "Connections open now.")
         self._closes = self._counters("tcp_close_total", "Connections closed, by how.")

@@ -162,7 +162,7 @@ class _Record:
         self._recorder.failed(self.direction, self._client, self._dst, cause.value, detail, effect(cause).level)
 
     def retried(self, cause: Cause) -> None:
-        """A request is sent again because nobody acted on it. cause: what kept it from being answered."""
+        """A request is sent again, because nobody acted on it or its route says so. cause: what kept it from being answered."""
         self._recorder.metrics.retry(self.direction, cause.value)
         self._recorder.say("info", "retried", f"{self.direction} retried", client=str(self._client), dst=str(self._dst), cause=cause.value)
 

@@ -362,3 +362,45 @@ def test_timeouts_are_read_and_zero_is_none():
 def test_wrong_timeouts_are_refused(timeouts: dict[str, Any], place: str):
     with pytest.raises(InvalidObject, match=rf"spec\.rules\[0\]\.timeouts\.{place}"):
         timed(timeouts)
+
+
+def retried(**retry: Any) -> wire.Retry | None:
+    read = read_http_route(route("web", to("v1"), retry=retry))
+    assert read.forwarding is not None
+    if read.forwarding.unsupported:
+        raise Unsupported(read.forwarding.unsupported)
+    return read.forwarding.rules[0].retry
+
+
+def test_retries_are_read_and_what_nobody_says_has_a_default():
+    assert retried(codes=[500, 503], attempts=3, backoff="100ms") == wire.Retry((500, 503), 3, 0.1)
+    assert retried() == wire.Retry((), 1, 0.025)
+    assert retried(backoff="0s") == wire.Retry((), 1, 0.0)
+    assert retried(codes=[400, 599]) == wire.Retry((400, 599))
+    (found,) = shop(route("web", to("v1"), retry={"attempts": 2})).destination(ADDR).routes
+    assert found.actions[0].retry == wire.Retry((), 2)
+
+
+@pytest.mark.parametrize(
+    ("retry", "place"),
+    [
+        ({"codes": [200]}, r"codes\[0\]"),
+        ({"codes": [503, 600]}, r"codes\[1\]"),
+        ({"codes": [503, 503]}, "codes"),
+        ({"codes": ["503"]}, r"codes\[0\]"),
+        ({"attempts": 0}, "attempts"),
+        ({"attempts": -1}, "attempts"),
+        ({"attempts": "3"}, "attempts"),
+        ({"backoff": "1.5s"}, "backoff"),
+        ({"unheardOf": 1}, "unheardOf"),
+    ],
+)
+def test_wrong_retries_are_refused(retry: dict[str, Any], place: str):
+    with pytest.raises(InvalidObject, match=rf"spec\.rules\[0\]\.retry\.{place}"):
+        retried(**retry)
+
+
+def test_more_attempts_than_anybody_needs_are_not_supported():
+    assert retried(attempts=100) is not None
+    with pytest.raises(Unsupported, match=r"spec\.rules\[0\]\.retry\.attempts: more than 100"):
+        retried(attempts=101)

@@ -92,7 +92,7 @@ def test_a_route_of_a_service_is_accepted_and_says_which_backends_are_there() ->
     ("rule", "words"),
     [
         ({"filters": [{"type": "RequestMirror", "requestMirror": {}}]}, 'filter "RequestMirror" is not supported'),
-        ({"retry": {"attempts": 1}}, "retry is not supported"),
+        ({"sessionPersistence": {"type": "Cookie"}}, "sessionPersistence is not supported"),
         ({"backendRefs": [to(filters=[{"type": "RequestMirror"}])]}, "spec.rules[0].backendRefs[0].filters[0]"),
     ],
 )

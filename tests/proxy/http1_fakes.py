@@ -70,6 +70,7 @@ class FakeGate:
         self.token = 0
         self.retried_for: Cause | None = None
         self.no_tunnel: Cause | None = None
+        self.sends_again = 0  # so many times
         self.tunnels: list[tuple[object, bytes]] = []
 
     def request(self, head: RequestHead, token: int) -> Verdict | None:
@@ -84,6 +85,11 @@ class FakeGate:
         self.log.append(("retry", exchange))
         self.retried_for = cause
         return self.request(head, token)
+
+    def send_again(self, exchange: object, token: int, cause: Cause) -> bool:
+        self.log.append(("send_again", exchange, cause))
+        self.sends_again -= 1
+        return self.sends_again >= 0
 
     def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
         self.tunnels.append((exchange, head.target))

@@ -77,6 +77,7 @@ class FakeGate:
         self.log: list[tuple[Any, ...]] = []
         self.retried_for: Cause | None = None
         self.no_tunnel: Cause | None = None
+        self.sends_again = 0  # so many times
         self.tunnels: list[tuple[object, bytes]] = []
 
     def request(self, head: RequestHead, token: int) -> Verdict | None:
@@ -87,6 +88,11 @@ class FakeGate:
         self.log.append(("retry", exchange))
         self.retried_for = cause
         return self.again(head, token)
+
+    def send_again(self, exchange: object, token: int, cause: Cause) -> bool:
+        self.log.append(("send_again", exchange, cause))
+        self.sends_again -= 1
+        return self.sends_again >= 0
 
     def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
         self.tunnels.append((exchange, head.target))

@@ -172,7 +172,7 @@ def test_a_rewrite_of_the_backend_stands_before_that_of_the_rule_part_by_part() 
 def test_a_rewrite_that_changes_nothing_costs_nothing() -> None:
     action = Action((Share(0, response=FieldEdit()),), FieldEdit(), rewrite=wire.Rewrite())
     way = routing(destination([(prefix("/"), action)], backend("v1", "10.0.0.1:80"))).choose(Head())
-    assert isinstance(way, Way) and way.edit is UNTOUCHED and way.timeouts is None
+    assert isinstance(way, Way) and way.edit is UNTOUCHED and way.limits is None
 
 
 @pytest.mark.parametrize(

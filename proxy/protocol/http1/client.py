@@ -69,9 +69,11 @@ class Http1Client(ClientConnection):
                 self.fail(cause)
 
     def expire(self, token: int, cause: Cause) -> None:
-        """The time for a request is over: as `fail`, unless it has become a tunnel. Ignored when it is not the present one."""
-        if token == self._token and self._state != TUNNEL:
-            self.fail(cause)
+        """The time for a request, or for sending it once, is over. Ignored when it has become a tunnel or is not the present one."""
+        up = self._up
+        if token == self._token and up is not None and self._state != TUNNEL:
+            up.cancel()
+            self.upstream_broken(cause, False)
 
     def drain(self) -> None:
         """Finish the exchange under way with ``connection: close`` and take no other; close at once when there is none."""
@@ -355,18 +357,37 @@ class Http1Client(ClientConnection):
     def upstream_broken(self, cause: Cause, stale: bool) -> None:
         """The exchange cannot be completed. stale: the upstream had served before and died before any byte of this response."""
         self._up = None
-        if stale and self.head.replayable:
+        if stale and self.head.replayable and not self._retried:
             self._ask_again(cause)
-        else:
+        elif not self._send_again(cause):
             self._fail(cause)
 
     def upstream_unreached(self, cause: Cause) -> None:
         """Nothing of the request reached an app. cause: one of rescue.UNREACHED."""
         self._up = None
-        if self._rewind():
+        if not self._retried and self._rewind():
             self._ask_again(cause)
-        else:
+        elif not self._send_again(cause):
             self._fail(cause)
+
+    def unwanted(self, status: int) -> bool:
+        """See ClientConnection."""
+        edit = self._edit
+        rule = edit.answer if edit is not None else None
+        return rule is not None and rule.again is not None and status in rule.again and self._send_again(Cause.RETRIABLE_STATUS)
+
+    def _send_again(self, cause: Cause) -> bool:
+        """Let the gate send the request again, if its rule says so; whoever was asked may have acted on it."""
+        edit, head = self._edit, self.head
+        if edit is None or edit.answer is None or edit.answer.again is None or self._status or head.upgrades or head.connects:
+            return False
+        if (self._kept is None and not head.bodiless) or not self._gate.send_again(self._exchange, self._token, cause):
+            return False
+        self._up = None
+        self._rewind()
+        self._go(FOR_UPSTREAM)
+        self._state = DECIDING
+        return True
 
     def _rewind(self) -> bool:
         """Take back what was sent of the body, as if it had just arrived. False: not all of it is at hand."""

@@ -90,6 +90,10 @@ class ClientConnection:
         """Nothing of the request reached an app. cause: one of rescue.UNREACHED."""
         raise NotImplementedError
 
+    def unwanted(self, status: int) -> bool:
+        """Whether the request is sent again instead of giving the client an answer of this status; the upstream lets go of it then."""
+        raise NotImplementedError
+
     def fail(self, cause: Cause) -> None:
         """End the exchange that is under way."""
         raise NotImplementedError
@@ -154,7 +158,8 @@ class ClientConnection:
 
     def _edited_answer(self, wire: bytes) -> bytes:
         edit = self._edit
-        return wire if edit is None or edit.answer is None else answer_editor(edit.answer)(wire)
+        rule = edit.answer if edit is not None else None
+        return answer_editor(rule)(wire) if rule is not None and (rule.strip or rule.add) else wire
 
     def upstream_half_closed(self) -> None:
         """The upstream ended its direction of the tunnel."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from proxy.protocol.http1.heads import FIELD, RequestHead
-from proxy.protocol.requests import AnswerEdit, HeadEdit
+from proxy.protocol.requests import AnswerRule, HeadEdit
 
 _is_field = re.compile(FIELD).fullmatch
 _cut_host = re.compile(rb"\n(?i:host):[^\r]*\r").sub
@@ -59,7 +59,7 @@ def rewriter(host: bytes, retarget: Callable[[bytes], bytes] | None) -> Callable
 
 
 @lru_cache(maxsize=256)
-def answer_editor(edit: AnswerEdit) -> Callable[[bytes], bytes]:
+def answer_editor(edit: AnswerRule) -> Callable[[bytes], bytes]:
     """The function that applies ``edit`` to the bytes of a response head."""
     block = b"".join([name + b": " + value + b"\r\n" for name, value in edit.add])
     if not edit.strip:

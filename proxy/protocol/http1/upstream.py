@@ -218,6 +218,8 @@ class Http1Upstream:
             if cause is not None:
                 return self._unreached(client, head, data, cause)
         length = 0 if request.method == b"HEAD" or status in (204, 304) else head.length
+        if status >= 400 and client.unwanted(status):
+            return self._dismiss(client, head, length, data)
         if length == CHUNKED and request.old:
             return self._broken(Cause.UPSTREAM_PROTOCOL, "a chunked response to an HTTP/1.0 request")
         body = reader_of(length)
@@ -283,14 +285,19 @@ class Http1Upstream:
 
     def _unreached(self, client: ClientConnection, head: ResponseHead, data: bytes, cause: Cause) -> None:
         """The sidecar at the other end could not connect to its app: the request may go elsewhere, the connection serve others."""
-        if head.keep and client.sent and head.length == 0 and len(data) == head.size:
+        self._dismiss(client, head, head.length, data)
+        client.upstream_unreached(cause)
+
+    def _dismiss(self, client: ClientConnection, head: ResponseHead, length: int, data: bytes) -> None:
+        """The client gets another response than this one; if all of it is here, the connection may serve others."""
+        if head.keep and client.sent and len(data) - head.size == length:
             self._client = None
             self._state = _IDLE
             self.served += 1
+            self._interims = 0
             self._on_idle(self)
         else:
             self._give_up(self.sink.close if client.sent else self.sink.abort)
-        client.upstream_unreached(cause)
 
     def _complete(self, client: ClientConnection, status: int, keep: bool, body_bytes: int) -> None:
         """The whole response went to the client."""

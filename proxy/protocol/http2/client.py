@@ -272,8 +272,9 @@ class Http2Client(Connection):
         block = head.block
         if head.status >= 200:
             end.status = head.status
-            if end.edit.answer is not None:
-                block = edited_answer(block, end.edit.answer)
+            rule = end.edit.answer
+            if rule is not None and (rule.strip or rule.add):
+                block = edited_answer(block, rule)
         elif self.sink.blocked and self._backlog > self.limits.backlog_bytes:
             return  # the one kind of head that may get lost
         self.send_block(end, block, fin)
@@ -302,11 +303,44 @@ class Http2Client(Connection):
                 end.deciding = True
                 return None
             return self._act(end, verdict)
+        if self._may_send_again(end, cause):
+            return self._send_again(end)
         drop(other)
         if code is None:
             return self._answer(end, cause, self.gate.explain)
         self.send_reset(end.id, code or frames.INTERNAL_ERROR)
         return self._finish(end, cause)
+
+    def unwanted(self, end: ClientStream, status: int) -> bool:
+        """Whether the request is sent again instead of giving the client an answer of this status; the upstream has to let go of it then,
+        and call `dismissed`."""
+        rule = end.edit.answer
+        return (
+            rule is not None
+            and rule.again is not None
+            and status in rule.again
+            and not end.over
+            and self._may_send_again(end, Cause.RETRIABLE_STATUS)
+        )
+
+    def dismissed(self, end: ClientStream) -> None:
+        """The upstream has let go of a request because its answer was `unwanted`."""
+        other = end.other
+        assert isinstance(other, UpstreamStream)
+        self.forget_held(end)
+        other.detach()
+        self._send_again(end)
+
+    def _may_send_again(self, end: ClientStream, cause: Cause) -> bool:
+        """Whether the gate sends the request again, because its rule says so; whoever was asked may have acted on it."""
+        rule, other = end.edit.answer, end.other
+        if rule is None or rule.again is None or end.head.connect or (other.sent and other.kept is None):
+            return False
+        return self.gate.send_again(end.exchange, end.id, cause)
+
+    def _send_again(self, end: ClientStream) -> None:
+        rewind(end.other)
+        end.deciding = True
 
     def may_tunnel(self, end: ClientStream) -> bool:
         """Whether the stream may be a tunnel, at its beginning or still; when not, it is ended, as a TCP connection inside it would be by

@@ -210,6 +210,8 @@ class Http2Upstream(Connection):
         else:
             if head.unreached is not None and not stream.informational:
                 return self._on_unreached(stream, head.unreached, fin)
+            if head.status >= 400 and client_end.client.unwanted(client_end, head.status):
+                return self._dismiss(stream, client_end, fin)
             stream.answered = True
             stream.kept = None
             client_end.grpc_status = head.grpc_status
@@ -233,6 +235,13 @@ class Http2Upstream(Connection):
         if not (fin and stream.local_done):
             self.send_reset(stream.id, frames.CANCEL)
         self._give_up(stream, cause, unprocessed=True)
+
+    def _dismiss(self, stream: UpstreamStream, client_end: ClientStream, fin: bool) -> None:
+        """The client gets another response than this one."""
+        if not (fin and stream.local_done):
+            self.send_reset(stream.id, frames.CANCEL)
+        self._forget(stream)
+        client_end.client.dismissed(client_end)
 
     def on_reset(self, end: StreamEnd, code: int) -> None:
         assert isinstance(end, UpstreamStream)
