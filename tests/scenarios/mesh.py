@@ -102,19 +102,21 @@ class Mesh:
         self._logged = logged
         self.peer = self.add_peer().addr
 
-    def add_peer(self) -> Peer:
-        """One more pod; it is no endpoint until `destination` says so."""
+    def add_peer(self, app: Addr | None = None) -> Peer:
+        """One more pod; it is no endpoint until `destination` says so. app: of its own, None for the one that all share."""
         peer = Peer()
+        if app is not None:
+            self.server_controller.watch_port(app.port).set(FOR_CART)
 
         def give(sock: socket.socket) -> None:
             peer.accepted += 1
-            self.give_to_server(sock)
+            self.give_to_server(sock, app)
 
         self._nursery.start_soon(self._redirect, peer.listener, give, peer.scope)
         return peer
 
-    def give_to_server(self, sock: socket.socket) -> None:
-        self.server.arrive(Accepted(RawStream(sock), _client_of(sock), OriginalDst(self.app)))
+    def give_to_server(self, sock: socket.socket, app: Addr | None = None) -> None:
+        self.server.arrive(Accepted(RawStream(sock), _client_of(sock), OriginalDst(app or self.app)))
 
     def policy(self, policy: InboundPolicy | None) -> None:
         """What the controller says about the app's port."""
@@ -144,9 +146,7 @@ class Mesh:
         """The client app connects, and the kernel names the app itself as what it dialled."""
         near, far = tcp_pair()
         client = _client_of(far)
-        self._nursery.start_soon(
-            self.client.take, "outbound", self.client.outbound.serve, Accepted(RawStream(far), client, OriginalDst(client))
-        )
+        self.client.take_outbound(Accepted(RawStream(far), client, OriginalDst(client)))
         return app_stream(near)
 
     async def dial_unmeshed(self) -> trio.SocketStream:

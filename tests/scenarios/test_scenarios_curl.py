@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import random
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import h11
 import pytest
 import trio
 import websockets.sync.client
-import websockets.sync.server
 
 from core.addrs import Addr
 from tests.scenarios.mesh import inbound_policy, mesh, only
 from tests.scenarios.peers import MIB, PATIENCE_S, Exchange, H11App, curl, read_all, read_until, run
+from tests.scenarios.websocket_peers import websocket_server
 
 pytestmark = pytest.mark.needs("curl")
 _BIG = random.Random(7).randbytes(10 * MIB)
@@ -147,21 +144,6 @@ async def test_connect_becomes_a_tunnel_through_both_sidecars():
         assert (ran.exit, ran.out) == (0, b"GET / ")
 
 
-@contextmanager
-def _websocket_server() -> Iterator[Addr]:
-    def serve(socket: websockets.sync.server.ServerConnection) -> None:
-        socket.send("welcome " + (socket.request.headers.get("pillion-client-id") if socket.request else ""))
-        for message in socket:
-            socket.send(message)
-
-    with websockets.sync.server.serve(serve, "127.0.0.1", 0) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield Addr(*server.socket.getsockname())
-        server.shutdown()
-        thread.join()
-
-
 async def test_a_websocket_is_upgraded_and_carries_messages_both_ways():
     def talk(entry: Addr) -> list[str | bytes]:
         with websockets.sync.client.connect(f"ws://{entry}/chat", proxy=None) as socket:
@@ -171,7 +153,7 @@ async def test_a_websocket_is_upgraded_and_carries_messages_both_ways():
                 said.append(socket.recv(PATIENCE_S))
             return said
 
-    with _websocket_server() as app:
+    with websocket_server() as app:
         async with mesh(app) as made, made.entry() as entry:
             said = await trio.to_thread.run_sync(talk, entry)
             assert said == ["welcome spiffe://cluster.local/ns/shop/sa/cart", "text", b"\x00binary", "x" * 300_000]
