@@ -116,6 +116,22 @@ def test_a_replayable_request_is_sent_again_when_its_upstream_dies(how: str) -> 
     assert second.streams == 0
 
 
+def test_a_request_that_kills_its_upstreams_kills_two_and_no_more() -> None:
+    chain = Chain()
+    stream = chain.ask(GET)
+    for _ in range(2):
+        chain.add_server()
+    chain.run()
+    turn = iter(chain.gate.upstreams[1:])
+    chain.gate.again = lambda _head, token: Forward(next(turn), chain.gate.edit, token)
+    for _, _, upstream in chain.servers[:2]:
+        upstream.lost(True)
+    chain.run()
+    assert chain.gate.told("retry") == [("retry", stream)]
+    assert not chain.servers[2][0].of(h2.events.RequestReceived)
+    assert chain.client.headers(stream, h2.events.ResponseReceived)[":status"] == "502"
+
+
 @pytest.mark.parametrize(("headers", "body", "end"), [(GRPC, b"x", True), (GRPC, b"", True), (GET, b"x", True), (GET, b"", False)])
 def test_a_request_that_may_have_been_acted_on_is_not_sent_again(headers: list[tuple[str, str]], body: bytes, end: bool) -> None:
     chain = Chain()

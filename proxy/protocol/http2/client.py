@@ -296,7 +296,7 @@ class Http2Client(Connection):
             return self._finish(end, cause)
         died = code is None and cause is Cause.UPSTREAM_RESET
         again = unprocessed or (died and end.head.bodiless and end.head.method in _IDEMPOTENT)
-        most = 2 if cause in UNREACHED else self.limits.max_attempts
+        most = self.limits.max_attempts if unprocessed and cause not in UNREACHED else 2
         if again and end.attempts < most and rewind(other):
             verdict = self.gate.retry(end.exchange, end.head, end.id, cause)
             if verdict is None:

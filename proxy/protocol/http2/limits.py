@@ -50,7 +50,8 @@ class Http2Limits:
     max_informational: int = 16
     """1xx responses per stream."""
     max_attempts: int = 3
-    """Upstreams one request is tried on at most, whatever the gate says."""
+    """Upstreams one request is tried on at most, whatever the gate says. Two, unless those that were tried before said themselves that
+    they did not look at it."""
     replay_bytes: int = 0
     """Of a request's body, what is kept until its answer begins, so that a request that nobody acted on can be sent again. 0: nothing.
     Of a longer body nothing is kept, and once a part of it was sent it goes nowhere else."""
