@@ -31,6 +31,7 @@ _log = logs.logger("apiserver")
 
 _RESYNC_S = 1800.0  # a full list this often heals whatever a watch may have missed
 _SETTLED_S = 10.0  # a list and watch that lived this long makes the next pause short again
+_AWAY_S = 5.0  # the longest pause while nobody answers: asking costs nothing then, and pods wait for who has not seen them when it is back
 _ABSENT_S = 10.0  # how often a kind that is not served is asked for
 _LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"  # a copy of the object inside the object
 
@@ -134,10 +135,10 @@ class Follower:
             self._absent()
             return _ABSENT_S * (0.5 + random.random() / 2)
         pause = backoff.next_s()
+        if isinstance(failure, Unavailable):
+            pause = max(pause, failure.retry_after_s) if failure.status else min(pause, _AWAY_S)
         if failure is not None:
             self._tell(failure, pause)
-        if isinstance(failure, Unavailable):
-            pause = max(pause, failure.retry_after_s)
         return pause
 
     def _tell(self, failure: ApiError, pause_s: float) -> None:

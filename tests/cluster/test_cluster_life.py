@@ -188,7 +188,7 @@ def test_an_absent_api_server_fails_no_request(life: Space, mesh: Space, machine
         60,
     )
     life.apply(client("afterwards"))
-    life.ready("afterwards")
+    life.ready("afterwards", seconds=180)  # kubelets, too, ask a server that was away at growing intervals
     assert caller(life.call("afterwards", "http://web/")) == identity(life)
     _settled(life)
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from core.k8s import apiserver
 from core.k8s.api import Api
 from core.k8s.apiserver import ApiServerSource, Resource
+from core.k8s.cluster import find_access
+from core.k8s.errors import Unavailable
 from core.k8s.objects import Object
 from core.k8s.source import Apply, Delete, Event, Reset
 from core.refs import Ref
+from core.runtime.supervise import Backoff
 from policy.admission import parse_object
 from tests.core.fake_apiserver import FakeApiServer, running
 
@@ -184,6 +189,24 @@ async def test_an_api_server_that_is_away_changes_nothing() -> None:
         await told.wait_names("a", "b")
         assert told.count(Reset) == 1 and told.count(Delete) == 0
         assert source.followers[0].counters.failures == 4
+
+
+@pytest.mark.parametrize(("status", "longest"), [(0, 5), (503, 30)], ids=["nobody answers", "an overloaded one answers"])
+async def test_who_does_not_answer_is_asked_again_soon(status: int, longest: float, autojump_clock: trio.testing.MockClock) -> None:
+    """What is away may be back any moment, and asking it costs nothing; what says that it has too much to do is left alone longer."""
+    asked: list[float] = []
+
+    class Away(Api):
+        async def list(self, *_: Any, **__: Any) -> Any:
+            asked.append(trio.current_time())
+            raise Unavailable("away", status)
+
+    follower = apiserver.Follower(Away(find_access), POD, parse_object, lambda _: None)
+    with trio.move_on_after(300), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apiserver, "Backoff", lambda first, most: Backoff(first, most, lambda: 0.0))
+        await follower.run()
+    pauses = [after - before for before, after in pairwise(asked)]
+    assert (max(pauses), pauses[-1]) == pytest.approx((longest, longest))
 
 
 async def test_a_refused_version_leaves_the_last_good_one_in_force() -> None:
