@@ -29,7 +29,7 @@ _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _PAGE = 8  # pods of one list request: bounds the memory for JSON
 _LINE_BYTES_MAX = 4 << 20  # an object in etcd has 1.5 MB at most
 _WATCH_S = 300
-_RETRY_MAX_S = 30.0
+_RETRY_MAX_S = 5.0  # new pods wait for us as soon as the API server is back
 
 
 class ApiFailed(RuntimeError):
