@@ -97,6 +97,9 @@ async def test_a_websocket_is_cut_when_its_client_loses_its_permit(chat: Addr):
         assert "no policy of server shop/web admits" in str(line["reason"]) and CART.uri in str(line["reason"])
         [access] = [one for one in made.log("access") if one["direction"] == "inbound"]
         assert (access["status"], access["error"], access["reason"]) == (101, "terminated", line["reason"])
+        with trio.fail_after(PATIENCE_S):
+            await made.server.live.wait_none()
+        assert not made.server.discovery.ports[chat.port].changed, "nothing of it waits for the next policy"
 
 
 async def test_each_websocket_is_decided_by_its_own_request(chat: Addr):
