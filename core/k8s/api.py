@@ -57,11 +57,16 @@ _read_line = msgspec.json.Decoder(_Line).decode
 
 
 def object_path(group: str, version: str, plural: str, namespace: str = "", name: str = "", subresource: str = "") -> str:
-    """``("apps", "v1", "deployments", "shop", "cart", "status")`` to its path; group "" is core, no namespace means all or none."""
-    parts = ["/apis", group, version] if group else ["/api", version]
+    """``("apps", "v1", "deployments", "shop", "cart", "status")`` to its path; group "" is core, no namespace means all or none.
+
+    Whatever the parts hold, each is one segment of the path. Raises ValueError for one that servers take away: ``.`` and ``..``.
+    """
+    parts = ["apis", group, version] if group else ["api", version]
     parts += ["namespaces", namespace] if namespace else []
-    parts += [plural, name, subresource]
-    return "/".join(part if part.startswith("/") else quote(part, safe="") for part in parts if part)
+    parts += [part for part in (plural, name, subresource) if part]
+    if not {".", ".."}.isdisjoint(parts):
+        raise ValueError(f"no path to an object: {parts!r}")
+    return "".join("/" + quote(part, safe="") for part in parts)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ _SENTENCE_MAX = 1000  # of a message or warning: they end up in events and termi
 _WARNINGS_MAX = 8
 
 _Short = Annotated[str, msgspec.Meta(max_length=512)]
+_Namespace = Annotated[str, msgspec.Meta(max_length=63, pattern=r"\A([a-z0-9]([-a-z0-9]*[a-z0-9])?)?\Z")]  # it becomes part of a path
 
 
 class InvalidReview(ValueError):
@@ -41,7 +42,7 @@ class Request(_Struct, frozen=True):
     uid: Annotated[str, msgspec.Meta(min_length=1, max_length=253)]
     kind: Kind = Kind()
     operation: _Short = ""
-    namespace: _Short = ""
+    namespace: _Namespace = ""
     name: _Short = ""
     object: dict[str, Any] | None = None
     old_object: dict[str, Any] | None = None

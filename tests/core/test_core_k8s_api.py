@@ -214,3 +214,7 @@ async def test_no_server_is_unavailable_and_says_where() -> None:
 def test_paths() -> None:
     assert object_path("", "v1", "pods") == "/api/v1/pods"
     assert object_path("apps", "v1", "deployments", "shop", "a/b", "status") == "/apis/apps/v1/namespaces/shop/deployments/a%2Fb/status"
+    assert object_path("", "v1", "namespaces", "", "/../secrets?a\r\n") == "/api/v1/namespaces/%2F..%2Fsecrets%3Fa%0D%0A"
+    for name in (".", ".."):
+        with pytest.raises(ValueError, match="no path"):
+            object_path("", "v1", "namespaces", "", name)

@@ -304,6 +304,12 @@ def test_any_request_gives_a_review_or_the_one_error(request_: dict[str, Any]) -
     assert json.loads(review.allowed(found))["response"] == {"uid": request_["uid"], "allowed": True}
 
 
+@pytest.mark.parametrize("namespace", ["/../../secrets", "/?watch=true", "..", ".", "a/b", "shop\n", "Shop", "a" * 64, "-a"])
+def test_what_cannot_name_a_namespace_is_refused_before_anybody_is_asked_about_it(namespace: str) -> None:
+    with pytest.raises(review.InvalidReview):
+        review.read_review_untrusted(json.dumps(review_of({}, namespace)).encode())
+
+
 def test_nesting_without_end_is_refused() -> None:
     deep = b'{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"uid":"x","object":{"a":' + b"[" * 100_000
     with pytest.raises(review.InvalidReview):
