@@ -35,7 +35,7 @@ def test_the_mesh_suite_passes_and_its_requests_are_mutual_tls(suite: Ground, tm
     outcome = conformance.run(suite.kube.kubeconfig, tmp_path / "report.yaml", keep=True)
     kit.say(f"conformance: passed {len(outcome.passed)}, failed {outcome.failed}")
     assert not outcome.failed, outcome.output[-20000:]
-    assert {"MeshBasic", "MeshTrafficSplit", "MeshGRPCRouteWeight"} <= set(outcome.passed)
+    assert {"MeshBasic", "MeshConsumerRoute", "MeshFrontend", "MeshGRPCRouteWeight", "MeshPorts", "MeshTrafficSplit"} <= set(outcome.passed)
     plaintext, mutual = plaintext_and_tls(Space(suite.kube, NAMESPACE))
     assert mutual > 100, "the weights alone ask hundreds of times"
     assert plaintext == 0
@@ -51,7 +51,7 @@ def test_the_committed_report_is_of_this_suite_and_claims_what_is_tested() -> No
         if key in ("core", "extended")
     )
     extended = {name for profile in report["profiles"] for name in profile.get("extended", {}).get("supportedFeatures", [])}
-    assert extended == set(conformance.FEATURES[3:])
+    assert extended == set(conformance.EXTENDED)
 
 
 def plaintext_and_tls(space: Space) -> tuple[float, float]:

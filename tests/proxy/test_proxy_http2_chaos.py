@@ -10,7 +10,7 @@ import pytest
 from proxy.protocol.http2 import Http2Limits
 from proxy.protocol.http2.connection import Connection
 from proxy.protocol.http2.hpack_codec import encode
-from proxy.protocol.requests import Answer, Forward, Verdict
+from proxy.protocol.requests import Answer, AnswerRule, Forward, HeadEdit, Verdict
 from proxy.rescue import Cause
 from tests.proxy.http2_fakes import DATA, GOAWAY, HEADERS, RST_STREAM, SETTINGS, WINDOW_UPDATE, Chain, FakeSink, frame, split
 
@@ -21,7 +21,7 @@ def fields(**pseudo: str) -> bytes:
 
 GET = fields(_method="GET", _scheme="http", _path="/", _authority="a")
 POST = fields(_method="POST", _scheme="http", _path="/", _authority="a")
-OK, EARLY, TRAILERS = fields(_status="200"), fields(_status="103"), fields(x="0")
+OK, BUSY, EARLY, TRAILERS = fields(_status="200"), fields(_status="503"), fields(_status="103"), fields(x="0")
 
 
 class Wire:
@@ -63,12 +63,15 @@ class Script:
         self.chain = chain = Chain(
             Http2Limits(
                 max_streams=5, connection_window=65535 + choice((0, 1000)), held_bytes=choice((0, 30000, 1 << 20)), backlog_bytes=500,
-                stall_timeout_s=10, reset_budget=50,
+                stall_timeout_s=10, reset_budget=50, replay_bytes=choice((0, 200, 1 << 20)),
             )
         )  # fmt: skip
         if choice((True, False)):
             chain.add_server()
             chain.run()
+        if choice((True, False)):
+            chain.gate.edit = HeadEdit(answer=AnswerRule(again=frozenset((503,))))
+            chain.gate.sends_again = choice((1, 1000))
         chain.gate.decide = chain.gate.again = lambda _head, token: self.verdict(token)
         self.next_id = 1
         self.ends: list[tuple[Connection, FakeSink, Wire]] = [(chain.near, chain.client_sink, Wire(chain.client_sink))]
@@ -79,7 +82,7 @@ class Script:
                 wire.initial = choice((0, 10, 5000, 100_000))
                 conn.received(frame(SETTINGS, 0, 0, struct.pack(">HIHI", 4, wire.initial, 3, choice((0, 1, 2, 100)))))
         self.steps = (self.request, self.request, self.client_frame, self.client_frame, self.server_frame, self.server_frame,
-                      self.server_frame, self.stall, self.proceed, self.tick, self.loss, self.drain)  # fmt: skip
+                      self.server_frame, self.stall, self.proceed, self.proceed, self.tick, self.loss, self.drain, self.late)  # fmt: skip
 
     def verdict(self, token: int) -> Verdict | None:
         forward = Forward(self.pick.choice(self.chain.gate.upstreams), self.chain.gate.edit, token)
@@ -119,7 +122,7 @@ class Script:
         stream = self.pick.choice(list(conn.streams_by_id))
         makes = [
             lambda flags=flags, block=block: frame(HEADERS, flags, stream, block)
-            for flags, block in ((4, OK), (5, OK), (5, TRAILERS), (4, EARLY))
+            for flags, block in ((4, OK), (5, OK), (5, TRAILERS), (4, EARLY), (4, BUSY), (5, BUSY))
         ]
         makes += [lambda fin=fin, size=size: frame(DATA, fin, stream, b"y" * size) for fin, size in ((0, 1), (0, 500), (0, 16000), (1, 1))]
         makes.append(lambda: frame(RST_STREAM, 0, stream, struct.pack(">I", self.pick.choice((0, 7, 8)))))
@@ -138,6 +141,10 @@ class Script:
         verdict = self.verdict(1)
         if self.next_id > 1 and verdict is not None and not self.chain.client_sink.fate:
             self.chain.near.proceed(self.pick.randrange(1, self.next_id, 2), verdict)
+
+    def late(self) -> None:
+        if self.next_id > 1 and not self.chain.client_sink.fate:
+            self.chain.near.expire(self.pick.randrange(1, self.next_id, 2), Cause.ROUTE_TIMEOUT)
 
     def tick(self) -> None:
         for conn, sink, _ in self.ends:
