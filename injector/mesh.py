@@ -62,8 +62,14 @@ class Mesh:
 
 
 DEFAULT_MESH = Mesh()
-LOCAL_MESH = Mesh(capture="none", command=())
-"""The local runner's: it captures by itself, and runs a program of its own in place of the image."""
+LOCAL_MESH = Mesh(
+    capture="none",
+    command=(),
+    identity_addr="pillion-identity.pillion.svc.cluster.local:8080",
+    policy_addr="pillion-policy.pillion.svc.cluster.local:8090",
+)
+"""The local runner's: it captures by itself, and runs a program of its own in place of the image. Its names are looked up in hosts files,
+where one with a dot at its end is another."""
 
 
 class _Text(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):

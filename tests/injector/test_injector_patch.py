@@ -77,7 +77,7 @@ def test_the_environment_is_one_the_sidecar_accepts() -> None:
     assert config.pod_ips == ("10.0.0.1", "fd00::1")
     assert config.inbound_ports == (8080,)
     assert (config.inbound_listen.port, config.outbound_listen.port, config.admin_listen.port) == (4143, 4140, 4191)
-    assert str(config.identity_addr) == "pillion-identity.pillion.svc.cluster.local.:8080"
+    assert str(config.identity_addr) == "pillion-identity.pillion.svc.cluster.local:8080"
     assert str(config.policy_addr) == "pillion-policy.pillion.svc.cluster.local.:8090"
 
 

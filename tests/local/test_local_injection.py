@@ -29,6 +29,13 @@ def test_a_meshed_pod_has_a_sidecar_and_is_captured_but_for_its_skipped_ports() 
     assert found.skips == ((), ((25, 25),))
 
 
+def test_a_sidecar_is_told_names_as_they_are_in_its_hosts_file() -> None:
+    (sidecar,) = injected(pod(), ENABLED).pod["spec"]["initContainers"]
+    told = {each["name"]: each.get("value", "") for each in sidecar["env"]}
+    for name in ("PILLION_IDENTITY_ADDR", "PILLION_POLICY_ADDR"):
+        assert told[name].rpartition(":")[0].endswith(".svc.cluster.local")
+
+
 def test_an_unmeshed_pod_is_left_alone_with_the_reason() -> None:
     raw = pod()
     found = injected(raw, {})
