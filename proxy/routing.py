@@ -52,12 +52,12 @@ class _Rule:
 
     __slots__ = ("redirect", "sums", "ways")
 
-    def __init__(self, action: Action, backends: list[Balancer | None], random: Callable[[], float], now: float) -> None:
+    def __init__(self, action: Action, backends: list[Balancer | None], budget: Budget, random: Callable[[], float]) -> None:
         self.redirect = action.redirect
         self.ways: list[Way | None] = []
         limits = None
         if action.timeouts is not None or action.retry is not None:
-            limits = Limits(action.timeouts or Timeouts(), action.retry, Budget(now), random)
+            limits = Limits(action.timeouts or Timeouts(), action.retry, budget, random)
         for share in action.shares:
             balancer = backends[share.backend]
             edit = _head_edit(action, share)
@@ -66,13 +66,15 @@ class _Rule:
 
 
 class Routing:
-    """The routes of one destination. port: the dialled one. before: what this replaces; its endpoints keep their averages."""
+    """The routes of one destination. port: the dialled one. before: what this replaces; endpoints keep their averages, rules their
+    budgets of retries: a backend whose endpoints come and go must not be given a new one each time."""
 
     def __init__(self, destination: Destination, port: int, before: Routing | None, random: Callable[[], float], now: float) -> None:
         self._port = port
         self._random = random
         self._memo: dict[tuple[object, ...], _Rule | None] = {}
         self._balancers: dict[tuple[Ref, int], Balancer] = {}
+        self._budgets: dict[tuple[Ref, int], Budget] = {}  # of rules, by their number
         backends: list[Balancer | None] = []
         for backend in destination.backends:
             if backend.problem:
@@ -83,12 +85,19 @@ class Routing:
             balancer.replace(backend.endpoints, now)
             self._balancers[key] = balancer
             backends.append(balancer)
-        self._rules = [[_Rule(action, backends, random, now) for action in route.actions] for route in destination.routes]
+        self._rules = [
+            [_Rule(action, backends, self._budget((route.ref, number), before, now), random) for number, action in enumerate(route.actions)]
+            for route in destination.routes
+        ]
         self._table: RouteTable | None = None
         try:
             self._table = RouteTable([Route(route.ref, route.kind, route.hostnames, route.rules, ()) for route in destination.routes])
         except (InvalidPattern, MixedKinds):
             pass  # the controller admits no such thing; requests are refused rather than sent anywhere
+
+    def _budget(self, rule: tuple[Ref, int], before: Routing | None, now: float) -> Budget:
+        budget = self._budgets[rule] = (before._budgets.get(rule) if before else None) or Budget(now)
+        return budget
 
     def choose(self, head: RequestHead) -> Way | Redirect | Cause:
         """Decide about one request: NO_ROUTE when no rule wants it, NO_BACKEND when its share leads nowhere."""

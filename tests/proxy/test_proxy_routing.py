@@ -25,7 +25,7 @@ from policy.wire import (
 )
 from proxy.protocol.requests import HeadEdit
 from proxy.rescue import Cause, Redirect
-from proxy.routing import UNTOUCHED, Routing, Way, location, retargeted
+from proxy.routing import UNTOUCHED, Limits, Routing, Way, location, retargeted
 
 WEB = Ref("", "Service", "shop", "web")
 
@@ -209,6 +209,22 @@ def test_a_replacement_keeps_what_is_known_about_endpoints() -> None:
     before = way.balancer.choose(0.0)
     again = routing(TWO, before=first).choose(Head("/v1"))
     assert isinstance(again, Way) and again.balancer.choose(0.0) is before
+
+
+def test_a_replacement_keeps_the_budgets_of_its_rules() -> None:
+    def limits(found: Routing, path: str) -> Limits:
+        way = found.choose(Head(path))
+        assert isinstance(way, Way) and way.limits is not None
+        return way.limits
+
+    retry, timeouts = Action((Share(0),), retry=wire.Retry()), Action((Share(0),), timeouts=wire.Timeouts(1.0))
+    made = destination([(prefix("/a"), retry), (prefix("/b"), timeouts)], backend("v1", "10.0.0.1:80"))
+    first = routing(made)
+    again = routing(made, before=first)
+    assert limits(again, "/a").budget is limits(first, "/a").budget
+    assert limits(again, "/a").budget is not limits(again, "/b").budget
+    assert (limits(first, "/a").retry, limits(first, "/a").timeouts) == (wire.Retry(), wire.Timeouts())
+    assert (limits(first, "/b").retry, limits(first, "/b").timeouts) == (None, wire.Timeouts(1.0))
 
 
 @pytest.mark.parametrize(
