@@ -78,7 +78,7 @@ def test_the_environment_is_one_the_sidecar_accepts() -> None:
     assert config.inbound_ports == (8080,)
     assert (config.inbound_listen.port, config.outbound_listen.port, config.admin_listen.port) == (4143, 4140, 4191)
     assert str(config.identity_addr) == "pillion-identity.pillion.svc.cluster.local:8080"
-    assert str(config.policy_addr) == "pillion-policy.pillion.svc.cluster.local.:8090"
+    assert str(config.policy_addr) == "pillion-policy.pillion.svc.cluster.local:8090"
 
 
 def test_the_token_is_for_our_audience_only_and_mounted_into_the_sidecar_only() -> None:
