@@ -7,6 +7,7 @@ Moves requests to the reviewer of tokens, the check of requests and the authorit
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -21,6 +22,7 @@ from starlette.routing import Route
 
 from core.names import WorkloadId
 from core.runtime import logs
+from core.runtime.throttle import Throttle
 from identity.authority import Authority
 from identity.csr import CsrRefused, read_csr_untrusted
 from identity.issuer import IssuerExpired
@@ -83,6 +85,7 @@ class IdentityService:
         self._remembered: OrderedDict[bytes, tuple[float, Subject]] = OrderedDict()
         self.counters = Counters()
         self.draining = False
+        self._throttle = Throttle(time.monotonic)
 
     def application(self) -> Starlette:
         """For hypercorn."""
@@ -109,7 +112,8 @@ class IdentityService:
             except Rejected as rejected:
                 self.counters.refused[rejected.status] = self.counters.refused.get(rejected.status, 0) + 1
                 peer = request.client.host if request.client else ""
-                log.info("refused", path=request.url.path, status=rejected.status, reason=rejected.sentence, client=peer)
+                about = {"path": request.url.path, "status": rejected.status, "reason": rejected.sentence, "client": peer}
+                self._throttle.say(log.info, str(rejected.status), "refused", **about)
                 return _json(rejected.status, Refused(rejected.sentence))
             except Exception as error:  # our bug: hypercorn would end the connection and say nothing
                 log.error("request failed", path=request.url.path, exc_info=error)

@@ -10,6 +10,7 @@ therefore skips intermediate values and costs one entry per subscription. Answer
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from core.alpn import POLICY
 from core.credentials import Credentials
 from core.names import WorkloadId
 from core.runtime import logs, sockets
+from core.runtime.throttle import Throttle
 from core.runtime.tls import HandshakeFailed, TlsStream, server_context
 from core.runtime.watch import Cell
 from policy import wire
@@ -124,6 +126,7 @@ class PolicyServer:
         self._answers = Answers(index)
         self._handshakes = 0
         self._pods_changed = trio.lowlevel.ParkingLot()
+        self._throttle = Throttle(time.monotonic)
 
     def changed(self, keys: Iterable[Key]) -> None:
         """Everybody who subscribed to one of these subjects gets its new state, if it is a new one."""
@@ -188,7 +191,7 @@ class PolicyServer:
         except (HandshakeFailed, trio.TooSlowError, trio.BrokenResourceError) as error:
             reason = error.reason if isinstance(error, HandshakeFailed) else "handshake-timeout"
             self.counters.refuse(reason)
-            _log.info("peer refused", reason=reason, detail=str(error))
+            self._throttle.say(_log.info, reason, "peer refused", reason=reason, detail=str(error))
             return None
         finally:
             self._handshakes -= 1
@@ -249,7 +252,8 @@ class PolicyServer:
 
     async def _tell(self, stream: trio.abc.Stream, refusal: _Refusal, peer: WorkloadId, peer_ip: str | None) -> None:
         self.counters.refuse(refusal.word)
-        _log.warning("subscriber refused", reason=refusal.word, detail=refusal.sentence, peer=peer.uri, client_ip=peer_ip or "")
+        about = {"reason": refusal.word, "detail": refusal.sentence, "peer": peer.uri, "client_ip": peer_ip or ""}
+        self._throttle.say(_log.warning, refusal.word, "subscriber refused", **about)
         with trio.move_on_after(2):
             await stream.send_all(wire.encode(wire.Refused(refusal.sentence)))
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from core.addrs import Addr
 from core.refs import Ref
+from core.runtime.throttle import Throttle
 from policy.authorize import BadTarget, Client, Denied, NoRoute, Permit
 from policy.wire import Endpoint
 from proxy.rescue import Cause, Failure, effect
@@ -19,7 +20,6 @@ from proxy.telemetry.access_log import TRACE_HEADERS, Exchange, Mode, record, wa
 from proxy.telemetry.counters import Counter
 from proxy.telemetry.metrics import Direction, HttpSeries, Metrics, Tls, inbound_labels, outbound_labels
 
-_LINES_PER_S = 20  # of one kind of event: a flood of refusals must not become a flood of writes
 _OUTCOMES_MAX = 256  # of one connection; a policy has far fewer outcomes
 
 # What served the request broke off: a failure even if its answer began well.
@@ -74,24 +74,6 @@ class Note:
         self.outcome = outcome
         self.started = started
         self.head = head
-
-
-class Throttle:
-    """Lets at most so many lines of one kind through in a second, and says how many it held back with the next one it lets through."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
-        self._windows: dict[str, tuple[int, int, int]] = {}
-
-    def pass_(self, kind: str) -> int | None:
-        """None: hold this line back. A number: write it, and mention that so many were held back before."""
-        second = int(self._now())
-        window, count, held = self._windows.get(kind, (second, 0, 0))
-        if window == second and count >= _LINES_PER_S:
-            self._windows[kind] = (window, count, held + 1)
-            return None
-        self._windows[kind] = (second, 1 if window != second else count + 1, 0)
-        return held
 
 
 class Recorder:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import h11
 import pytest
+import structlog
 import trio
 import trio.testing
 from cryptography import x509
@@ -17,6 +18,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from prometheus_client.parser import text_string_to_metric_families
 
 from core.names import WorkloadId
+from core.runtime import logs
+from core.runtime.throttle import LINES_PER_S, Throttle
 from core.runtime.tls import TlsStream, client_context, server_context
 from identity.authority import Authority
 from identity.bundle import Step
@@ -180,6 +183,19 @@ async def test_what_a_stranger_says_instead_of_http_1_ends_the_strangers_connect
                 pass
         await trio.aclose_forcefully(stream)
         assert (await ask(lab, "GET", "/", lab.token("cart", "cart-0")))[0] == 404
+
+
+async def test_strangers_cannot_write_the_log(tmp_path: Path) -> None:
+    lab, lines = new_lab(tmp_path), list[str]()
+    logs.configure("info", "json", lines.append)
+    try:
+        async with lab.serving() as service:
+            service._throttle = Throttle(lambda: 0.0)
+            for _ in range(LINES_PER_S + 5):
+                assert (await ask(lab, "GET", "/v1/bundle?generation=0&issuer=a", None))[0] == 401
+    finally:
+        structlog.reset_defaults()
+    assert sum('"refused"' in line for line in lines) == LINES_PER_S
 
 
 async def test_a_newer_poll_of_an_instance_ends_its_earlier_one(tmp_path: Path) -> None:
