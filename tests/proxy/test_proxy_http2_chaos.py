@@ -11,7 +11,7 @@ from proxy.protocol.http2 import Http2Limits
 from proxy.protocol.http2.connection import Connection
 from proxy.protocol.http2.hpack_codec import encode
 from proxy.protocol.requests import Answer, AnswerRule, Forward, HeadEdit, Verdict
-from proxy.rescue import Cause
+from proxy.rescue import Cause, http2_answer
 from tests.proxy.http2_fakes import DATA, GOAWAY, HEADERS, RST_STREAM, SETTINGS, WINDOW_UPDATE, Chain, FakeSink, frame, split
 
 
@@ -21,6 +21,8 @@ def fields(**pseudo: str) -> bytes:
 
 GET = fields(_method="GET", _scheme="http", _path="/", _authority="a")
 POST = fields(_method="POST", _scheme="http", _path="/", _authority="a")
+TUNNEL = fields(_method="CONNECT", _authority="a:1")
+UNREACHED = encode([(name, value, False) for name, value in http2_answer(Cause.CONNECT_REFUSED, grpc=False, explain=True)])
 OK, BUSY, EARLY, TRAILERS = fields(_status="200"), fields(_status="503"), fields(_status="103"), fields(x="0")
 
 
@@ -67,7 +69,7 @@ class Script:
             )
         )  # fmt: skip
         if choice((True, False)):
-            chain.add_server()
+            chain.add_server(meshed=True)
             chain.run()
         if choice((True, False)):
             chain.gate.edit = HeadEdit(answer=AnswerRule(again=frozenset((503,))))
@@ -82,7 +84,7 @@ class Script:
                 wire.initial = choice((0, 10, 5000, 100_000))
                 conn.received(frame(SETTINGS, 0, 0, struct.pack(">HIHI", 4, wire.initial, 3, choice((0, 1, 2, 100)))))
         self.steps = (self.request, self.request, self.client_frame, self.client_frame, self.server_frame, self.server_frame,
-                      self.server_frame, self.stall, self.proceed, self.proceed, self.tick, self.loss, self.drain, self.late)  # fmt: skip
+                      self.server_frame, self.stall, self.proceed, self.proceed, self.tick, self.loss, self.drain, self.late, self.review)  # fmt: skip
 
     def verdict(self, token: int) -> Verdict | None:
         forward = Forward(self.pick.choice(self.chain.gate.upstreams), self.chain.gate.edit, token)
@@ -95,7 +97,7 @@ class Script:
 
     def request(self) -> None:
         if not self.chain.client_sink.fate:
-            self.chain.near.received(frame(HEADERS, 4 | self.pick.randrange(2), self.next_id, self.pick.choice((GET, POST))))
+            self.chain.near.received(frame(HEADERS, 4 | self.pick.randrange(2), self.next_id, self.pick.choice((GET, POST, TUNNEL))))
             self.next_id += 2
 
     def client_frame(self) -> None:
@@ -122,7 +124,7 @@ class Script:
         stream = self.pick.choice(list(conn.streams_by_id))
         makes = [
             lambda flags=flags, block=block: frame(HEADERS, flags, stream, block)
-            for flags, block in ((4, OK), (5, OK), (5, TRAILERS), (4, EARLY), (4, BUSY), (5, BUSY))
+            for flags, block in ((4, OK), (5, OK), (5, TRAILERS), (4, EARLY), (4, BUSY), (5, BUSY), (5, UNREACHED))
         ]
         makes += [lambda fin=fin, size=size: frame(DATA, fin, stream, b"y" * size) for fin, size in ((0, 1), (0, 500), (0, 16000), (1, 1))]
         makes.append(lambda: frame(RST_STREAM, 0, stream, struct.pack(">I", self.pick.choice((0, 7, 8)))))
@@ -145,6 +147,11 @@ class Script:
     def late(self) -> None:
         if self.next_id > 1 and not self.chain.client_sink.fate:
             self.chain.near.expire(self.pick.randrange(1, self.next_id, 2), Cause.ROUTE_TIMEOUT)
+
+    def review(self) -> None:
+        self.chain.gate.no_tunnel = self.pick.choice((None, Cause.TERMINATED))
+        if not self.chain.client_sink.fate:
+            self.chain.near.review()
 
     def tick(self) -> None:
         for conn, sink, _ in self.ends:
