@@ -84,7 +84,8 @@ class Script:
                 wire.initial = choice((0, 10, 5000, 100_000))
                 conn.received(frame(SETTINGS, 0, 0, struct.pack(">HIHI", 4, wire.initial, 3, choice((0, 1, 2, 100)))))
         self.steps = (self.request, self.request, self.client_frame, self.client_frame, self.server_frame, self.server_frame,
-                      self.server_frame, self.stall, self.proceed, self.proceed, self.tick, self.loss, self.drain, self.late, self.review)  # fmt: skip
+                      self.server_frame, self.stall, self.proceed, self.proceed, self.tick, self.loss, self.drain, self.late,
+                      self.review)  # fmt: skip
 
     def verdict(self, token: int) -> Verdict | None:
         forward = Forward(self.pick.choice(self.chain.gate.upstreams), self.chain.gate.edit, token)
