@@ -1,7 +1,8 @@
 """The app behind the attacked sidecar: believes everything, remembers everything. Run in a pod, as ``python arena_app.py``.
 
-8080 and 8083 speak HTTP/1.1 and remember the head of every request they see; 8081 echoes bytes and remembers them; 8082 speaks HTTP/2
-(prior knowledge); 127.0.0.1:9999 is what nobody outside the pod may reach. ``GET /seen`` over loopback tells what 8080 saw.
+8080 and 8083 speak HTTP/1.1, upgrades to ``echo`` included, and remember the head of every request they see; 8081 echoes bytes and
+remembers them; 8082 speaks HTTP/2 (prior knowledge); 127.0.0.1:9999 is what nobody outside the pod may reach. ``GET /seen`` over loopback
+tells what 8080 saw.
 """
 
 from __future__ import annotations
@@ -40,8 +41,16 @@ class Recorder(socketserver.StreamRequestHandler):
                 continue
             SEEN.append(head.decode("latin-1"))
             fields = [(name.strip().lower(), value.strip()) for name, _, value in (line.partition(":") for line in lines[1:])]
+            if dict(fields).get("upgrade") == "echo":
+                self._echo()
+                return
             self._body(dict(fields))
             self._say(target, fields, method)
+
+    def _echo(self) -> None:
+        self.wfile.write(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n")
+        while data := self.rfile.read1(1 << 16):
+            self.wfile.write(data)
 
     def _head(self) -> bytes:
         head = b""

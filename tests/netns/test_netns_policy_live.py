@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from arena import HTTP, OPAQUE, PLAIN, Arena
@@ -11,6 +13,7 @@ from local_lab import wait_until
 
 pytestmark = [pytest.mark.netns, pytest.mark.slow]
 
+ADMIN = 4191
 WITHIN_S = 2.0
 
 
@@ -52,6 +55,46 @@ def test_a_removed_policy_cuts_open_opaque_connections(arena: Arena) -> None:
             assert cut and time.monotonic() - began < WITHIN_S
             assert not echoes(arena, ip), "nor is a new one let in"
     wait_until(lambda: echoes(arena, ip), "it works again", WITHIN_S)
+
+
+@contextlib.contextmanager
+def tunnel(arena: Arena, workload: str, ip: str, target: str) -> Iterator[socket.socket]:
+    """An upgraded connection through both sidecars to an app that echoes."""
+    with arena.dial(workload, ip, HTTP) as sock:
+        sock.sendall(f"GET {target} HTTP/1.1\r\nhost: web\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n".encode())
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += sock.recv(1 << 16)
+        assert head.startswith(b"HTTP/1.1 101 ")
+        assert says(sock, b"a")
+        yield sock
+
+
+def says(sock: socket.socket, word: bytes) -> bool:
+    """Whether the tunnel carries a word there and back."""
+    try:
+        sock.sendall(word)
+        return sock.recv(1 << 16) == word
+    except ConnectionError:
+        return False
+
+
+def test_a_tunnel_that_loses_its_permit_is_cut_and_no_other_is(arena: Arena) -> None:
+    ip = arena.ip("web")
+    with (
+        tunnel(arena, "client", ip, "/chat") as cut,
+        tunnel(arena, "admin", ip, "/chat") as kept,
+        tunnel(arena, "admin", ip, "/admin") as too,
+        arena.edited("policy.yaml", lambda text: text.replace("{kind: ServiceAccount, name: client}, ", "")),
+    ):
+        with contextlib.suppress(ConnectionResetError):
+            assert cut.recv(1) == b"", "nobody sent anything: it ends by itself"
+        assert says(kept, b"b") and says(too, b"c"), "who is still let in goes on"
+        assert arena.ask("client", ip, HTTP, "/chat").status == 403
+    metric = "pillion_inbound_http_authz_terminate_total"
+    lines = arena.ask("stranger", ip, ADMIN, "/metrics").body.decode().splitlines()
+    assert [line for line in lines if line.startswith(metric) and "sa/client" in line]
+    wait_until(lambda: arena.ask("client", ip, HTTP, "/chat").status == 200, "it is let in again")
 
 
 def echoes(arena: Arena, ip: str) -> bool:
