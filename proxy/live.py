@@ -67,7 +67,10 @@ class Live:
             raise Failure(Cause.DRAINING, "nobody had said anything when this sidecar was told to end")
 
     def add(self, link: Link, engine: Drainable | None, closed: Callable[[], object]) -> None:
-        """Count a connection until its socket is closed, then call ``closed``. engine None: nothing to tell it at drain."""
+        """Count a connection until its socket is closed, then call ``closed``. engine None: nothing to tell it at drain.
+
+        It may be closed already: a first write, such as of HTTP/2's settings, fails where the peer has left.
+        """
         self._links[link] = engine
 
         def gone() -> None:
@@ -76,6 +79,8 @@ class Live:
             closed()
 
         link.on_gone = gone
+        if link.dead:
+            self._relay.later(gone)
         if self._draining and engine is not None:
             self._relay.later(engine.drain)
 

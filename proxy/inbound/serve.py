@@ -223,13 +223,13 @@ class Inbound:
         gate = InboundGate(authorization, forwarder, record, self.relay, self.nursery, identity, told)
         http1 = peer.protocol is Detected.HTTP1
         record.protocol = "HTTP/1.1" if http1 else "HTTP/2"
-        gate.engine = Http1Client(link, gate, self.http1_limits) if http1 else Http2Client(link, gate, self.http2_limits)
 
         def closed() -> None:
             gate.closed()
             record.closed(link.read_bytes, link.written_bytes)
 
         with self.relay.batch():  # what it said already is served even if we are draining
+            gate.engine = Http1Client(link, gate, self.http1_limits) if http1 else Http2Client(link, gate, self.http2_limits)
             begin(self.relay, link, gate.engine, peer.data)
             self.live.add(link, gate.engine, closed)
 

@@ -176,13 +176,13 @@ class Outbound:
         record.protocol = "HTTP/1.1" if http1 else "HTTP/2"
         link = self.services.relay.adopt(accepted.stream.release(), NOBODY)
         gate = Http1Gate(self.services, state, record) if http1 else Http2Gate(self.services, state, record)
-        gate.engine = Http1Client(link, gate, self.http1_limits) if http1 else Http2Client(link, gate, self.http2_limits)
 
         def closed() -> None:
             gate.closed()
             record.closed(link.read_bytes, link.written_bytes)
 
         with self.services.relay.batch():  # what it said already is served even if we are draining
+            gate.engine = Http1Client(link, gate, self.http1_limits) if http1 else Http2Client(link, gate, self.http2_limits)
             begin(self.services.relay, link, gate.engine, sniffed.data)
             self.live.add(link, gate.engine, closed)
 

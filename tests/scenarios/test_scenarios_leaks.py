@@ -118,6 +118,17 @@ async def _gone_in_the_middle(made: Mesh) -> None:
         stream.socket.close()
 
 
+async def _preface_and_gone(made: Mesh) -> None:
+    """HTTP/2's first write is ours, at once: it fails."""
+    made.policy(inbound_policy(ANYONE))
+    for dial in (made.dial, made.dial_unmeshed):
+        for _ in range(5):
+            stream = await dial()
+            await stream.send_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+            stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            stream.socket.close()
+
+
 async def _no_certificate(made: Mesh) -> None:
     made.server.credentials.set(None)
     await _say(await made.dial(), b"\x00")
