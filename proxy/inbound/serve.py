@@ -44,6 +44,7 @@ from proxy.transport.secure import Security
 from proxy.transport.sniff import Sniffed, sniff
 from proxy.transport.tls_bio import Records, records
 
+_BETWEEN_SIDECARS = frozenset(alpn.BETWEEN_SIDECARS)
 _INSIDE = {alpn.HTTP1: Detected.HTTP1, alpn.HTTP2: Detected.HTTP2, alpn.OPAQUE: Detected.OPAQUE}
 _DECLARED = {"http1": Detected.HTTP1, "http2": Detected.HTTP2, "grpc": Detected.HTTP2, "opaque": Detected.OPAQUE, "tls": Detected.OPAQUE}
 HTTP = (Detected.HTTP1, Detected.HTTP2)
@@ -205,7 +206,7 @@ class Inbound:
         hello = sniffed.hello
         if hello is None or hello.server_name != self.security.identity.server_name:
             return False
-        return any(name in alpn.BETWEEN_SIDECARS for name in hello.alpn)
+        return not _BETWEEN_SIDECARS.isdisjoint(hello.alpn)
 
     def authenticated(self, handshake: Handshake) -> Authenticated:
         """The peer of a handshake that is done."""

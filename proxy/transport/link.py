@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from proxy.protocol.sides import Receiver
-from proxy.transport.tls_bio import READ_MAX, RECEIVE_BUFFER, RECORD_OVERHEAD, Records, TlsBroken
+from proxy.transport.tls_bio import NO_RECORDS, READ_MAX, RECEIVE_BUFFER, RECORD_OVERHEAD, Records, TlsBroken
 
 if TYPE_CHECKING:
     from proxy.transport.relay import Relay
@@ -325,7 +325,7 @@ class Link:
 class TlsLink(Link):
     """A connection whose bytes are TLS records; its receiver sees plaintext."""
 
-    __slots__ = ("_answered", "_decrypt", "_encrypt", "_records", "_recv_into")
+    __slots__ = ("_answered", "_decrypt", "_encrypt", "_records", "_recv_into", "active")
 
     def __init__(self, relay: Relay, sock: socket.socket, receiver: Receiver, records: Records) -> None:
         super().__init__(relay, sock, receiver)
@@ -333,10 +333,28 @@ class TlsLink(Link):
         self._answered = 0  # bytes that OpenSSL sent by itself
         self._decrypt, self._encrypt = records.decrypt, records.encrypt
         self._recv_into = sock.recv_into
+        self.active = False
+        """Whether the relay knows that it was used since it last looked for connections at rest."""
 
     def start(self) -> None:
         self._watch()
         self._relay.later(self._deliver_leftover, self)
+
+    def rest(self) -> None:
+        """The relay's call when nothing was read or written for a while: a buffer that waits for the next burst is memory for nothing."""
+        self._records.slim()
+
+    def _used(self) -> None:
+        self.active = True
+        self._relay.resting.pop(self, None)
+        self._relay.active[self] = None
+
+    def _drop(self) -> None:
+        self._relay.resting.pop(self, None)
+        self._relay.active.pop(self, None)
+        super()._drop()
+        self._records = NO_RECORDS
+        self._decrypt, self._encrypt = NO_RECORDS.decrypt, NO_RECORDS.encrypt
 
     def readable(self) -> None:
         size = self._read_size
@@ -358,6 +376,8 @@ class TlsLink(Link):
             return
         if n == size and n < READ_MAX:
             self._read_size = min(n * 4, READ_MAX)
+        if not self.active:
+            self._used()
         try:
             data = self._decrypt(n)
         except TlsBroken:
@@ -404,6 +424,8 @@ class TlsLink(Link):
             self._write_later(data)
             return
         self.written_bytes += len(data)
+        if not self.active:
+            self._used()
         try:
             wire = self._encrypt(data)
         except TlsBroken:
@@ -426,6 +448,8 @@ class TlsLink(Link):
         if self._dead or self._shut:
             return
         self.written_bytes += len(data)
+        if not self.active:
+            self._used()
         view = memoryview(data)
         try:
             while view:

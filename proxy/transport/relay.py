@@ -21,6 +21,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Final, TypeVar
 
 import trio
@@ -32,10 +33,13 @@ from proxy.transport.listener import Listener
 from proxy.transport.tls_bio import Records
 from proxy.transport.turn import Turn, turns
 
+_MANY_CLOSED: Final = 200  # connections: some 8 MB; fewer are not worth the milliseconds
+_MANY_EVENTS: Final = 10_000  # a burst of requests: some 2 MB of decisions, heads and buffers that are forgotten again
+
 R = TypeVar("R", bound=Receiver)
 
 _EVENTS_PER_PASS: Final = 128
-_MANY_CLOSED: Final = 200  # connections: some 8 MB; fewer are not worth the milliseconds
+_SLIM_PER_TURN: Final = 1000  # connections at rest, some 3 ms
 _WRITE = select.EPOLLOUT
 _DEAD = select.EPOLLERR | select.EPOLLHUP
 
@@ -59,7 +63,9 @@ class Relay:
         self._report = report
         self._doomed: list[Link] = []
         self._later: list[tuple[Callable[[], None], Link | None]] = []
-        self._closed = self._closed_before = 0
+        self._quiet = Quiet()
+        self.active: dict[TlsLink, None] = {}
+        self.resting: dict[TlsLink, None] = {}
         self.dirty: list[Link] = []
         self.in_pass = False
         self.now = clock()
@@ -130,6 +136,7 @@ class Relay:
 
     def carry(self, events: list[tuple[int, int]]) -> None:
         """One pass over ready connections."""
+        self._quiet.events += len(events)
         self.now = self._clock()
         self.in_pass = True
         links = self._links
@@ -206,7 +213,7 @@ class Relay:
     def release(self, fd: int) -> None:
         """A link closed its socket."""
         del self._links[fd]
-        self._closed += 1
+        self._quiet.closed += 1
 
     def forget(self, fd: int) -> None:
         """A link left with its socket open."""
@@ -231,14 +238,19 @@ class Relay:
             await trio.sleep(1)
             with self.batch():
                 self.expire(int(self.now))
-            self._give_memory_back()
+            self._slim()
+            if self._quiet.now():
+                give_back()
 
-    def _give_memory_back(self) -> None:
-        """After many connections closed, and once no more do, return what they held."""
-        if self._closed > _MANY_CLOSED and self._closed == self._closed_before:
-            give_back()
-            self._closed = 0
-        self._closed_before = self._closed
+    def _slim(self) -> None:
+        """Let connections give buffers back that were used two turns of the wheel ago and not since; of very many, some at each turn."""
+        for link in list(islice(self.resting, _SLIM_PER_TURN)):
+            del self.resting[link]
+            link.rest()
+        for link in self.active:
+            link.active = False
+        self.resting.update(self.active)
+        self.active = {}
 
     def expire(self, slot: int) -> None:
         """Let everything expire whose deadline lies before second ``slot``."""
@@ -252,6 +264,28 @@ class Relay:
                     self._guarded(link.timed_out, link)
                 elif link.deadline != NEVER:
                     self.schedule(link, link.deadline)
+
+
+class Quiet:
+    """Says once after each burst of work that it is over: then what it left behind can be given back without being in anybody's way.
+
+    closed: connections so far. events: readiness of sockets so far.
+    """
+
+    __slots__ = ("_before", "_given_at", "closed", "events")
+
+    def __init__(self) -> None:
+        self.closed = self.events = 0
+        self._before = self._given_at = (0, 0)
+
+    def now(self) -> bool:
+        """Asked every second: nothing happened since it was asked last, and much since it last said yes."""
+        state = (self.closed, self.events)
+        quiet, self._before = state == self._before, state
+        if quiet and (self.closed - self._given_at[0] > _MANY_CLOSED or self.events - self._given_at[1] > _MANY_EVENTS):
+            self._given_at = state
+            return True
+        return False
 
 
 def _nothing() -> None: ...

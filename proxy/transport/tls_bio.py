@@ -55,6 +55,10 @@ class Records(Protocol):
         """What OpenSSL wants sent by itself (answers to key updates, alerts); mostly nothing."""
         ...
 
+    def slim(self) -> None:
+        """Give back what buffers hold beyond their contents; for connections that have fallen silent."""
+        ...
+
 
 _ffi: Any = _openssl.ffi
 _lib: Any = _openssl.lib
@@ -82,8 +86,9 @@ class FastRecords:
     def __init__(self, connection: SSL.Connection) -> None:
         raw: Any = connection
         self._ssl = raw._ssl  # owns what the other two point to
-        self._into, self._out = _replace_bios(raw)
+        self._into, self._out = raw._into_ssl, raw._from_ssl
         self.ended = False
+        self.slim()
 
     def decrypt(self, length: int) -> bytes:
         ssl = self._ssl
@@ -123,22 +128,19 @@ class FastRecords:
         n = _BIO_read(self._out, _send, _SEND_BYTES)
         return bytes(_SEND_VIEW[:n]) if n > 0 else b""
 
+    def slim(self) -> None:
+        """Fresh memory BIOs: one never gives back what it once held, a handshake's flight or 256 KiB of a body. Contents move along."""
+        self._into, self._out = _moved(self._into), _moved(self._out)
+        _lib.SSL_set_bio(self._ssl, self._into, self._out)  # takes ownership, frees the old ones
 
-def _replace_bios(connection: Any) -> tuple[Any, Any]:
-    """Fresh memory BIOs after the handshake: a BIO never gives back what it once held, and a handshake is larger than most records.
 
-    An idle connection then costs 5 KB less. Bytes that came with the handshake's last flight move to the new BIO.
-    """
-    fresh: list[Any] = []
-    for old in (connection._into_ssl, connection._from_ssl):
-        bio = _lib.BIO_new(_lib.BIO_s_mem())
-        _lib.BIO_set_mem_eof_return(bio, -1)
-        while (n := _BIO_read(old, _receive, READ_MAX)) > 0:
-            _BIO_write(bio, _receive, n)
-        fresh.append(bio)
-    connection._into_ssl, connection._from_ssl = fresh
-    _lib.SSL_set_bio(connection._ssl, *fresh)  # takes ownership, frees the old ones
-    return fresh[0], fresh[1]
+def _moved(old: Any) -> Any:
+    """A new BIO with what is left in the old one, which mostly is nothing: OpenSSL takes all that it is given."""
+    bio = _lib.BIO_new(_lib.BIO_s_mem())
+    _lib.BIO_set_mem_eof_return(bio, -1)
+    while (n := _BIO_read(old, _receive, READ_MAX)) > 0:
+        _BIO_write(bio, _receive, n)
+    return bio
 
 
 class PortableRecords:
@@ -186,9 +188,38 @@ class PortableRecords:
         except SSL.WantReadError:
             return b""
 
+    def slim(self) -> None:
+        """Nothing public does it."""
+
+
+class _NoRecords:
+    """What a closed connection has: its OpenSSL object, 34 KB, must not wait until the cycle collector finds the rest of it."""
+
+    __slots__ = ()
+    ended = False
+
+    def decrypt(self, length: int) -> bytes:
+        raise TlsBroken("the connection is closed")
+
+    def encrypt(self, data: bytes | memoryview) -> bytes | memoryview:
+        raise TlsBroken("the connection is closed")
+
+    def close_notify(self) -> bytes:
+        return b""
+
+    def output(self) -> bytes:
+        return b""
+
+    def slim(self) -> None:
+        """Nothing is left."""
+
+
+NO_RECORDS: Final[Records] = _NoRecords()
+
 
 def records(connection: SSL.Connection) -> Records:
     """The records of an established connection, by the fastest way this pyOpenSSL offers."""
-    if all(hasattr(connection, name) for name in ("_ssl", "_into_ssl", "_from_ssl")):
+    try:
         return FastRecords(connection)
-    return PortableRecords(connection)
+    except AttributeError:
+        return PortableRecords(connection)

@@ -62,6 +62,16 @@ async def test_both_ends_learn_who_the_other_is_and_what_is_inside():
     assert client.connection.get_cipher_name() == "TLS_AES_128_GCM_SHA256"
 
 
+async def test_the_server_decides_on_the_cipher():
+    accept = server_context(AUTHORITY.credentials(WEB), client="required", alpn=ALPN)
+    dial = client_context(AUTHORITY.credentials(CART), AUTHORITY.bundle_pem, ALPN)
+    dial.set_tls13_ciphersuites(b"TLS_AES_256_GCM_SHA384:TLS_AES_128_GCM_SHA256")
+    left, right = trio.testing.memory_stream_pair()
+    client = TlsStream.client(left, dial, WEB.server_name, WEB)
+    assert await shake(client, TlsStream.server(right, accept, "cluster.local")) == ("ok", "ok")
+    assert client.connection.get_cipher_name() == "TLS_AES_128_GCM_SHA256"
+
+
 async def test_the_server_has_the_identity_it_was_dialled_for():
     client, server = pair(AUTHORITY.credentials(CART), AUTHORITY.credentials(CART))
     assert (await shake(client, server))[0] == "identity-mismatch"

@@ -183,6 +183,8 @@ class Rekeying:
     def close_notify(self) -> bytes:
         return b""
 
+    def slim(self) -> None: ...
+
 
 async def test_a_peer_that_only_asks_for_new_keys_is_reset(relay):
     near, far = tcp_pair()
