@@ -2,10 +2,12 @@
 
     app (client) ==== capture ====> relay (uid 2102) ==== the pod's own address ====> app (server)
 
-Every way has a pod of its own: plain nftables REDIRECT, eBPF capture without and with acceleration, the same where bytes towards the app
-stay on TCP once a message took it, and no capture or relay at all. Rounds are interleaved. CPU is that of client, relay and server, and of
-the kernel's workers, which carry what is redirected. The same rows with Pillion's own sidecars are P1 to P4 of the contestants ``pillion``
-and ``pillion-ebpf``.
+Every way has a pod of its own: plain nftables REDIRECT, eBPF capture without and with acceleration, the same where bytes towards the app go
+back from TCP without a look at who reads, and no capture or relay at all. Rounds are interleaved. Where processes run is the scheduler's
+choice, as in a pod, and waking another processor is part of what a user waits for; one work has all of them on one processor, where the way
+itself is all that there is. Bulk goes to a server that waits by poll(2), as event loops do, and to one that waits inside recv(2), which the
+programs treat differently (``reader`` in ebpf/bpf/mesh.h). CPU is that of client, relay and server, and of the kernel's workers. The same
+rows with Pillion's own sidecars are P1 to P4 of the contestants ``pillion`` and ``pillion-ebpf``.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ from ebpf.wire import PodFacts, Register, Status
 ROW = "P8"
 WAYS = ("nftables", "connect", "connect+sockmap", "connect+sockmap, trusting", "direct")
 _SIZES = (100, 1024, 16384)
-_BULK = "bulk, 64 KiB writes"
+_BULK = {"bulk, 64 KiB writes": "bulk", "bulk, 64 KiB writes, blocking reader": "blocking"}
+"""Work -> role of the client."""
+_ONE = "round trip, 1,024 bytes, one processor"
+_RUNS = 9  # of a round: each finds other places for the three processes, one or two processors, which is a factor of four
 _APP_UID = 1000
 _PORT, _RELAY_PORT = 9000, 4140
 _FAR, _OWN = "198.18.0.1", "10.6.0.1"  # of nobody (RFC 2544): dialled, captured, never reached
@@ -65,6 +70,19 @@ class Way:
         """In the child: the cgroup that the programs hang on."""
         (self.cgroup / "cgroup.procs").write_text(str(os.getpid()))
 
+    @contextlib.contextmanager
+    def on_one_processor(self) -> Iterator[None]:
+        """Server, relay, and whatever this process starts meanwhile."""
+        allowed = os.sched_getaffinity(0)
+        everybody = [0, *self.pids]
+        try:
+            for pid in everybody:
+                os.sched_setaffinity(pid, {min(allowed)})
+            yield
+        finally:
+            for pid in everybody:
+                os.sched_setaffinity(pid, allowed)
+
 
 def p8(bench: Bench) -> None:
     """The row; a way that does not work here leaves a failed round."""
@@ -80,7 +98,10 @@ def p8(bench: Bench) -> None:
         for way in interleaved(ways, bench.plan.rounds):
             for size in _SIZES:
                 _attempt(bench, way, _work(size), lambda way=way, size=size: _latency(bench, way, size))  # type: ignore[misc]
-            _attempt(bench, way, _BULK, lambda way=way: _bulk(bench, way))  # type: ignore[misc]
+            with way.on_one_processor():
+                _attempt(bench, way, _ONE, lambda way=way: _latency(bench, way, 1024))  # type: ignore[misc]
+            for work, role in _BULK.items():
+                _attempt(bench, way, work, lambda way=way, role=role: _bulk(bench, way, role))  # type: ignore[misc]
         _ratios(bench, ways)
 
 
@@ -101,16 +122,17 @@ def _attempt(bench: Bench, way: Way, work: str, measure: Callable[[], dict[str, 
 
 
 def _latency(bench: Bench, way: Way, size: int) -> dict[str, float]:
-    count = 300 if bench.plan.quick else 3000
-    p50, p99 = _run(way, "latency", str(size), str(count)).split()
-    return {"latency_p50": float(p50), "latency_p99": float(p99)}
+    count = 100 if bench.plan.quick else 1000
+    runs = [list(map(float, _run(way, "latency", str(size), str(count)).split())) for _ in range(_RUNS)]
+    p50, p99 = (median(values) for values in zip(*runs, strict=True))
+    return {"latency_p50": p50, "latency_p99": p99}
 
 
-def _bulk(bench: Bench, way: Way) -> dict[str, float]:
+def _bulk(bench: Bench, way: Way, role: str) -> dict[str, float]:
     size = (128 << 20) if bench.plan.quick else (1 << 30)
     before = cpu_s(way.pids)
     mine = os.times()
-    rate = float(_run(way, "bulk", str(size), "65536"))
+    rate = float(_run(way, role, str(size), "65536"))
     after = os.times()
     spent = cpu_s(way.pids) - before + after.children_user - mine.children_user + after.children_system - mine.children_system
     return {"bandwidth": rate / 1e9, "cpu_per_gb": spent / (size / 1e9)}
@@ -215,7 +237,7 @@ def _agent(folder: Path, cgroup: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _way(bench: Bench, name: str, number: int, agent: Path, cgroup: Path) -> Iterator[Way]:
     netns = f"hop{os.getpid()}x{number}"
-    series = {work: Series(ROW, work, name) for work in (*map(_work, _SIZES), _BULK)}
+    series = {work: Series(ROW, work, name) for work in (*map(_work, _SIZES), _ONE, *_BULK)}
     bench.series += series.values()
     with contextlib.ExitStack() as stack:
         _ip("netns", "add", netns)
@@ -246,7 +268,9 @@ def _way(bench: Bench, name: str, number: int, agent: Path, cgroup: Path) -> Ite
             spawn(PROXY_UID, "relay", str(_RELAY_PORT), _OWN, str(_PORT))
         yield way
         if name.startswith("connect"):
-            _check(name, netns, agent)
+            counters = _check(name, netns, agent)
+            causes = (f"{cause}={counters[f'by_tcp_{cause}']:,}" for cause in ("order", "memory", "unpaired"))
+            bench.say(f"P8 {name}: {counters['messages']:,} messages past TCP, by TCP {' '.join(causes)}")
 
 
 def _capture(name: str, netns: str, agent: Path) -> None:
@@ -264,11 +288,12 @@ def _capture(name: str, netns: str, agent: Path) -> None:
             raise StageError(f"{name}: {answer}")
 
 
-def _check(name: str, netns: str, agent: Path) -> None:
-    """That what was measured is what it is called; raises StageError."""
-    counters = next(pod["counters"] for pod in client.ask(agent, Status())["pods"] if pod["id"] == netns)
+def _check(name: str, netns: str, agent: Path) -> dict[str, int]:
+    """That what was measured is what it is called, by the pod's counters; raises StageError."""
+    counters: dict[str, int] = next(pod["counters"] for pod in client.ask(agent, Status())["pods"] if pod["id"] == netns)
     if not counters["captured"] or bool(counters["bytes"]) != ("sockmap" in name):
         raise StageError(f"{name} did not measure what it says: {counters}")
+    return counters
 
 
 def _ip(*words: str) -> None:

@@ -3,10 +3,11 @@
  *   hop server PORT               echoes messages, or swallows bytes and answers with their number
  *   hop relay PORT IP PORT        recv() and send() between what it accepts and a connection of its own, one after the other
  *   hop latency IP PORT SIZE N    prints the median and the 99th percentile of N round trips in microseconds
- *   hop bulk IP PORT BYTES CHUNK  prints the bytes per second until the server has counted them all
+ *   hop bulk IP PORT BYTES CHUNK  prints the bytes per second until the server has counted them all, which waits for them by poll(2)
+ *   hop blocking IP PORT BYTES CHUNK  the same with a server that waits inside recv(2)
  *
- * A client's first 8 bytes say what it wants: u32 1 and the size of its messages, or u32 2 and 0. Exit code 1 and errno's text when
- * anything goes wrong, a wrong count included. Built and run by bench.hop.
+ * A client's first 8 bytes say what it wants: u32 1 and the size of its messages, or u32 2 (poll) or 3 (recv) and 0. Exit code 1 and
+ * errno's text when anything goes wrong, a wrong count included. Built and run by bench.hop.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -24,7 +25,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { ECHO = 1, SWALLOW = 2, BUFFER = 1 << 20, READ = 256 << 10, WARM_UP = 200 };
+enum { ECHO = 1, SWALLOW = 2, SWALLOW_BLOCKING = 3, BUFFER = 1 << 20, READ = 256 << 10, WARM_UP = 200 };
 
 static char buffer[BUFFER];
 
@@ -63,15 +64,19 @@ static int connect_to(const char *ip, const char *port) {
   return fd;
 }
 
-/* A blocking recv() of a socket in a sockmap may say EAGAIN once after the other end shut down. */
-static ssize_t receive(int fd, void *to, size_t size) {
+/* With flags 0 too: a blocking recv() of a socket in a sockmap may say EAGAIN once after the other end shut down. */
+static ssize_t receive_with(int fd, void *to, size_t size, int flags) {
   for (;;) {
-    ssize_t n = recv(fd, to, size, 0);
+    ssize_t n = recv(fd, to, size, flags);
     if (n >= 0) return n;
     if (errno != EAGAIN && errno != EINTR) return -1;
     struct pollfd wait = {.fd = fd, .events = POLLIN};
     poll(&wait, 1, -1);
   }
+}
+
+static ssize_t receive(int fd, void *to, size_t size) {
+  return receive_with(fd, to, size, 0);
 }
 
 static int receive_all(int fd, void *to, size_t size) {
@@ -99,7 +104,8 @@ static void serve(int fd) {
     return;
   }
   uint64_t count = 0;
-  for (ssize_t n; (n = receive(fd, buffer, READ)) > 0;) count += (uint64_t)n;
+  int flags = wish[0] == SWALLOW ? MSG_DONTWAIT : 0;
+  for (ssize_t n; (n = receive_with(fd, buffer, READ, flags)) > 0;) count += (uint64_t)n;
   send_all(fd, &count, sizeof count);
 }
 
@@ -142,8 +148,8 @@ static void latency(int fd, uint32_t size, int count) {
   printf("%.2f %.2f\n", took[count / 2], took[count - 1 - count / 100]);
 }
 
-static void bulk(int fd, uint64_t size, uint64_t chunk) {
-  uint32_t wish[2] = {SWALLOW, 0};
+static void bulk(int fd, uint32_t how, uint64_t size, uint64_t chunk) {
+  uint32_t wish[2] = {how, 0};
   uint64_t counted = 0;
   send_all(fd, wish, sizeof wish);
   double began = now();
@@ -174,7 +180,9 @@ int main(int words, char **word) {
     }
   }
   if (!strcmp(role, "latency") && words == 6) latency(connect_to(word[2], word[3]), (uint32_t)atoi(word[4]), atoi(word[5]));
-  else if (!strcmp(role, "bulk") && words == 6) bulk(connect_to(word[2], word[3]), strtoull(word[4], 0, 10), strtoull(word[5], 0, 10));
+  else if (!strcmp(role, "bulk") && words == 6) bulk(connect_to(word[2], word[3]), SWALLOW, strtoull(word[4], 0, 10), strtoull(word[5], 0, 10));
+  else if (!strcmp(role, "blocking") && words == 6)
+    bulk(connect_to(word[2], word[3]), SWALLOW_BLOCKING, strtoull(word[4], 0, 10), strtoull(word[5], 0, 10));
   else return 2;
   return 0;
 }

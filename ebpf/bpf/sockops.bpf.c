@@ -5,11 +5,22 @@
  */
 #include "mesh.h"
 
+#define SOL_SOCKET 1
+#define SO_SNDBUF 7
+#define SO_RCVBUF 8
+
 #ifdef OFFSET_COPIED_SEQ
 #define TCP_SOCK(sk) ((u64)bpf_skc_to_tcp_sock(sk))
 #else
 #define TCP_SOCK(sk) 0 /* a kernel without type information: capture alone */
 #endif
+
+/* Why TCP is made short: `short` in mesh.h. What the application sets itself afterwards holds. */
+static __always_inline void shorten(struct bpf_sock_ops *ctx) {
+  int bytes = TCP_BUFFER;
+  bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
+  bpf_setsockopt(ctx, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes));
+}
 
 static __always_inline void connected(struct bpf_sock_ops *ctx, struct bpf_sock *sk) {
   struct flow *flow = flows.sk_storage_get(sk, 0, 0);
@@ -23,6 +34,8 @@ static __always_inline void connected(struct bpf_sock_ops *ctx, struct bpf_sock 
     if (failed) {
       count(me.isns.ns, COUNT_BY_TCP_FULL, 1);
       flow->flags &= ~FLOW_ACCELERATE;
+    } else {
+      shorten(ctx);
     }
   }
   if (to_app) {
@@ -64,6 +77,7 @@ static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *
     count(me.isns.ns, COUNT_BY_TCP_FULL, 1);
     return; /* the other end never learns this socket, and stays on TCP */
   }
+  shorten(ctx);
   flow->flags |= FLOW_ACCELERATE;
   pair->sockets[1] = TCP_SOCK(sk);
   count(me.isns.ns, COUNT_ACCELERATED, 1);

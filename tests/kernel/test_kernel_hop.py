@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+
 import hop_checks
 import pytest
-from lab import ACCELERATED, CAPTURED, Failed, Lab, LabPod
+from lab import ACCELERATED, CAPTURED, Failed, Lab, LabPod, rounds
 
 from ebpf.layout import Counter, PodFlag
 
@@ -49,6 +52,38 @@ def test_bytes_past_tcp(pod: LabPod, name: str) -> None:
 @pytest.mark.parametrize("name", hop_checks.CHECKS)
 def test_bytes_past_tcp_resuming_towards_the_app(pod: LabPod, name: str) -> None:
     _hop(pod, name, ACCELERATED | PodFlag.RESUME)
+
+
+def _buffers() -> list[int]:
+    ends = hop_checks.Hop().pair()
+    return [end.getsockopt(socket.SOL_SOCKET, option) for end in ends for option in (socket.SO_SNDBUF, socket.SO_RCVBUF)]
+
+
+def test_tcp_is_kept_short_where_messages_go_past_it_and_there_only(lab: Lab) -> None:
+    plain, accelerated = lab.pod(), lab.pod()
+    plain.attach(CAPTURED)
+    accelerated.attach(ACCELERATED)
+    assert accelerated.run(_buffers) == [128 << 10] * 4
+    assert plain.run(_buffers) != [128 << 10] * 4
+
+
+def _outrun(number: int) -> None:
+    c, s = hop_checks.Hop().pair()
+    piece = bytes(64 << 10)
+    writer = threading.Thread(target=lambda: [c.sendall(piece) for _ in range(number)])
+    writer.start()
+    left = number * len(piece)
+    while left:
+        left -= len(hop_checks.receive(s, 256 << 10))
+    writer.join()
+
+
+def test_a_writer_that_outran_its_reader_comes_back_to_the_short_way(pod: LabPod) -> None:
+    pod.attach(ACCELERATED)
+    pod.run(_outrun, rounds(3000))
+    counts = pod.counts()
+    assert counts[Counter.BY_TCP_MEMORY] > 0, counts
+    assert counts[Counter.MESSAGES] > counts[Counter.BY_TCP_ORDER], counts
 
 
 @pytest.mark.parametrize("name", BREAKS_NAIVE)
