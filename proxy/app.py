@@ -21,7 +21,7 @@ from core.runtime import logs
 from core.runtime.admin import AdminServer, Routes, standard_routes
 from core.runtime.drain import Drain, drain_on_signals
 from core.runtime.listen import listen, trio_listener
-from core.runtime.process import read_process
+from core.runtime.process import most_files, read_process
 from core.runtime.tls import HandshakeFailed
 from core.runtime.watch import Cell
 from identity.client import IdentitySettings, keep_certified
@@ -57,6 +57,7 @@ VERSION = "0.1.0"
 _log = logs.logger("proxy")
 _access = logs.logger("access")
 
+_OWN_FILES = 256  # descriptors that connections leave to everything else: the admin port's, without which the pod is taken for dead
 _REPLAY_BYTES = 16 << 10  # of a request's body: what a call is, not what an upload is
 
 
@@ -92,6 +93,8 @@ class Sidecar:
         self.credentials: Cell[Credentials | None] = Cell(None)
         self.metrics = Metrics(clock)
         self.relay = Relay(_report_crash, clock)
+        files = most_files()
+        self._most_sockets = min(2 * config.max_connections, max(files - _OWN_FILES, files // 2))
         self.live = Live(self.relay)
         hello = Hello(config.namespace, config.pod, VERSION)
         policy_addr = (config.policy_addr.host, config.policy_addr.port)
@@ -137,8 +140,16 @@ class Sidecar:
         return reasons
 
     def admit(self) -> bool:
-        """Whether one more connection may be accepted."""
-        return self.relay.open_links - len(self.arrivals) + 2 * self.live.arriving < 2 * self.config.max_connections
+        """Whether one more connection of the app may be accepted."""
+        return self._sockets() < self._most_sockets
+
+    def admit_inbound(self) -> bool:
+        """Whether one more connection from outside may be: whoever calls the app must not use up what it needs to call others."""
+        return self._sockets() < self._most_sockets - self._most_sockets // 8
+
+    def _sockets(self) -> int:
+        """Those of all connections, with the one that each of those that only arrived will need to go on."""
+        return self.relay.open_links - len(self.arrivals) + 2 * self.live.arriving
 
     def take_inbound(self, accepted: Accepted) -> None:
         """Begin to serve what was meant for this pod.
@@ -239,7 +250,7 @@ def accept_both(sidecar: Sidecar) -> tuple[Listener, Listener]:
     config = sidecar.config
     inbound, outbound = listen(config.inbound_listen), listen(config.outbound_listen)
     listeners = (
-        accepting(sidecar.relay, inbound, sidecar.take_inbound, sidecar.admit),
+        accepting(sidecar.relay, inbound, sidecar.take_inbound, sidecar.admit_inbound),
         accepting(sidecar.relay, outbound, sidecar.take_outbound, sidecar.admit),
     )
     _log.info("listening", inbound=str(config.inbound_listen), outbound=str(config.outbound_listen))

@@ -1,4 +1,5 @@
-"""What the kernel says about this process, for ``process_*`` metrics: memory, CPU, descriptors. Called at every scrape."""
+"""What the kernel says about this process, for ``process_*`` metrics: memory, CPU, descriptors. Called at every scrape.
+And how many descriptors it may have, asked once."""
 
 from __future__ import annotations
 
@@ -40,3 +41,10 @@ def read_process() -> ProcessFigures:
         start_time_s=_BOOTED_S + int(fields[19]) / _TICKS,
     )
 
+
+def most_files() -> int:
+    """How many descriptors this process may have open; as many as it can be given from now on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else 1 << 30

@@ -214,6 +214,27 @@ async def test_more_connections_than_allowed_are_refused_and_the_others_live():
             await made.client.live.wait_none()
 
 
+async def test_callers_leave_the_app_room_to_call_others():
+    async with mesh(H11App(_reply), policy=inbound_policy(ANYONE, protocol="http1"), PILLION_MAX_CONNECTIONS="8") as made:
+        silent = [await made.dial_unmeshed() for _ in range(7)]
+        while made.server.live.arriving < 7:
+            await trio.lowlevel.checkpoint()
+        assert (made.server.admit_inbound(), made.server.admit()) == (False, True)
+        for stream in silent:
+            await stream.aclose()
+
+
+async def test_connections_leave_descriptors_to_the_admin_port(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("proxy.app.most_files", lambda: 16)
+    async with mesh(H11App(_reply), policy=inbound_policy(ANYONE, protocol="http1")) as made:
+        silent = [await made.dial_unmeshed() for _ in range(4)]
+        while made.server.live.arriving < 4:
+            await trio.lowlevel.checkpoint()
+        assert not made.server.admit()
+        for stream in silent:
+            await stream.aclose()
+
+
 async def test_connections_that_say_nothing_count_as_well():
     async with mesh(H11App(_reply), policy=inbound_policy(ANYONE, protocol="http1"), PILLION_MAX_CONNECTIONS="2") as made:
         silent = [await made.dial_unmeshed() for _ in range(2)]
