@@ -1,5 +1,7 @@
-"""What the kernel says about this process, for ``process_*`` metrics: memory, CPU, descriptors. Called at every scrape.
-And how many descriptors it may have, asked once."""
+"""What the kernel says about this process, for ``process_*`` metrics: memory, CPU, descriptors.
+
+Figures are read at every scrape; how many descriptors there may be is asked once, at the start.
+"""
 
 from __future__ import annotations
 
