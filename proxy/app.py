@@ -27,6 +27,7 @@ from core.runtime.watch import Cell
 from identity.client import IdentitySettings, keep_certified
 from policy.client import PolicyClient
 from policy.wire import Hello
+from proxy import hook
 from proxy.capture_proof import CaptureProof
 from proxy.config import Config
 from proxy.discover import Discovery, PolicySource
@@ -216,7 +217,7 @@ async def run(config: Config) -> None:
         await nursery.start(drain_on_signals, sidecar.drain)
         await nursery.start(AdminServer(admin_routes(sidecar)).serve, [trio_listener(listen(config.admin_listen))])
         if config.prove_capture:
-            await nursery.start(release, sidecar.not_ready, sidecar.proof)
+            nursery.start_soon(release, hook.listener(), sidecar.not_ready, sidecar.proof)
             nursery.start_soon(end_unproven, sidecar.proof)
         nursery.start_soon(sidecar.relay.run)
         nursery.start_soon(keep_certified, _identity_settings(config), sidecar.credentials, _Certificates(sidecar.metrics))

@@ -5,8 +5,8 @@ containers once a second, and needs two more looks for a probe's result. But a k
 sidecar that runs for one that started. So as long as capture is not proven, the sidecar does not outlive its hook: whoever starts the
 container again has to run the hook again.
 
-The hook comes through an abstract Unix socket: it is the pod's own (its network namespace has it), there is from the first moment on, and
-the kernel says who calls and when the caller is gone. Only our own user is heard, which no app may run as (injector.decide).
+The hook comes through a Unix socket (proxy.hook), so that the kernel says who calls and when the caller is gone. Only our own user is
+heard, which no app may run as (injector.decide).
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ import trio
 from core.runtime import logs
 from proxy.capture_proof import CaptureProof
 
-SOCKET = "\0pillion-hold"
 READY = b"ready\n"
 
 _log = logs.logger("hold")
 
-_HOOK_COMES_S = 1.0  # it starts when we do, and does less: it is waiting by now, unless the kubelet ended before it ran one
+_HOOK_COMES_S = 0.5  # it starts when we do, and does less: it waits already, unless the kubelet ended before it ran one
 _PROVEN_WITHIN_S = 30.0  # the agent may be restarting
 _LOOK_S = 0.01
 
@@ -36,12 +35,9 @@ class NotReleased(Exception):
     """Why a sidecar that must prove capture ends: its pod's containers must not start."""
 
 
-async def release(
-    not_ready: Callable[[], list[str]], proof: CaptureProof, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    """Tell every hook that comes; raises NotReleased when none comes, or leaves, while capture is not proven."""
-    with trio.socket.from_stdlib_socket(_listener()) as listener:
-        task_status.started()
+async def release(hooks: socket.socket, not_ready: Callable[[], list[str]], proof: CaptureProof) -> None:
+    """Tell every hook that comes; raises NotReleased when none comes, or leaves, while capture is not proven. hooks: listening."""
+    with trio.socket.from_stdlib_socket(hooks) as listener:
         while True:
             with trio.move_on_after(math.inf if proof.proven.value else _HOOK_COMES_S) as waiting:
                 caller, _ = await listener.accept()
@@ -63,17 +59,6 @@ async def end_unproven(proof: CaptureProof) -> None:
         f"this pod's traffic is not led to its sidecar after {_PROVEN_WITHIN_S:g} s, so its containers do not start: {proof.problem}."
         " Does pillion-agent run on this node, and what does it say about this pod? (pillion check)"
     )
-
-
-def _listener() -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    try:
-        sock.bind(SOCKET)
-        sock.listen(4)
-    except OSError as error:
-        sock.close()
-        raise NotReleased(f"the postStart hook cannot be waited for: {error.strerror}") from None
-    return sock
 
 
 def _is_ours(caller: trio.socket.SocketType) -> bool:

@@ -10,9 +10,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from injector import hold as hook
+import injector.hold
+from core.env import boolean
 from injector.fixed import SIDECAR_UID
-from proxy import hold
+from proxy import hold, hook
 from proxy.capture_proof import CaptureProof
 from proxy.hold import NotReleased, end_unproven, release
 
@@ -20,9 +21,10 @@ from proxy.hold import NotReleased, end_unproven, release
 @pytest.fixture(autouse=True)
 def name(monkeypatch: pytest.MonkeyPatch) -> str:
     """Abstract names belong to the whole network namespace: each test process has its own."""
-    assert hook.HOLD_SOCKET == hold.SOCKET
-    mine = f"{hold.SOCKET}-{os.getpid()}"
-    monkeypatch.setattr(hold, "SOCKET", mine)
+    assert injector.hold.HOLD_SOCKET == hook.SOCKET
+    mine = f"{hook.SOCKET}-{os.getpid()}"
+    monkeypatch.setattr(hook, "SOCKET", mine)
+    hook.listener.cache_clear()
     return mine
 
 
@@ -39,7 +41,9 @@ class Starting:
         self.proof.proven.set(True)
 
     async def released(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        await release(lambda: self.reasons, self.proof, task_status)
+        listener = hook.listener()
+        task_status.started()
+        await release(listener, lambda: self.reasons, self.proof)
 
 
 async def call(name: str) -> trio.socket.SocketType:
@@ -66,7 +70,7 @@ async def test_the_hook_is_told_as_soon_as_the_sidecar_is_ready(name: str) -> No
             starting.reasons.clear()
         sock.close()
         assert said == [hold.READY]
-        assert await trio.to_thread.run_sync(hook.wait_proven, 10.0, name) == "", "the real hook, some time later"
+        assert await trio.to_thread.run_sync(injector.hold.wait_proven, 10.0, name) == "", "the real hook, some time later"
         nursery.cancel_scope.cancel()
 
 
@@ -77,6 +81,20 @@ async def test_a_sidecar_whose_hook_is_gone_before_capture_is_proven_ends(name: 
         async with trio.open_nursery() as nursery:
             await nursery.start(starting.released)
             (await call(name)).close()
+
+
+async def test_a_hook_that_came_and_went_while_the_sidecar_was_loaded_is_noticed(name: str) -> None:
+    starting, listener = Starting(), hook.listener()
+    with socket.socket(socket.AF_UNIX) as early:
+        early.connect(name)
+    with pytest.raises(NotReleased, match="ended before capture was proven"):
+        await release(listener, lambda: starting.reasons, starting.proof)
+
+
+def test_hooks_are_expected_exactly_when_the_setting_says_so() -> None:
+    for value in ("true", " True", "false", ""):
+        assert hook.is_wanted({"PILLION_PROVE_CAPTURE": value}) == (bool(value) and boolean(value)), value
+    assert not hook.is_wanted({})
 
 
 async def test_once_capture_is_proven_a_lost_hook_does_not_matter_and_another_one_is_answered(name: str) -> None:
@@ -98,6 +116,7 @@ async def test_a_sidecar_that_nobody_holds_ends_unless_capture_is_proven(monkeyp
         await Starting().released()
     starting = Starting()
     starting.prove()
+    hook.listener.cache_clear()
     with trio.move_on_after(0.1) as scope:
         await starting.released()
     assert scope.cancelled_caught
@@ -124,12 +143,12 @@ async def test_capture_that_is_never_proven_ends_the_sidecar_with_the_reason(aut
 
 
 def test_a_hook_whose_sidecar_ends_or_never_comes_says_so(name: str) -> None:
-    assert "does not answer" in hook.wait_proven(0.0, name)
+    assert "does not answer" in injector.hold.wait_proven(0.0, name)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(name)
         listener.listen()
         listener.settimeout(5)
         sidecar = threading.Thread(target=lambda: listener.accept()[0].close())
         sidecar.start()
-        assert hook.wait_proven(5.0, name) == "it ended"
+        assert injector.hold.wait_proven(5.0, name) == "it ended"
         sidecar.join()

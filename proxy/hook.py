@@ -1,0 +1,31 @@
+"""Where the sidecar's postStart hook (injector.hold) comes: an abstract Unix socket, listened at before anything else is loaded.
+
+From then on the kernel tells of a hook that came and went, however early, whenever it is asked (proxy.hold). Imports little, because
+proxy.__main__ calls it first of all. An abstract name is the pod's own: it belongs to its network namespace.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections.abc import Mapping
+
+SOCKET = "\0pillion-hold"
+
+
+@functools.cache
+def listener() -> socket.socket:
+    """This process's, listening from the first call on, non-blocking; raises OSError when somebody else of the pod has the name."""
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        found.bind(SOCKET)
+        found.listen(4)
+    except BaseException:
+        found.close()
+        raise
+    return found
+
+
+def is_wanted(environ: Mapping[str, str]) -> bool:
+    """As proxy.config reads the setting."""
+    return environ.get("PILLION_PROVE_CAPTURE", "").strip().lower() == "true"
