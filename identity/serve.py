@@ -28,6 +28,7 @@ from identity.wire import POLL_S
 
 _BACKLOG = 1024
 _CONNECTIONS_MAX = 24_000  # every sidecar's poll, and those that come to be certified
+_OF_ONE_CLIENT_MAX = 1024  # a pod needs two; behind an address translation stand all pods of a node. Each costs some 50 KB
 _LOOK_S = 30.0  # the wall clock may jump: look again at least this often
 
 log = logs.logger("identity")
@@ -138,5 +139,12 @@ async def serve_https(
 ) -> None:
     """Serve until ``shutdown`` returns, then finish what is in work within two seconds."""
     await https.serve_https(
-        application, context, sockets, shutdown, config=_Config(), connections_max=_CONNECTIONS_MAX, task_status=task_status
+        application,
+        context,
+        sockets,
+        shutdown,
+        config=_Config(),
+        connections_max=_CONNECTIONS_MAX,
+        of_one_client_max=_OF_ONE_CLIENT_MAX,
+        task_status=task_status,
     )

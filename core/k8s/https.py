@@ -87,28 +87,43 @@ class _Config(Config):
 
 
 class _Rooms:
-    """Which connections are open. When there are too many, the oldest of the client that holds most is cut."""
+    """Which connections are open. When there are too many, the oldest of the client that holds most is cut; when there are too many of one
+    client, its own oldest."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, most_of_one: int) -> None:
         self._most = most
+        self._most_of_one = most_of_one
         self._opened = 0
         self._open: dict[int, tuple[str, trio.CancelScope]] = {}
+        self._held: Counter[str] = Counter()
 
     @contextmanager
     def one(self, ip: str) -> Iterator[None]:
-        if len(self._open) >= self._most:
-            held = Counter(holder for holder, _ in self._open.values())
-            greedy = max(held, key=held.__getitem__)
-            oldest = next(number for number, (holder, _) in self._open.items() if holder == greedy)
-            self._open.pop(oldest)[1].cancel()
+        if self._held[ip] >= self._most_of_one:
+            self._cut_oldest(ip)
+        elif len(self._open) >= self._most:
+            self._cut_oldest(max(self._held, key=self._held.__getitem__))
         self._opened += 1
         number = self._opened
         with trio.CancelScope() as scope:
             self._open[number] = ip, scope
+            self._held[ip] += 1
             try:
                 yield
             finally:
-                self._open.pop(number, None)
+                if number in self._open:
+                    self._forget(number)
+
+    def _cut_oldest(self, ip: str) -> None:
+        oldest = next(number for number, (holder, _) in self._open.items() if holder == ip)
+        self._forget(oldest).cancel()
+
+    def _forget(self, number: int) -> trio.CancelScope:
+        ip, scope = self._open.pop(number)
+        self._held[ip] -= 1
+        if not self._held[ip]:
+            del self._held[ip]
+        return scope
 
 
 async def serve_https(
@@ -119,13 +134,14 @@ async def serve_https(
     *,
     config: Config | None = None,
     connections_max: int = _CONNECTIONS_MAX,
+    of_one_client_max: int = _CONNECTIONS_MAX,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve on listening sockets until ``shutdown`` returns, then finish what is in work within two seconds.
 
     config: hypercorn's settings, if not those of a webhook.
     """
-    config, worker, rooms = config or _Config(), WorkerContext(None), _Rooms(connections_max)
+    config, worker, rooms = config or _Config(), WorkerContext(None), _Rooms(connections_max, of_one_client_max)
     app: Any = wrap_app(application, config.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
 
     async def handle(stream: trio.SSLStream[trio.SocketStream]) -> None:
