@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from proxy.protocol.http1 import Http1Limits
@@ -185,3 +187,33 @@ def test_without_a_rule_nothing_is_asked() -> None:
     made.client.received(HEAD)
     made.upstream.received(BUSY)
     assert made.down.out == BUSY and made.gate.sends_again == 9
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whenever_an_attempt_fails_the_next_one_gets_the_whole_request(seed: int) -> None:
+    pick = random.Random(seed)
+    chunks = [b"%x\r\n%s\r\n" % (size, b"b" * size) for size in (pick.randint(1, 30) for _ in range(pick.randint(0, 5)))]
+    whole = pick.choice((CHUNKED + b"".join(chunks) + b"0\r\nx-sum: 1\r\n\r\n", POST + b"12345678", HEAD))
+    made = pair(times=1000, replay_bytes=1000)
+    arriving, waiting = whole, False
+    while arriving or waiting:
+        act = pick.random()
+        if act < 0.5 and arriving:
+            size = pick.randint(1, 25)
+            made.client.received(arriving[:size])
+            arriving = arriving[size:]
+        elif waiting:
+            go_on(made, fresh=True)
+        elif made.up.out:
+            fail = pick.choice(
+                (
+                    lambda: made.upstream.received(BUSY),
+                    lambda: made.upstream.lost(True),
+                    lambda: made.client.expire(made.gate.token, Cause.ROUTE_TIMEOUT),
+                )
+            )
+            fail()
+        waiting = bool(made.up.fate) or (made.upstream.reusable and bool(made.up.out))
+    assert made.up.out == whole and made.down.out == b""
+    made.upstream.received(OK)
+    assert made.down.out == OK and made.gate.log[-1] == ("finished", 1, 200, None)
