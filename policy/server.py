@@ -22,6 +22,7 @@ from core.alpn import POLICY
 from core.credentials import Credentials
 from core.names import WorkloadId
 from core.runtime import logs, sockets
+from core.runtime.rooms import Full, Rooms
 from core.runtime.throttle import Throttle
 from core.runtime.tls import HandshakeFailed, TlsStream, server_context
 from core.runtime.watch import Cell
@@ -35,6 +36,7 @@ _log = logs.logger("policy")
 _READ_BYTES = 65536
 _SEND_BYTES = 65536  # small answers leave together up to about this many bytes
 _ADDR_CHARS_MAX = 64  # the longest ``[IPv6]:port`` has 53
+_FEW_HANDSHAKES = 4  # at a time: who has more is cut when there is no room, and who has not is never cut for somebody else
 _LINES_PER_TURN = 100  # after so many requests of one peer the others get their turn
 
 
@@ -124,7 +126,7 @@ class PolicyServer:
         self._by_pod: dict[PodKey, list[_Subscriber]] = {}
         self._by_ip: dict[str, dict[str, set[_Subscriber]]] = {}
         self._answers = Answers(index)
-        self._handshakes = 0
+        self._handshakes = Rooms(self._limits.handshakes, self._limits.handshakes, _FEW_HANDSHAKES)
         self._pods_changed = trio.lowlevel.ParkingLot()
         self._throttle = Throttle(time.monotonic)
 
@@ -163,16 +165,20 @@ class PolicyServer:
 
     async def _handle(self, stream: trio.SocketStream, context: Callable[[], tuple[SSL.Context, str]]) -> None:
         """One connection from accept to end; never raises for what a peer does."""
-        if self._handshakes >= self._limits.handshakes or self.counters.connected >= self._limits.connections:
-            self.counters.refuse("overloaded")
-            await trio.aclose_forcefully(stream)
-            return
+        tls: TlsStream | None = None
         try:
+            if self.counters.connected >= self._limits.connections:
+                raise Full
             peer_ip = from_sockaddr(stream.socket.getpeername()).ip
             sockets.tune(stream.socket)  # type: ignore[arg-type]
-            tls = await self._handshake(stream, *context())
+            with self._handshakes.one(peer_ip) as scope:
+                tls = await self._handshake(stream, *context())
+            if scope.cancelled_caught:
+                raise Full
             if tls is not None and tls.peer is not None:
                 await self.serve_peer(tls, tls.peer, peer_ip)
+        except Full:
+            self.counters.refuse("overloaded")
         except OSError as error:
             _log.debug("connection lost", reason=str(error))
         except Exception as error:  # a bug of ours that one peer has found must not take the policy from all others
@@ -183,7 +189,6 @@ class PolicyServer:
 
     async def _handshake(self, stream: trio.SocketStream, context: SSL.Context, trust_domain: str) -> TlsStream | None:
         tls = TlsStream.server(stream, context, trust_domain)
-        self._handshakes += 1
         try:
             with trio.fail_after(self._limits.handshake_s):
                 await tls.do_handshake()
@@ -193,8 +198,6 @@ class PolicyServer:
             self.counters.refuse(reason)
             self._throttle.say(_log.info, reason, "peer refused", reason=reason, detail=str(error))
             return None
-        finally:
-            self._handshakes -= 1
 
     async def serve_peer(self, stream: trio.abc.Stream, peer: WorkloadId, peer_ip: str | None) -> None:
         """Serve an authenticated peer until it goes or breaks a rule; closes the stream. peer_ip: None when there is none to check."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -25,6 +24,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 
 from core.runtime import logs
+from core.runtime.rooms import Rooms
 
 _CONNECTIONS_MAX = 128
 _BODY_TIMEOUT_S = 5.0
@@ -86,46 +86,6 @@ class _Config(Config):
         self.websocket_max_message_size = 1024
 
 
-class _Rooms:
-    """Which connections are open. When there are too many, the oldest of the client that holds most is cut; when there are too many of one
-    client, its own oldest."""
-
-    def __init__(self, most: int, most_of_one: int) -> None:
-        self._most = most
-        self._most_of_one = most_of_one
-        self._opened = 0
-        self._open: dict[int, tuple[str, trio.CancelScope]] = {}
-        self._held: Counter[str] = Counter()
-
-    @contextmanager
-    def one(self, ip: str) -> Iterator[None]:
-        if self._held[ip] >= self._most_of_one:
-            self._cut_oldest(ip)
-        elif len(self._open) >= self._most:
-            self._cut_oldest(max(self._held, key=self._held.__getitem__))
-        self._opened += 1
-        number = self._opened
-        with trio.CancelScope() as scope:
-            self._open[number] = ip, scope
-            self._held[ip] += 1
-            try:
-                yield
-            finally:
-                if number in self._open:
-                    self._forget(number)
-
-    def _cut_oldest(self, ip: str) -> None:
-        oldest = next(number for number, (holder, _) in self._open.items() if holder == ip)
-        self._forget(oldest).cancel()
-
-    def _forget(self, number: int) -> trio.CancelScope:
-        ip, scope = self._open.pop(number)
-        self._held[ip] -= 1
-        if not self._held[ip]:
-            del self._held[ip]
-        return scope
-
-
 async def serve_https(
     application: Starlette,
     context: ssl.SSLContext,
@@ -141,7 +101,7 @@ async def serve_https(
 
     config: hypercorn's settings, if not those of a webhook.
     """
-    config, worker, rooms = config or _Config(), WorkerContext(None), _Rooms(connections_max, of_one_client_max)
+    config, worker, rooms = config or _Config(), WorkerContext(None), Rooms(connections_max, of_one_client_max)
     app: Any = wrap_app(application, config.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
 
     async def handle(stream: trio.SSLStream[trio.SocketStream]) -> None:

@@ -19,7 +19,7 @@ from core.runtime.watch import Cell
 from policy import wire
 from policy.client import ControllerAway, PolicyClient
 from policy.lines import LineBuffer, LineTooLong
-from policy.server import PolicyServer
+from policy.server import Limits, PolicyServer
 
 CONTROLLER = WorkloadId("cluster.local", "pillion", "pillion-policy")
 HELLO = wire.Hello("shop", "cart-0", "1")
@@ -272,6 +272,20 @@ async def test_a_bug_that_one_peer_finds_ends_its_connection_and_not_the_control
         with trio.fail_after(30):
             await client.watch_port(8080).wait_for(bool)
     assert server.counters.refused == {"internal": 1}
+
+
+async def test_handshakes_that_somebody_holds_keep_nobody_out() -> None:
+    server, authority = PolicyServer(indexed(lab.pod(ip="127.0.0.1")), Limits(handshakes=6)), Authority()
+    async with controller_on_loopback(authority, server) as addr:
+        silent = [await trio.open_tcp_stream(*addr) for _ in range(6)]
+        with trio.fail_after(5):
+            while len(server._handshakes) < 6:  # noqa: ASYNC110  (a number wakes nobody)
+                await trio.sleep(0.01)
+            async with sidecar(addr, authority.credentials(CART)) as client:
+                await client.watch_port(8080).wait_for(bool)
+        assert (await silent[0].receive_some(1), server.counters.refused) == (b"", {"overloaded": 1})
+        for stream in silent:
+            await stream.aclose()
 
 
 @pytest.mark.parametrize(

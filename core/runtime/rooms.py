@@ -1,0 +1,62 @@
+"""A bounded number of connections, of which no client can take all: whoever holds most leaves for the next that comes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import trio
+
+
+class Full(Exception):
+    """There is no room, and nobody holds so much that he had to leave."""
+
+
+class Rooms:
+    """most: connections in all. most_of_one: of one client, whose oldest is cut for its next. When there are too many in all, the oldest
+    of the client that holds most is cut, unless that has no more than ``few``: a crowd of honest clients must not cut each other.
+    """
+
+    def __init__(self, most: int, most_of_one: int, few: int = 0) -> None:
+        self._most = most
+        self._most_of_one = most_of_one
+        self._few = few
+        self._opened = 0
+        self._open: dict[int, tuple[str, trio.CancelScope]] = {}
+        self._held: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @contextmanager
+    def one(self, ip: str) -> Iterator[trio.CancelScope]:
+        """Room for a connection of this client; the scope, and so the block, is cancelled when it must leave. Raises Full."""
+        if self._held[ip] >= self._most_of_one:
+            self._cut_oldest(ip)
+        elif len(self._open) >= self._most:
+            greedy = max(self._held, key=self._held.__getitem__)
+            if self._held[greedy] <= self._few:
+                raise Full
+            self._cut_oldest(greedy)
+        self._opened += 1
+        number = self._opened
+        with trio.CancelScope() as scope:
+            self._open[number] = ip, scope
+            self._held[ip] += 1
+            try:
+                yield scope
+            finally:
+                if number in self._open:
+                    self._forget(number)
+
+    def _cut_oldest(self, ip: str) -> None:
+        oldest = next(number for number, (holder, _) in self._open.items() if holder == ip)
+        self._forget(oldest).cancel()
+
+    def _forget(self, number: int) -> trio.CancelScope:
+        ip, scope = self._open.pop(number)
+        self._held[ip] -= 1
+        if not self._held[ip]:
+            del self._held[ip]
+        return scope
