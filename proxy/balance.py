@@ -3,6 +3,11 @@
 Two endpoints are drawn at random and the one with the smaller cost wins (linkerd2-proxy's default balancer). The latency average
 jumps up at once with a slow answer and decays over time, so that a stalled endpoint loses its traffic within one answer and gets
 another chance later. Pure: randomness and time are arguments.
+
+Of very many endpoints only some are in play at a time, others as time goes on: a sidecar with little traffic would otherwise keep a
+connection to each of a thousand pods, each of which costs memory at both ends and is cold in every cache when its turn comes (Finagle
+calls this an aperture). Each balancer has an order of its own, so that those of many sidecars spread over all; and one whose endpoints in
+play are busy, dear or failing draws from all of them.
 """
 
 from __future__ import annotations
@@ -14,6 +19,10 @@ from policy.wire import Endpoint
 
 DEFAULT_RTT_S = 0.030  # Linkerd's default_rtt: what an endpoint is assumed to cost before it answered once
 DECAY_S = 10.0  # Linkerd's decay: an average loses 63 % of its distance to newer samples in this time
+IN_PLAY = 32  # endpoints at a time; with no more than these, all
+TURN_S = 1.0  # then one of them makes room for the next
+BUSY = 3  # exchanges in flight at the better of two: there is more to do than those in play should do
+DEAR_S = 1.0  # what the better of two costs when those in play had better not be relied on
 FAILURE_COST_S = 5.0  # what a failed connection counts as, so that the next picks go elsewhere
 
 
@@ -53,6 +62,8 @@ class Balancer:
     def __init__(self, random: Callable[[], float]) -> None:
         self._random = random
         self._loads: list[EndpointLoad] = []
+        self._start = 0  # the first of those in play
+        self._turned = 0.0
 
     def __len__(self) -> int:
         return len(self._loads)
@@ -61,9 +72,23 @@ class Balancer:
         """From now on choose among these. An endpoint whose identity changed is another endpoint."""
         known = {load.endpoint: load for load in self._loads}
         wanted = dict.fromkeys(endpoints)
-        self._loads = [known.get(endpoint) or EndpointLoad(endpoint, now) for endpoint in wanted]
+        if len(wanted) <= IN_PLAY:
+            self._loads = [known.get(endpoint) or EndpointLoad(endpoint, now) for endpoint in wanted]
+        else:
+            self._loads = self._mixed(wanted, known, now)
         for endpoint, load in known.items():
             load.gone = endpoint not in wanted
+
+    def _mixed(self, wanted: dict[Endpoint, None], known: dict[Endpoint, EndpointLoad], now: float) -> list[EndpointLoad]:
+        """New endpoints at random places among those that stay, whose order and turn do not change."""
+        old = self._loads
+        loads = [load for load in old if load.endpoint in wanted]
+        for endpoint in wanted:
+            if endpoint not in known:
+                loads.insert(int(self._random() * (len(loads) + 1)), EndpointLoad(endpoint, now))
+        first = next((load for load in old[self._start :] if load.endpoint in wanted), loads[0])
+        self._start = loads.index(first)
+        return loads
 
     def choose(self, now: float, *, avoid: frozenset[str] = frozenset()) -> EndpointLoad | None:
         """The endpoint for the next exchange, None when there is none. avoid: addresses that just failed this exchange."""
@@ -73,9 +98,20 @@ class Balancer:
         count = len(loads)
         if count < 2:
             return loads[0] if loads else None
+        if count > IN_PLAY and not avoid:
+            if now - self._turned >= TURN_S:
+                self._start = (self._start + int((now - self._turned) / TURN_S)) % count
+                self._turned = now
+            chosen = self._better(loads, self._start, IN_PLAY, now)
+            if chosen.active < BUSY and chosen.cost(now) < DEAR_S:
+                return chosen
+        return self._better(loads, 0, count, now)
+
+    def _better(self, loads: list[EndpointLoad], start: int, count: int, now: float) -> EndpointLoad:
+        """Of two among ``count`` endpoints from ``start`` on, around the end of the list."""
         first = int(self._random() * count)
         second = int(self._random() * (count - 1))
         if second >= first:
             second += 1
-        a, b = loads[first], loads[second]
+        a, b = loads[(start + first) % len(loads)], loads[(start + second) % len(loads)]
         return a if a.cost(now) <= b.cost(now) else b

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 
 from policy.wire import Endpoint
+from proxy import balance
 from proxy.balance import Balancer
 
 ENDPOINTS = [Endpoint(f"10.0.0.{n}:80") for n in range(1, 5)]
@@ -83,3 +84,54 @@ def test_an_endpoint_that_changes_its_identity_is_another_one():
     made.replace([Endpoint(ENDPOINTS[0].addr, "spiffe://cluster.local/ns/a/sa/b")], 0.0)
     assert before.gone
     assert made.choose(0.0) is not before
+
+
+MANY = [Endpoint(f"10.1.{n // 250}.{n % 250}:80") for n in range(1000)]
+
+
+def test_of_very_many_endpoints_only_some_are_in_play_at_a_time():
+    assert len(shares(balancer(MANY))) == balance.IN_PLAY
+
+
+def test_in_the_course_of_time_every_endpoint_gets_its_share():
+    made = balancer(MANY)
+    counts: Counter = Counter()
+    for now in range(2 * len(MANY)):
+        counts += shares(made, now * balance.TURN_S, 32)
+    assert set(counts) == {one.addr for one in MANY}
+    assert max(counts.values()) < 2 * 64  # two whole turns, 64 on average
+
+
+def test_two_sidecars_have_different_endpoints_in_play():
+    one, other = Balancer(random.Random(1).random), Balancer(random.Random(2).random)
+    for made in (one, other):
+        made.replace(MANY, 0.0)
+    assert len(set(shares(one)) & set(shares(other))) < balance.IN_PLAY / 2
+
+
+def test_with_more_to_do_than_those_in_play_should_do_all_are():
+    made = balancer(MANY)
+    for _ in range(500):
+        made.choose(0.0).active += 1
+    busy = [load for load in made._loads if load.active]
+    assert len(busy) > 2 * balance.IN_PLAY
+    assert max(load.active for load in busy) <= balance.BUSY + 1
+
+
+def test_when_those_in_play_fail_others_are_found():
+    made = balancer(MANY)
+    failed = set(shares(made))
+    for load in made._loads:
+        if load.endpoint.addr in failed:
+            load.failed(0.0)
+    later = shares(made, 0.5)
+    assert sum(later[addr] for addr in failed) < 0.1 * later.total()
+
+
+def test_replaced_endpoints_do_not_change_whose_turn_it_is():
+    made = balancer(MANY)
+    for now in range(100, 110):  # a rolling update, one pod a second
+        before = set(shares(made, now))
+        gone = sorted(before)[0]
+        made.replace([one for one in MANY if one.addr != gone] + [Endpoint(f"10.2.0.{now}:80")], now)
+        assert len(set(shares(made, now + 0.5)) & before) >= balance.IN_PLAY - 3
