@@ -214,7 +214,8 @@ def load(options: argparse.Namespace) -> int:
                 pods[(outcome.get("body") or {}).get("pod", "")] += 1
             else:
                 totals["failed"] += 1
-                what = outcome.get("error") or f"{outcome.get('status')} {outcome.get('text', '')[:200]}"
+                why = (outcome.get("headers") or {}).get("pillion-proxy-error", "")
+                what = outcome.get("error") or f"{outcome.get('status')} {why} {outcome.get('text', '')[:200]}"
                 failures.append(f"{time.time():.3f} after {time.time() - began:.3f} s: {what}")
             time.sleep(options.pause / 1000)
 
