@@ -122,12 +122,12 @@ class IdentityService:
         return answer
 
     async def _certify(self, request: Request) -> Response:
+        token = _bearer(request)
+        body = await _body(request)  # before it counts: whoever sends slowly must not use up what is in work
         if self._in_work >= _SIGNATURES_AT_ONCE:
             raise Rejected(503, "too many requests are in work, try again")
         self._in_work += 1
         try:
-            token = _bearer(request)
-            body = await _body(request)
             subject = await self._reviewed(token)
             try:
                 key, named = read_csr_untrusted(certify_request_untrusted(body).csr.encode())

@@ -185,6 +185,18 @@ async def test_what_a_stranger_says_instead_of_http_1_ends_the_strangers_connect
         assert (await ask(lab, "GET", "/", lab.token("cart", "cart-0")))[0] == 404
 
 
+async def test_bodies_that_do_not_come_keep_nobody_from_a_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("identity.service._SIGNATURES_AT_ONCE", 1)
+    lab = new_lab(tmp_path)
+    async with lab.serving():
+        stranger = trio.SSLStream(await trio.open_tcp_stream("127.0.0.1", lab.port), unverified(), https_compatible=True)
+        head = b"POST /v1/certify HTTP/1.1\r\nhost: a\r\nauthorization: Bearer x\r\ncontent-length: 9\r\nexpect: 100-continue\r\n\r\n"
+        await stranger.send_all(head)
+        assert (await stranger.receive_some()).startswith(b"HTTP/1.1 100")  # it is being read
+        assert (await ask(lab, "POST", "/v1/certify", lab.token("cart", "cart-0"), CART))[0] == 200
+        await trio.aclose_forcefully(stranger)
+
+
 async def test_strangers_cannot_write_the_log(tmp_path: Path) -> None:
     lab, lines = new_lab(tmp_path), list[str]()
     logs.configure("info", "json", lines.append)
