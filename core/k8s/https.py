@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -25,6 +26,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from core.runtime import logs
 from core.runtime.rooms import Rooms
+from core.runtime.throttle import Throttle
 
 _CONNECTIONS_MAX = 128
 _BODY_TIMEOUT_S = 5.0
@@ -102,6 +104,7 @@ async def serve_https(
     config: hypercorn's settings, if not those of a webhook.
     """
     config, worker, rooms = config or _Config(), WorkerContext(None), Rooms(connections_max, of_one_client_max)
+    throttle = Throttle(time.monotonic)
     app: Any = wrap_app(application, config.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
 
     async def handle(stream: trio.SSLStream[trio.SocketStream]) -> None:
@@ -109,7 +112,7 @@ async def serve_https(
             with rooms.one(_ip_of(stream)):
                 await TCPServer(app, config, worker, ConnectionState({}), stream)
         except Exception as error:  # what a stranger sends, or does not, must never end the server
-            log.warning("connection failed", error=repr(error)[:300])
+            throttle.say(log.warning, "failed", "connection failed", error=repr(error)[:300])
         finally:
             await trio.aclose_forcefully(stream)
 

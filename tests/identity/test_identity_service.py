@@ -197,17 +197,30 @@ async def test_bodies_that_do_not_come_keep_nobody_from_a_certificate(tmp_path: 
         await trio.aclose_forcefully(stranger)
 
 
-async def test_strangers_cannot_write_the_log(tmp_path: Path) -> None:
+async def test_strangers_cannot_write_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("identity.service", "core.k8s.https"):
+        monkeypatch.setattr(f"{place}.Throttle", lambda _: Throttle(lambda: 0.0))
     lab, lines = new_lab(tmp_path), list[str]()
     logs.configure("info", "json", lines.append)
     try:
-        async with lab.serving() as service:
-            service._throttle = Throttle(lambda: 0.0)
+        async with lab.serving():
             for _ in range(LINES_PER_S + 5):
                 assert (await ask(lab, "GET", "/v1/bundle?generation=0&issuer=a", None))[0] == 401
+                stranger = trio.SSLStream(await trio.open_tcp_stream("127.0.0.1", lab.port), unverified(), https_compatible=True)
+                await stream_out(stranger, b"GET / HTTP/1.1\r\nhost: a\r\nupgrade: h2c\r\nconnection: upgrade\r\nhttp2-settings: a\r\n\r\n")
     finally:
         structlog.reset_defaults()
     assert sum('"refused"' in line for line in lines) == LINES_PER_S
+    assert sum('"connection failed"' in line for line in lines) == LINES_PER_S
+
+
+async def stream_out(stream: trio.SSLStream[trio.SocketStream], data: bytes) -> None:
+    """Say this and hear everything until the end."""
+    await stream.send_all(data)
+    with trio.fail_after(10), contextlib.suppress(trio.BrokenResourceError):
+        while await stream.receive_some(4096):
+            pass
+    await trio.aclose_forcefully(stream)
 
 
 async def test_a_newer_poll_of_an_instance_ends_its_earlier_one(tmp_path: Path) -> None:
