@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from local_lab import wait_until
+from local_lab import PATIENCE_S, wait_until
 
 from ebpf import bpfsys, client
 from ebpf.wire import PodFacts, Register, Request, Status, Steer
@@ -82,10 +82,10 @@ class TestPod:
         assert process.stdout is not None and process.stdout.readline() == "listening\n", process.communicate()
         return process
 
-    def call(self, ip: str, port: int = APP_PORT, count: int = 1) -> list[dict[str, Any]]:
-        """What an app of this pod sees of new connections to there, each with what it got back."""
-        process = self.spawn(APP_UID, sys.executable, str(RELAY), "call", ip, str(port), str(count))
-        out, errors = process.communicate(timeout=60)
+    def call(self, ip: str, port: int = APP_PORT, count: int = 1, patience_s: float = PATIENCE_S) -> list[dict[str, Any]]:
+        """What an app of this pod sees of new connections to there, each with what it got back. patience_s: for each step of one."""
+        process = self.spawn(APP_UID, sys.executable, str(RELAY), "call", ip, str(port), str(count), str(patience_s))
+        out, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
         return [json.loads(line) for line in out.splitlines()]
 
@@ -198,20 +198,20 @@ class Lab:
 class Load:
     """Connections one after the other from a pod's app to another one, in a process of their own, until `stop`."""
 
-    def __init__(self, pod: TestPod, ip: str) -> None:
-        self._process = pod.spawn(APP_UID, sys.executable, str(RELAY), "load", ip, str(APP_PORT))
+    def __init__(self, pod: TestPod, ip: str, patience_s: float = PATIENCE_S) -> None:
+        self._process = pod.spawn(APP_UID, sys.executable, str(RELAY), "load", ip, str(APP_PORT), str(patience_s))
         assert self._process.stdout is not None and self._process.stdout.readline() == "loading\n"
 
     def stop(self) -> tuple[int, int, bool]:
         """(connections, of those failed, whether the one that was held all the time still works)."""
         assert self._process.stdin is not None
-        out, errors = self._process.communicate("stop\n", timeout=60)
+        out, errors = self._process.communicate("stop\n", timeout=120)
         assert self._process.returncode == 0, errors
         found = json.loads(out.splitlines()[-1])
         return found["connections"], found["failed"], found["held"]
 
 
-def wait_for(condition: Any, what: str, timeout_s: float = 10) -> None:
+def wait_for(condition: Any, what: str, timeout_s: float = PATIENCE_S) -> None:
     """`local_lab.wait_until`."""
     wait_until(condition, what, timeout_s)
 

@@ -119,17 +119,15 @@ def ask(sock, word):
     return json.loads(file.readline())
 
 
-def connect(ip, port):
-    sock = socket.create_connection((ip, port), timeout=5)
-    sock.settimeout(5)
-    return sock
+def connect(ip, port, patience_s):
+    return socket.create_connection((ip, port), timeout=patience_s)
 
 
-def call(ip, port, count):
+def call(ip, port, count, patience_s=30):
     for number in range(count):
         found = {"peername": None, "error": ""}
         try:
-            with connect(ip, port) as sock:
+            with connect(ip, port, patience_s) as sock:
                 found |= {"peername": sock.getpeername()[:2], "own": sock.getsockname()[:2]}
                 found |= ask(sock, f"word-{number}") | {"peername": found["peername"]}
         except (OSError, ValueError) as error:
@@ -137,15 +135,15 @@ def call(ip, port, count):
         print(json.dumps(found), flush=True)
 
 
-def load(ip, port):
-    held = connect(ip, port)
+def load(ip, port, patience_s=30):
+    held = connect(ip, port, patience_s)
     ask(held, "begin")
     print("loading", flush=True)
     connections = failed = 0
     while not select.select([sys.stdin], [], [], 0)[0]:
         connections += 1
         try:
-            with connect(ip, port) as sock:
+            with connect(ip, port, patience_s) as sock:
                 ok = ask(sock, str(connections))["said"] == str(connections)
         except (OSError, ValueError):
             ok = False
@@ -164,7 +162,7 @@ if __name__ == "__main__":
     elif role == "app":
         app(int(words[0]))
     elif role == "call":
-        call(words[0], int(words[1]), int(words[2]))
+        call(words[0], *map(int, words[1:3]), *map(float, words[3:]))
     else:
-        load(words[0], int(words[1]))
+        load(words[0], int(words[1]), *map(float, words[2:]))
     os._exit(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -19,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from local_lab import LocalMesh, wait_until
+from local_lab import PATIENCE_S, LocalMesh, command_line, wait_until
 
-from local import client, namespaces, protocol
+from local import namespaces
 
 T = TypeVar("T")
 
@@ -217,11 +218,6 @@ class Arena(LocalMesh):
         assert up.returncode == 0, up.stderr + (self.state / "runner.log").read_text()
         self._pids: dict[tuple[str, str], tuple[str, int]] = {}
 
-    def status(self) -> dict[str, Any]:
-        """As `pillion local status -o json`, without a process for each question."""
-        found: dict[str, Any] = json.loads(protocol.as_json(client.ask(self.name, protocol.Status())))
-        return found
-
     # --- who is where ---------------------------------------------------------------------------------------------------
 
     def pod(self, workload: str) -> str:
@@ -267,7 +263,18 @@ class Arena(LocalMesh):
 
     def part(self, name: str) -> int:
         """The pid of ``identity`` or ``policy``."""
-        return next(pid for pid in self.members() if _words(pid)[-2:] == ["-m", name])
+        (found,) = self.parts(name)
+        return found
+
+    @contextlib.contextmanager
+    def unattended(self) -> Iterator[None]:
+        """The runner starts nothing again for the length of a block: what is killed in it stays dead for as long as the test looks."""
+        runner = self.runner_pid()
+        os.kill(runner, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(runner, signal.SIGCONT)
 
     # --- sockets in pods ------------------------------------------------------------------------------------------------
 
@@ -290,7 +297,7 @@ class Arena(LocalMesh):
             raise failed[0]
         return found[0]
 
-    def dial(self, workload: str, ip: str, port: int, timeout_s: float = 5) -> socket.socket:
+    def dial(self, workload: str, ip: str, port: int, timeout_s: float = PATIENCE_S) -> socket.socket:
         """A TCP connection made by an app of the pod."""
         family = socket.AF_INET6 if ":" in ip else socket.AF_INET
         sock = self.inside(self.pid(workload), lambda: socket.socket(family, socket.SOCK_STREAM))
@@ -307,20 +314,23 @@ class Arena(LocalMesh):
         lines = [f"{method} {target} HTTP/1.1", "host: web", "connection: close", *fields]
         if body:
             lines.append(f"content-length: {len(body)}")
-        return self.raw(workload, ip, port, "\r\n".join([*lines, "", ""]).encode("latin-1") + body, 3, 1)[0]
+        return self.raw(workload, ip, port, "\r\n".join([*lines, "", ""]).encode("latin-1") + body, most=1)[0]
 
-    def raw(self, workload: str, ip: str, port: int, data: bytes, wait_s: float = 3, most: int = 9) -> list[Reply]:
-        """Bytes as they are; up to ``most`` answers, until the connection ends or nothing comes. At least one element."""
+    def raw(
+        self, workload: str, ip: str, port: int, data: bytes, more_s: float = 3, most: int = 9, wait_s: float = PATIENCE_S
+    ) -> list[Reply]:
+        """Bytes as they are; up to ``most`` answers, until the connection ends, none came in ``wait_s`` or no other follows for ``more_s``.
+        At least one element."""
         try:
             with self.dial(workload, ip, port, wait_s) as sock:
                 sock.sendall(data)
-                return read_replies(sock, most) or [Reply(0)]
+                return read_replies(sock, most, more_s) or [Reply(0)]
         except OSError as error:
             return [Reply(0, body=repr(error).encode())]
 
     def seen(self, workload: str = "web") -> list[str]:
         """What the app saw, asked over its own loopback, where no sidecar is."""
-        found: list[str] = self.raw(workload, "127.0.0.1", HTTP, b"GET /seen HTTP/1.1\r\n\r\n", 3, 1)[0].told  # type: ignore[assignment]
+        found: list[str] = self.raw(workload, "127.0.0.1", HTTP, b"GET /seen HTTP/1.1\r\n\r\n", most=1)[0].told  # type: ignore[assignment]
         return found
 
     # --- policy ---------------------------------------------------------------------------------------------------------
@@ -340,14 +350,15 @@ class Arena(LocalMesh):
             path.write_text(before)
 
 
-def read_replies(sock: socket.socket, most: int) -> list[Reply]:
-    """Answers until the connection ends, is reset, or nothing comes for the socket's timeout."""
+def read_replies(sock: socket.socket, most: int, more_s: float = 3) -> list[Reply]:
+    """Answers until the connection ends, is reset, or nothing comes: first for the socket's timeout, then for ``more_s``."""
     data, ended = b"", False
     replies: list[Reply] = []
     while True:
         while (one := _take_reply(data, ended=ended)) is not None:
             reply, data = one
             replies.append(reply)
+            sock.settimeout(more_s)
             if reply.headers.get("connection") == "close" or len(replies) == most:
                 return replies
         if ended:
@@ -372,19 +383,12 @@ def _take_reply(data: bytes, *, ended: bool) -> tuple[Reply, bytes] | None:
     return Reply(status, headers, rest[:length]), rest[length:]
 
 
-def _words(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
-    except OSError:
-        return []
-
-
 def _is(pid: int, pod: str, program: str) -> bool:
     try:
         environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
         return False
-    words = _words(pid)
+    words = command_line(pid)
     if f"HOSTNAME={pod}".encode() not in environ or not words:
         return False
     return words[-1] == program if program else words[-1] != "proxy"
@@ -418,18 +422,13 @@ class Wire:
         return b"\0\0\0\0".join(self.frames)
 
 
-def outside(arena: Arena) -> Outside:
-    """A machine beyond the mesh, with a link to the node."""
-    return Outside(arena)
-
-
 class Outside:
     """A network namespace with 198.51.100.2 and an HTTP/1.0 echo on port 80; ends with `close`."""
 
     IP = "198.51.100.2"
 
     def __init__(self, arena: Arena) -> None:
-        self._holder = subprocess.Popen(["unshare", "-n", "sleep", "600"])
+        self._holder = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "unshare", "-n", "sleep", "infinity"])
         wait_until(lambda: os.readlink(f"/proc/{self._holder.pid}/ns/net") != os.readlink("/proc/self/ns/net"), "the namespace is there")
         node = ["nsenter", "-t", str(arena.runner_pid()), "-n", "ip"]
         there = ["nsenter", "-t", str(self._holder.pid), "-n", "ip"]
@@ -465,19 +464,24 @@ class Outside:
 
 
 class Load:
-    """Requests from a pod for the length of a block, one after the other, some on fresh connections; what failed is kept, with its time."""
+    """Requests from a pod for the length of a block, one after the other. failed: (began, ended, what came) of each that was not served."""
 
     def __init__(self, ask: Callable[[], int], tasks: int = 2, pause_s: float = 0.01) -> None:
         self._ask, self._pause_s = ask, pause_s
         self._over = threading.Event()
         self.done: list[float] = []
-        self.failed: list[tuple[float, str]] = []
+        self.failed: list[tuple[float, float, str]] = []
         self._threads = [threading.Thread(target=self._run) for _ in range(tasks)]
 
     def __enter__(self) -> Load:
         for thread in self._threads:
             thread.start()
         return self
+
+    def goes_on(self, more: int = 20) -> None:
+        """Until so many more requests were served."""
+        wanted = len(self.done) + more
+        wait_until(lambda: len(self.done) >= wanted, "the load goes on")
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
@@ -486,14 +490,14 @@ class Load:
 
     def _run(self) -> None:
         while not self._over.is_set():
+            began = time.monotonic()
             try:
                 status = self._ask()
                 said = "" if status == 200 else f"status {status}"
             except OSError as error:
                 said = repr(error)
-            now = time.monotonic()
             if said:
-                self.failed.append((now, said))
+                self.failed.append((began, time.monotonic(), said))
             else:
-                self.done.append(now)
+                self.done.append(began)
             self._over.wait(self._pause_s)

@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from local import client, protocol
+
+PATIENCE_S = 30.0
+"""How long something may take that should come at once: on a machine with more to do than processors, seconds pass before one's turn
+comes. Nothing is lost by it where it comes at once."""
 COMMAND = (sys.executable, "-P", "-c", "from local.commands import local; local(prog_name='pillion local')")
 
 
@@ -23,22 +28,22 @@ class LocalMesh:
     name: str
     folder: Path
 
-    def run(self, command: str, *words: str, timeout: float = 60, **more: Any) -> subprocess.CompletedProcess[str]:
+    def run(self, command: str, *words: str, timeout: float = 120, **more: Any) -> subprocess.CompletedProcess[str]:
         """``pillion local <command> --name <name> <words>``"""
         argv = [*COMMAND, command, "--name", self.name, *words]
         return subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False, **more)
 
     def up(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Start and wait until ready."""
-        return self.run("up", "-f", str(self.folder), "--detach", "--timeout", "40", *words)
+        return self.run("up", "-f", str(self.folder), "--detach", "--timeout", "90", *words)
 
     def sh(self, pod: str, script: str, *options: str) -> subprocess.CompletedProcess[str]:
         """A shell script in a pod of the namespace ``shop``."""
         return self.run("exec", "-n", "shop", *options, pod, "--", "sh", "-c", script)
 
     def status(self) -> dict[str, Any]:
-        """``status -o json``"""
-        found: dict[str, Any] = json.loads(self.run("status", "-o", "json").stdout)
+        """As ``status -o json``, without a process for each question."""
+        found: dict[str, Any] = json.loads(protocol.as_json(client.ask(self.name, protocol.Status())))
         return found
 
     def pods(self) -> dict[str, dict[str, Any]]:
@@ -56,6 +61,10 @@ class LocalMesh:
         assert len(found) == 1, found
         return found[0]
 
+    def parts(self, name: str) -> list[int]:
+        """The process of ``identity`` or ``policy``, none while it is away."""
+        return [pid for pid in self.members() if command_line(pid)[-2:] == ["-m", name]]
+
     def members(self) -> list[int]:
         """Every process of the mesh: the runner and all its descendants."""
         pids = [self.runner_pid()]
@@ -64,6 +73,14 @@ class LocalMesh:
                 with suppress(FileNotFoundError, ProcessLookupError):  # a thread of the runner's pool may end meanwhile
                     pids += [int(child) for child in (task / "children").read_text().split()]
         return pids
+
+
+def command_line(pid: int) -> list[str]:
+    """The words of a process on this machine, none when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
+    except OSError:
+        return []
 
 
 def processes() -> list[tuple[int, str]]:
@@ -89,7 +106,7 @@ def mounts() -> list[str]:
     return [line for line in lines if not line.split()[1].startswith(("/tmp/", "/run/netns/"))]
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 20) -> None:
+def wait_until(condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S) -> None:
     """Real processes have no virtual clock: ask again every 50 ms, fail with ``what`` after the timeout."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -49,7 +49,7 @@ spec: {podSelector: {matchLabels: {app: cart}}, port: http, proxyProtocol: HTTP/
 
 def pillion(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cli.main", *words, "--name", MESH]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=Path(__file__).parents[2])
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=Path(__file__).parents[2])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,7 +96,7 @@ def test_metrics_of_a_running_sidecar_hold_its_certificate_and_memory() -> None:
 
 def test_a_rotation_leaves_the_workload_with_another_anchor() -> None:
     before = json.loads(pillion("identity", "status", "-o", "json").stdout)
-    done = pillion("identity", "rotate", "--through", "--wait", "30", "-o", "json")
+    done = pillion("identity", "rotate", "--through", "--wait", "60", "-o", "json")
     assert done.returncode == 0, done.stderr
     after = json.loads(done.stdout)
     assert {anchor["id"] for anchor in after["anchors"]}.isdisjoint(anchor["id"] for anchor in before["anchors"])
@@ -114,9 +114,9 @@ def test_a_rotation_waits_for_no_pod_that_exists_no_more(tmp_path: Path) -> None
         return {one["pod"] for one in json.loads(pillion("identity", "status", "-o", "json").stdout)["workloads"]}
 
     assert pillion("local", "apply", "-f", str(manifest)).returncode == 0
-    wait_until(lambda: "shop/leaver" in holders(), "the new pod has a certificate", 30)
+    wait_until(lambda: "shop/leaver" in holders(), "the new pod has a certificate", 60)
     assert pillion("local", "delete", "-f", str(manifest)).returncode == 0
-    wait_until(lambda: "shop/leaver" not in holders(), "the pod is gone", 30)
+    wait_until(lambda: "shop/leaver" not in holders(), "the pod is gone", 60)
     assert {name.partition("/")[0] for name in holders()} == {"shop", "pillion"}, "who exists is still known"
-    done = pillion("identity", "rotate", "--through", "--wait", "40", "-o", "json")
+    done = pillion("identity", "rotate", "--through", "--wait", "60", "-o", "json")
     assert done.returncode == 0, done.stderr

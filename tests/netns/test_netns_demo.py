@@ -33,7 +33,7 @@ def name(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def demo(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, "demo", *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([*COMMAND, "demo", *words], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
 
 
 def begin(name: str, folder: Path) -> subprocess.Popen[bytes]:
@@ -93,7 +93,7 @@ def test_whatever_ends_the_demo_ends_the_mesh(name: str, tmp_path: Path, number:
     running = begin(name, tmp_path)
     pids = members(runner_pid(name))
     running.send_signal(number)
-    code = running.wait(30)
+    code = running.wait(60)
     assert code == (-9 if number == signal.SIGKILL else 130), (tmp_path / "out").read_text()
     wait_until(lambda: nothing_left(name, pids), "everything is gone")
 
@@ -107,7 +107,7 @@ def test_a_mesh_of_that_name_is_not_taken_over(name: str, tmp_path: Path) -> Non
         assert runner_pid(name)
     finally:
         running.send_signal(signal.SIGINT)
-        running.wait(30)
+        running.wait(60)
 
 
 @pytest.mark.needs("newuidmap")
@@ -127,6 +127,6 @@ mount --bind {tmp_path}/subid /etc/subgid
 export HOME={home} XDG_RUNTIME_DIR={home} PYTHONDONTWRITEBYTECODE=1
 exec setpriv --reuid 4242 --regid 4242 --clear-groups -- {" ".join(COMMAND)} demo --name {name}
 """
-    done = subprocess.run(["unshare", "-m", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(["unshare", "-m", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"(\d+) of \1 lines as they should be", done.stdout)

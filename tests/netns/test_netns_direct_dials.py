@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from arena import HTTP, PLAIN, Arena
-from local_lab import wait_until
+from local_lab import PATIENCE_S, wait_until
 from neighbour import Neighbour
 
 from ebpf.plan import CONNECT
@@ -39,13 +39,13 @@ def test_the_sidecars_own_ports_lead_nowhere(arena: Arena, caller: str, port: in
 def test_what_an_app_binds_to_loopback_stays_private(arena: Arena, caller: str) -> None:
     with arena.dial("web", "127.0.0.1", 9999) as sock:
         assert sock.recv(20) == b"PRIVATE\r\n", "it is there"
-    assert b"PRIVATE" not in arena.raw(caller, arena.ip("web"), 9999, b"x\r\n\r\n", 1)[0].body
+    assert b"PRIVATE" not in arena.raw(caller, arena.ip("web"), 9999, b"x\r\n\r\n")[0].body
 
 
 def test_a_neighbour_cannot_write_loopback_into_its_packets(arena: Arena, neighbour: Neighbour) -> None:
     """Redirection happens before routing, so that martian destinations reach the sidecar: it must not dial them."""
     request = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
-    assert b"200 OK" in neighbour.ask(arena.ip("db-0"), PLAIN, request), "the same packets with the pod's address are served"
+    assert b"200 OK" in neighbour.ask(arena.ip("db-0"), PLAIN, request, PATIENCE_S), "the same packets with the pod's address are served"
     assert neighbour.ask("127.0.0.1", PLAIN, request) == b""
     assert neighbour.ask("127.0.0.1", 9999, b"x\r\n\r\n") == b""
 
@@ -120,7 +120,7 @@ def test_who_holds_all_admin_connections_keeps_no_probe_out(arena: Arena) -> Non
     held = [arena.dial("stranger", ip, ADMIN) for _ in range(200)]
     try:
         for _ in range(3):
-            node = arena.inside(arena.runner_pid(), lambda: socket.create_connection((ip, ADMIN), 2))
+            node = arena.inside(arena.runner_pid(), lambda: socket.create_connection((ip, ADMIN), PATIENCE_S))
             with node:
                 node.sendall(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
                 assert node.recv(100).startswith(b"HTTP/1.1 200"), "the kubelet's probe"

@@ -235,19 +235,19 @@ def test_an_unreadable_state_file_costs_no_capture(lab: Lab) -> None:
 
 def test_two_agents_do_not_share_their_pins(lab: Lab) -> None:
     lab.start()
-    second = subprocess.run(lab.words(), capture_output=True, text=True, timeout=30, check=False, cwd=Path(__file__).parents[2])
+    second = subprocess.run(lab.words(), capture_output=True, text=True, timeout=60, check=False, cwd=Path(__file__).parents[2])
     assert second.returncode == 1 and "another agent holds" in second.stderr
 
 
 def test_a_pod_that_ends_in_the_middle_of_a_transfer_is_forgotten(lab: Lab) -> None:
     lab.start()
     one, two = lab.meshed()
-    load = Load(one, two.ips[0])
+    load = Load(one, two.ips[0], patience_s=3)
     cookie = two.status()["cookie"]
     two.end()
     wait_for(lambda: len(lab.ask(Status())["pods"]) == 1, "the pod is forgotten")
     assert not (lab.pins / "1" / "pods" / str(cookie)).exists()
-    assert one.call(two.ips[0])[0]["error"], "nobody there any more"
+    assert one.call(two.ips[0], patience_s=3)[0]["error"], "nobody there any more"
     assert load.stop()[2] is False
     assert one.status()["level"] == CONNECT
 

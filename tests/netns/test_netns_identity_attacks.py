@@ -19,6 +19,7 @@ from arena import HTTP, OPAQUE, Arena, Reply, read_replies
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from local_lab import PATIENCE_S
 
 from core.credentials import Credentials
 from policy import wire
@@ -216,7 +217,7 @@ def certify(arena: Arena, token: str | None, uri: str) -> tuple[int, str]:
         body = json.dumps({"csr": csr(uri)}).encode()
         request = urllib.request.Request("https://10.142.0.1:8080/v1/certify", body, headers)
         try:
-            with urllib.request.urlopen(request, timeout=5, context=ssl._create_unverified_context()) as answer:
+            with urllib.request.urlopen(request, timeout=PATIENCE_S, context=ssl._create_unverified_context()) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:
@@ -331,8 +332,8 @@ def test_an_app_cannot(arena: Arena, trick: str) -> None:
     status = Path(f"/proc/{arena.sidecar('client')}/status").read_text()
     sidecar = status.partition("NSpid:")[2].split("\n")[0].split()[-1]
     script = trick.replace("{state}", str(arena.state)).replace("{sidecar}", sidecar)
-    assert arena.run("exec", "-n", "arena", "client", "--", "test", "-d", f"/proc/{sidecar}").returncode == 0, "it is in sight"
-    found = arena.run("exec", "-n", "arena", "client", "--", "sh", "-c", script)
+    in_sight = f"test -d /proc/{sidecar} || exit 0"
+    found = arena.run("exec", "-n", "arena", "client", "--", "sh", "-c", f"{in_sight}; {script}")
     assert found.returncode != 0, found.stdout
     assert "KEY" not in found.stdout and "eyJ" not in found.stdout
 

@@ -30,7 +30,7 @@ def test_a_port_without_a_server_is_meshed_too(arena: Arena, family: int) -> Non
 @pytest.mark.parametrize("flag", ["-4", "-6"])
 @pytest.mark.parametrize("name", ["web", "web.arena.svc.cluster.local", "db", "db-0.db", "db-1.db.arena.svc.cluster.local"])
 def test_names_of_services_and_of_stateful_pods(arena: Arena, name: str, flag: str) -> None:
-    found = arena.run("exec", "-n", "arena", "client", "--", "curl", "-sS", flag, "-m", "5", f"http://{name}:8083/who")
+    found = arena.run("exec", "-n", "arena", "client", "--", "curl", "-sS", flag, "-m", "30", f"http://{name}:8083/who")
     assert CLIENT in found.stdout, found
     if name.startswith("db-"):
         assert f'"pod": "{name[:4]}"' in found.stdout, "that very pod"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from local_lab import LocalMesh, mounts, wait_until
+from local_lab import PATIENCE_S, LocalMesh, mounts, wait_until
 
 pytestmark = [pytest.mark.netns, pytest.mark.slow, pytest.mark.needs("lsns")]
 
@@ -41,10 +43,22 @@ def namespaces_of(pids: list[int]) -> set[str]:
     return found
 
 
-def alive() -> set[str]:
-    """Every namespace of this machine that some process, mount or descriptor holds."""
-    found = subprocess.run(["lsns", "-n", "-o", "NS"], capture_output=True, text=True, check=False).stdout
-    return set(found.split())
+def alive(until: float = math.inf) -> set[str]:
+    """Every namespace of this machine that some mount or descriptor holds, or a process that began ``until`` then (seconds since boot).
+
+    The kernel gives the numbers of namespaces again: what a younger process has is another one.
+    """
+    found = subprocess.run(["lsns", "-n", "-o", "NS,PID"], capture_output=True, text=True, check=False).stdout
+    rows = [line.split() for line in found.splitlines()]
+    return {number for number, *pid in rows if not pid or began(pid[0]) <= until}
+
+
+def began(pid: str) -> float:
+    """When a process did, in seconds since boot; never for one that is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return math.inf
 
 
 @pytest.mark.parametrize("how", ["down", "kill the runner", "end the runner"])
@@ -61,7 +75,7 @@ def test_nothing_of_a_meshed_mesh_is_left(how: str, tmp_path: Path, request: pyt
     members = mesh.members()
     held = namespaces_of(members)
     assert len(held) > 15 and held <= alive()
-    fds = [os.pidfd_open(pid) for pid in members]
+    fds, ends = [os.pidfd_open(pid) for pid in members], time.clock_gettime(time.CLOCK_BOOTTIME)
     if how == "down":
         assert mesh.run("down").returncode == 0
     elif how == "kill the runner":
@@ -69,9 +83,9 @@ def test_nothing_of_a_meshed_mesh_is_left(how: str, tmp_path: Path, request: pyt
     else:
         os.kill(mesh.runner_pid(), signal.SIGTERM)
     for fd in fds:
-        assert select.select([fd], [], [], 20)[0], "a process survived"
+        assert select.select([fd], [], [], PATIENCE_S)[0], "a process survived"
         os.close(fd)
-    wait_until(lambda: not held & alive(), "no namespace is left")
+    wait_until(lambda: not held & alive(ends), "no namespace is left")
     assert machine() == before
     if how != "kill the runner":
         wait_until(lambda: not mesh.state.exists(), "no file is left")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_lab import COMMAND, LocalMesh
+from local_lab import COMMAND, PATIENCE_S, LocalMesh
 
 pytestmark = pytest.mark.netns
 
@@ -38,10 +38,10 @@ def test_a_command_that_still_runs_in_a_pod_does_not_keep_the_mesh(mesh: LocalMe
     runner = os.pidfd_open(mesh.runner_pid())
     try:
         if how == "down":
-            assert mesh.run("down", timeout=20).returncode == 0
+            assert mesh.run("down", timeout=PATIENCE_S).returncode == 0
         else:
             os.kill(mesh.runner_pid(), signal.SIGTERM)
-        assert select.select([runner], [], [], 10)[0], "the runner waits for ever"
+        assert select.select([runner], [], [], PATIENCE_S)[0], "the runner waits for ever"
     finally:
         os.close(runner)
         command.kill()

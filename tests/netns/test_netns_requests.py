@@ -50,7 +50,7 @@ def test_an_app_sees_the_verified_identity_and_no_other(arena: Arena, fields: tu
 def test_an_identity_cannot_come_in_trailers(arena: Arena, caller: str) -> None:
     chunks = b"transfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nPillion_Client-id: a\r\n\r\n"
     before = len(arena.seen())
-    assert arena.raw(caller, arena.ip("web"), PLAIN, POST + chunks, 3, 1)[0].status == 400
+    assert arena.raw(caller, arena.ip("web"), PLAIN, POST + chunks, most=1)[0].status == 400
     assert saw(arena, before) == []
 
 
@@ -254,7 +254,7 @@ def test_http2_on_a_port_declared_http1_keeps_its_rules(arena: Arena, caller: st
 )
 def test_opaque_bytes_do_not_pass_a_port_with_routes(arena: Arena, caller: str, data: bytes) -> None:
     before = len(arena.seen())
-    assert {reply.status for reply in arena.raw(caller, arena.ip("web"), HTTP, data, 1, 1)} <= {0, 400}
+    assert {reply.status for reply in arena.raw(caller, arena.ip("web"), HTTP, data, most=1, wait_s=1)} <= {0, 400}
     assert saw(arena, before) == []
 
 
@@ -262,7 +262,7 @@ def test_an_unmeshed_caller_gets_what_policy_gives_to_everybody_and_no_more(aren
     ip = arena.ip("web")
     answers = {path: arena.ask("stranger", ip, HTTP, path).status for path in ("/public", "/public/x", "/publics", "/", "/admin")}
     assert answers == {"/public": 200, "/public/x": 200, "/publics": 403, "/": 403, "/admin": 403}
-    assert arena.raw("stranger", ip, OPAQUE, b"hello", 1) == [Reply(0)]
+    assert arena.raw("stranger", ip, OPAQUE, b"hello") == [Reply(0)]
     denied = arena.ask("stranger", ip, HTTP, "/")
     assert "pillion-proxy-error" not in denied.headers, "who is not meshed learns no reason"
     assert arena.ask("client", ip, HTTP, "/admin").headers["pillion-proxy-error"] == "denied"

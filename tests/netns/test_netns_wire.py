@@ -65,7 +65,7 @@ def test_opaque_bytes_between_meshed_pods_are_tls_1_3(arena: Arena, family: int)
 def test_a_stateful_pod_of_a_headless_service_is_reached_by_tls(arena: Arena) -> None:
     marker = secrets.token_hex(16)
     with Wire(arena) as wire:
-        found = arena.run("exec", "-n", "arena", "client", "--", "curl", "-sS", "-m", "5", f"http://db-0.db:8083/{marker}")
+        found = arena.run("exec", "-n", "arena", "client", "--", "curl", "-sS", "-m", "30", f"http://db-0.db:8083/{marker}")
         assert marker in found.stdout
     assert_secret(wire.bytes, marker.encode())
 
