@@ -29,6 +29,7 @@ _log = logs.logger("hold")
 _HOOK_COMES_S = 0.5  # it starts when we do, and does less: it waits already, unless the kubelet ended before it ran one
 _PROVEN_WITHIN_S = 30.0  # the agent may be restarting
 _LOOK_S = 0.01
+_AGAIN_S = 0.1
 
 
 class NotReleased(Exception):
@@ -40,7 +41,7 @@ async def release(hooks: socket.socket, not_ready: Callable[[], list[str]], proo
     with trio.socket.from_stdlib_socket(hooks) as listener:
         while True:
             with trio.move_on_after(math.inf if proof.proven.value else _HOOK_COMES_S) as waiting:
-                caller, _ = await listener.accept()
+                caller = await _accept(listener)
             if not waiting.cancelled_caught:
                 with caller:
                     gone = _is_ours(caller) and not await _tell(caller, lambda: proof.proven.value and not not_ready())
@@ -59,6 +60,16 @@ async def end_unproven(proof: CaptureProof) -> None:
         f"this pod's traffic is not led to its sidecar after {_PROVEN_WITHIN_S:g} s, so its containers do not start: {proof.problem}."
         " Does pillion-agent run on this node, and what does it say about this pod? (pillion check)"
     )
+
+
+async def _accept(listener: trio.socket.SocketType) -> trio.socket.SocketType:
+    """The next caller. What keeps one from being accepted, such as a lack of file descriptors, passes."""
+    while True:
+        try:
+            return (await listener.accept())[0]
+        except OSError as error:
+            _log.warning("a hook cannot be heard yet", reason=str(error))
+            await trio.sleep(_AGAIN_S)
 
 
 def _is_ours(caller: trio.socket.SocketType) -> bool:

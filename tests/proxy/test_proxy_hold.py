@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import threading
 
@@ -152,3 +153,24 @@ def test_a_hook_whose_sidecar_ends_or_never_comes_says_so(name: str) -> None:
         sidecar.start()
         assert injector.hold.wait_proven(5.0, name) == "it ended"
         sidecar.join()
+
+
+async def test_a_lack_of_file_descriptors_costs_the_hook_time_and_not_the_sidecar(name: str) -> None:
+    starting = Starting()
+    starting.prove()
+    starting.reasons.clear()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(starting.released)
+        await wait_all_tasks_blocked()
+        with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (sock.fileno() + 1, hard))
+            try:
+                await sock.connect(name)
+                await wait_all_tasks_blocked()
+                with pytest.raises(BlockingIOError):
+                    sock._sock.recv(64, socket.MSG_DONTWAIT)  # type: ignore[attr-defined]
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert await sock.recv(64) == hold.READY
+        nursery.cancel_scope.cancel()
