@@ -22,7 +22,7 @@ OWN_MAX = 4
 PODS_MAX = 1024
 PAIRS_MAX = 16384
 SOCKS_MAX = 65536
-QUEUE_LIMIT = 4 << 20
+QUEUE_LIMIT = 2 << 20
 """Bytes that a reader may leave unread before its writer's next message goes by TCP, whose window then stops the writer."""
 
 

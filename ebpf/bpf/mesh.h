@@ -29,10 +29,10 @@
  *            which never waits for all.
  *   memory:  the peer's unread bytes are at most QUEUE_LIMIT. The kernel itself bounds nothing here: a reader that reads nothing lets its
  *            writer put gigabytes into kernel memory. Past the limit the message goes by TCP, whose window stops the writer.
- *   short:   TCP's own buffers are kept small (TCP_BUFFER). The order rule lets a writer back to the short way when its reader has drained
+ *   short:   TCP's send buffer is kept small (TCP_BUFFER). The order rule lets a writer back to the short way when its reader has drained
  *            TCP, and one that is faster than its reader never lets 4 MB of send buffer drain: one message past the limit, and all that
- *            follow go by TCP. With small buffers the writer is stopped, and started again by a reader that is nearly through. The bound on
- *            memory is the sum of both.
+ *            follow go by TCP. With a small one the writer is stopped, and started again by a reader that is nearly through. Not the receive
+ *            buffer: with room for one or two segments of loopback (64 KB each) some are dropped, and come again after up to 200 ms.
  * Everything else goes by TCP: an unknown peer, a peer that closed (its map entry is gone with it), a failed read. The peer's counters are
  * read through an address remembered at pairing; that socket may be freed since, so it is only ever probed, and a stranger's numbers can
  * merely choose wrongly between two correct paths' eligibility: delivery goes through the map, by a key that no other socket has.
@@ -58,7 +58,7 @@
 #define SOCKS_MAX 65536
 #endif
 #ifndef QUEUE_LIMIT
-#define QUEUE_LIMIT (4 << 20)
+#define QUEUE_LIMIT (2 << 20)
 #endif
 #ifndef TCP_BUFFER
 #define TCP_BUFFER (64 << 10) /* the kernel doubles it, for its own accounting */

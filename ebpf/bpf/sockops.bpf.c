@@ -7,7 +7,6 @@
 
 #define SOL_SOCKET 1
 #define SO_SNDBUF 7
-#define SO_RCVBUF 8
 
 #ifdef OFFSET_COPIED_SEQ
 #define TCP_SOCK(sk) ((u64)bpf_skc_to_tcp_sock(sk))
@@ -19,7 +18,6 @@
 static __always_inline void shorten(struct bpf_sock_ops *ctx) {
   int bytes = TCP_BUFFER;
   bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
-  bpf_setsockopt(ctx, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes));
 }
 
 static __always_inline void connected(struct bpf_sock_ops *ctx, struct bpf_sock *sk) {

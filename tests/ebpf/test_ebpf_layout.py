@@ -38,7 +38,7 @@ def test_the_limits_are_those_of_the_header() -> None:
     assert _defined("PAIRS_") == {"MAX": layout.PAIRS_MAX}
     assert _defined("SOCKS_") == {"MAX": layout.SOCKS_MAX}
     assert f"#define QUEUE_LIMIT ({layout.QUEUE_LIMIT >> 20} << 20)" in HEADER
-    assert layout.QUEUE_LIMIT == 4 << 20
+    assert layout.QUEUE_LIMIT == 2 << 20
 
 
 def test_the_callers_option_is_the_one_the_sidecar_sets() -> None:
