@@ -38,7 +38,7 @@ def life(make_space: Callable[..., Space]) -> Space:
         }
     ]
     serving = container("app", "serve", "--http", "8080", "--drain", "8", ports=[{"name": "http", "containerPort": 8080}])
-    serving["readinessProbe"] = {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1, "failureThreshold": 1}
+    serving["readinessProbe"] = {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1, "timeoutSeconds": 5}
     made.apply(workload("Deployment", "web", pod_spec(serving, topologySpreadConstraints=spread), replicas=2), service("web"))
     made.apply(
         {

@@ -70,8 +70,8 @@ def test_an_upgrade_from_the_previous_commit_fails_no_request(
         ground.kube.apply(printed(old, previous))
         mesh.rolled_out(*CONTROL, "daemonset/pillion-agent")
         until("only the old injector is there", lambda: _injectors(mesh) == {OLD}, 60)
-        serving = container("app", "serve", "--http", "8080", "--drain", "2", ports=[{"name": "http", "containerPort": 8080}])
-        serving["readinessProbe"] = {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1, "failureThreshold": 1}
+        serving = container("app", "serve", "--http", "8080", "--drain", "8", ports=[{"name": "http", "containerPort": 8080}])
+        serving["readinessProbe"] = {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1, "timeoutSeconds": 5}
         space.apply(workload("Deployment", "web", pod_spec(serving), replicas=2), service("web"), pod("client"))
         space.rolled_out("deployment/web")
         space.ready("client")
