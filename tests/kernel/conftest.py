@@ -17,6 +17,15 @@ from lab import Lab, LabPod
 from second_kernel import PROGRAMS, Guest
 
 ROOT = Path(__file__).parents[2]
+_AGENT = [
+    f"tests/netns/test_netns_ebpf_agent.py::test_{name}"
+    for name in (
+        "the_app_sees_the_real_caller_and_the_caller_sees_what_it_dialled[v4]",
+        "a_killed_agent_leaves_capture_as_it_is_and_a_new_one_takes_over_without_loading_anything",
+        "removal_brings_pods_to_nftables_without_a_gap_and_leaves_nothing[agent running]",
+    )
+]
+"""The agent there: it loads, tries and attaches, leads pods' connections, dies, is followed, and goes without a trace."""
 _LEFT_OUT = "not resuming and not second and not node and not grpc and not go_net and not wrk"
 _SCALE = 0.05
 """A twentieth of the rounds: what the suite looks for shows in the first of them, and emulation is ten times slower."""
@@ -37,7 +46,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin, if the test was selected and will not be skipped."""
     wanted = any(map(_in_the_guest, session.items)) and not session.config.option.collectonly
     if wanted and os.geteuid() == 0 and all(map(shutil.which, PROGRAMS)):
-        words = [sys.executable, "-m", "pytest", "tests/kernel", "-q", "--no-header", "-p", "no:cacheprovider", "-k", _LEFT_OUT]
+        words = [sys.executable, "-m", "pytest", "tests/kernel", *_AGENT, "-q", "--no-header", "-p", "no:cacheprovider", "-k", _LEFT_OUT]
         session.config.stash[_GUEST] = Guest(["env", f"PILLION_KERNEL_SCALE={_SCALE}", "CI=", *words], 1500, folder=ROOT)
 
 

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.kernel, pytest.mark.slow, pytest.mark.needs(*second_ke
 
 
 def test_the_suite_under_debians_kernel(guest: second_kernel.Guest) -> None:
-    """Everything of this folder but the sizes of loads, and applications that only repeat the same system calls."""
+    """Everything of this folder but the sizes of loads, and applications that only repeat the same system calls; and the agent."""
     code, output = guest.wait()
     assert re.search(r"=== up 6\.1\.", output), output[-2000:]
     assert code == 0, output[-6000:]
