@@ -268,6 +268,14 @@ async def test_a_redirect_that_names_a_port_of_the_sidecar_is_refused_before_any
         assert made.metric(made.client, "pillion_errors_total", direction="outbound", error="loop-detected") == 2
 
 
+async def test_a_redirect_that_names_the_caller_is_refused_before_anything_is_asked():
+    async with mesh(H11App(Slow())) as made:
+        stream = await made.dial_with_reversed_target()
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.receive_some(1)
+        assert made.metric(made.client, "pillion_errors_total", direction="outbound", error="loop-detected") == 1
+
+
 async def _get(sidecar: Sidecar, path: str, method: str = "GET", client: str = "10.1.0.5") -> Response:
     return await admin_routes(sidecar)[method, path](Request(method, path, client=ClientAddr(Addr(client, 40000))))
 
