@@ -15,32 +15,15 @@ from proxy.discover import DestinationState
 from proxy.outbound.deadlines import Deadlines
 from proxy.outbound.gate import Http1Gate, Services
 from proxy.outbound.pool import Http1Pool, Http2Pool
+from proxy.protocol.http1.client import Http1Client
 from proxy.protocol.http2 import Http2Limits
-from proxy.protocol.requests import LATER, Answer
-from proxy.rescue import Cause
 from proxy.telemetry.access_log import Mode
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.record import Recorder
 from proxy.transport.relay import Relay
+from tests.proxy.http1_fakes import FakeSink
 
 WEB = Ref("", "Service", "shop", "web")
-
-
-class Head:
-    method, target, authority, grpc, bodiless = b"GET", b"/", b"web", False, True
-
-    def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
-        return (None,) * len(names)
-
-
-class Engine:
-    """Keeps the verdicts that come late."""
-
-    def __init__(self) -> None:
-        self.verdicts: list[Any] = []
-
-    def proceed(self, token: int, verdict: Any) -> None:
-        self.verdicts.append(verdict)
 
 
 class Dialer:
@@ -66,9 +49,9 @@ async def test_a_bug_while_dialling_costs_the_request_and_not_the_sidecar(addr: 
         pools = Http1Pool(relay, 1), Http2Pool(relay, Http2Limits())
         services = Services(dialer, relay, nursery, *pools, Deadlines(relay, nursery, trio.current_time), trio.current_time)
         gate = Http1Gate(services, destination.hold(), recorder.outbound(Addr("10.0.0.9", 1), Addr("10.96.0.1", 80), WEB))
-        gate.engine = engine = Engine()  # type: ignore[assignment]
-        assert gate.request(Head(), 1) is LATER
-    [verdict] = engine.verdicts
-    assert isinstance(verdict, Answer)
-    assert verdict.cause is Cause.INTERNAL
+        sink = FakeSink()
+        gate.engine = Http1Client(sink, gate)
+        gate.engine.received(b"GET / HTTP/1.1\r\nhost: web\r\n\r\n")
+        assert not sink.out, "the dialler has not failed yet"
+    assert sink.out.startswith(b"HTTP/1.1 500 ") and b"pillion-proxy-error: internal\r\n" in sink.out
     assert logged[0][0][0] == "error"
