@@ -14,7 +14,7 @@ import yaml
 
 from policy import wire
 from policy.admission import parse_object
-from policy.authorize import Client, Denied, NoRoute, Permit, PortAuthorizer
+from policy.authorize import BadTarget, Client, Denied, NoRoute, Permit, PortAuthorizer
 from policy.gateway import InboundRoute
 from policy.index import Index
 from policy.match import RouteTable, host_untrusted
@@ -113,7 +113,9 @@ def test_who_may_use_the_rule_may_make_the_request_and_nobody_else(given: Given,
     for name in rules:
         client = Client("10.0.0.9", f"spiffe://cluster.local/ns/shop/sa/{name.replace('.', '-')}")
         decision = port.for_client(client).request(method, target, authority, values)
-        if case["expect"] == "none":
+        if case.get("inbound") == "refused":
+            assert type(decision) is BadTarget
+        elif case["expect"] == "none":
             assert type(decision) is NoRoute
         else:
             assert type(decision) is (Permit if name == case["expect"] else Denied)
