@@ -47,7 +47,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     wanted = any(map(_in_the_guest, session.items)) and not session.config.option.collectonly
     if wanted and os.geteuid() == 0 and all(map(shutil.which, PROGRAMS)):
         words = [sys.executable, "-m", "pytest", "tests/kernel", *_AGENT, "-q", "--no-header", "-p", "no:cacheprovider", "-k", _LEFT_OUT]
-        session.config.stash[_GUEST] = Guest(["env", f"PILLION_KERNEL_SCALE={_SCALE}", "CI=", *words], 1500, folder=ROOT)
+        session.config.stash[_GUEST] = Guest(["env", f"PILLION_KERNEL_SCALE={_SCALE}", "CI=", *words], 2400, folder=ROOT)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
