@@ -31,7 +31,9 @@ def spread(ground: Ground, mesh: Space) -> Iterator[Space]:
         yield mesh
     finally:
         mesh.run("delete", "poddisruptionbudgets", "--all")
-        mesh.run("delete", *DEPLOYMENTS)  # a scheduler lets a pod that a parting one kept away wait for up to five minutes
+        mesh.run("delete", *DEPLOYMENTS)
+        # a pod that parting ones keep away is looked at again after five minutes only
+        mesh.run("wait", "--for=delete", "pod", f"--selector=app.kubernetes.io/component in ({', '.join(COMPONENTS)})", "--timeout=60s")
         ground.kube.apply(ground.install())
         mesh.rolled_out(*DEPLOYMENTS, "daemonset/pillion-agent", seconds=180)
 
