@@ -107,6 +107,7 @@ async def test_the_bundle_is_in_every_namespace_and_stays_there(tmp_path: Path, 
         assert cluster.bundle("ending") == ""
 
 
+@pytest.mark.slow
 async def test_a_rotation_goes_through_with_workloads_at_every_replica(tmp_path: Path, port: int) -> None:
     async with mesh(tmp_path, port) as cluster:
         for _ in range(3):
@@ -128,6 +129,7 @@ async def test_a_rotation_goes_through_with_workloads_at_every_replica(tmp_path:
                 assert not workload.seen.failures
 
 
+@pytest.mark.slow
 async def test_a_rotation_goes_through_with_workloads_that_ask_one_replica_and_report_to_another(tmp_path: Path, port: int) -> None:
     async with mesh(tmp_path, port) as cluster:
         for _ in range(3):
@@ -142,6 +144,7 @@ async def test_a_rotation_goes_through_with_workloads_that_ask_one_replica_and_r
             assert (await cluster.status()).generation == 5
 
 
+@pytest.mark.slow
 async def test_a_rotation_survives_the_leader_and_every_replica_in_turn(tmp_path: Path, port: int) -> None:
     async with mesh(tmp_path, port) as cluster:
         for _ in range(2):
@@ -203,6 +206,7 @@ async def test_a_replica_that_does_not_lead_says_who_does(tmp_path: Path, port: 
         assert (answer.error, answer.again) == ("this replica, identity-3, does not lead; ask identity-2", True)
 
 
+@pytest.mark.slow
 async def test_while_the_api_server_is_away_the_authority_stays_and_nobody_leads(tmp_path: Path, port: int) -> None:
     async with mesh(tmp_path, port) as cluster:
         replica = await cluster.ready(await cluster.start())
@@ -228,6 +232,7 @@ def given(cluster: Mesh, issuer: Issuer, *roots: Pair) -> None:
     cluster.server.secret("pillion-issuer", **{name: base64.b64encode(value).decode() for name, value in values.items()})
 
 
+@pytest.mark.slow
 async def test_a_given_issuer_is_followed_and_a_new_anchor_waits_for_the_workloads(tmp_path: Path, port: int) -> None:
     async with mesh(tmp_path, port) as cluster:
         now = time.time()
@@ -336,6 +341,7 @@ async def reported(workload: Workload, generation: int) -> int:
     return bundle_untrusted(answer).generation
 
 
+@pytest.mark.slow
 async def test_an_authority_of_our_own_gives_way_to_a_given_one_without_a_break(tmp_path: Path, port: int) -> None:
     async with mesh(tmp_path, port) as cluster:
         own = await cluster.start()

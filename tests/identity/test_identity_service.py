@@ -290,6 +290,7 @@ async def test_a_workload_that_lags_is_named_and_blocks_the_step(tmp_path: Path)
                 assert lab.authority.rotate(Step.SWITCH) is None
 
 
+@pytest.mark.slow
 async def test_a_restart_in_mid_rotation_goes_on_where_it_was(tmp_path: Path) -> None:
     lab = new_lab(tmp_path)
     async with trio.open_nursery() as nursery:
@@ -317,6 +318,7 @@ async def in_background(workload: Workload, task_status: trio.TaskStatus[None]) 
         await trio.sleep_forever()
 
 
+@pytest.mark.slow
 async def test_workloads_keep_speaking_to_each_other_through_every_step(tmp_path: Path) -> None:
     """Each pair handshakes with whatever it holds at the moment, all the time, while the trust is rotated twice."""
     lab = new_lab(tmp_path)

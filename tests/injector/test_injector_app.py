@@ -137,6 +137,7 @@ async def cluster() -> AsyncIterator[FakeApiServer]:
         yield server
 
 
+@pytest.mark.slow
 async def test_the_process_serves_the_api_server_and_ends_in_order(tmp_path: Path) -> None:
     async with cluster() as server:
         environ = settings(tmp_path, server)

@@ -196,6 +196,7 @@ async def test_noise_inside_tls_ends_its_own_connection_only() -> None:
         assert (await lab.review(annotated()))["allowed"] is True
 
 
+@pytest.mark.slow
 async def test_http_2_is_refused() -> None:
     import h2.config
     import h2.connection

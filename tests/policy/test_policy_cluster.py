@@ -151,6 +151,7 @@ async def test_a_sidecar_is_told_a_status_is_written_and_controllers_may_go() ->
         await watched.wait_for(lambda policy: policy is not None and policy.authorizations != ())
 
 
+@pytest.mark.slow
 async def test_of_two_replicas_one_writes_and_the_other_takes_over() -> None:
     async with cluster() as (server, authority, nursery):
         replicas = [Replica(server, authority, f"policy-{name}", free_port()) for name in "ab"]

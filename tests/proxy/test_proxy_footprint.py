@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = (
     "asyncio", "bcc", "click", "grpc", "h2", "hypercorn", "jwt", "kubernetes", "prometheus_client", "pyroute2", "rich", "starlette", "yaml",
 )  # fmt: skip
@@ -30,6 +32,7 @@ def loaded(module: str, then: str = "") -> set[str]:
     return set(shown.stdout.split())
 
 
+@pytest.mark.slow
 def test_the_sidecar_loads_nothing_heavy() -> None:
     names = loaded("proxy.__main__, proxy.app")
     assert names & set(HEAVY) == set()
@@ -43,6 +46,7 @@ def test_of_the_other_components_the_sidecar_loads_its_own_end_only() -> None:
         assert {part[1] for part in parts if part[0] == package and len(part) > 1} == expected
 
 
+@pytest.mark.slow
 def test_regular_expressions_cost_nothing_until_a_policy_has_one() -> None:
     assert "re2" not in loaded("proxy.app", ROUTE.format(type="PathPrefix"))
     assert "re2" in loaded("proxy.app", ROUTE.format(type="RegularExpression"))

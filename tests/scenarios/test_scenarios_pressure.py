@@ -63,6 +63,7 @@ class Source:
                 await self.write(stream)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["opaque", "http"])
 async def test_a_client_that_does_not_read_stops_the_app_and_gets_everything_later(kind: str):
     source = Source()
@@ -85,6 +86,7 @@ async def test_a_client_that_does_not_read_stops_the_app_and_gets_everything_lat
         assert kind == "http" or digest.digest() == expected
 
 
+@pytest.mark.slow
 async def test_an_app_that_does_not_read_stops_the_client_and_gets_everything_later():
     source, go = Source(), trio.Event()
     received = 0

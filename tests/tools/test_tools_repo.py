@@ -138,6 +138,7 @@ def test_a_module_without_docstring_and_an_empty_promise_are_refused(
     assert "core.refs is pure, but there is no such module" in told
 
 
+@pytest.mark.slow
 def test_what_a_machine_lacks_skips_on_a_laptop_and_fails_in_ci(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     pytester.makeconftest((ROOT / "tests/conftest.py").read_text(encoding="utf-8"))
     pytester.makeini("[pytest]\nmarkers =\n    needs(program): x\n")
