@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from core.key_usage import key_usage
 from core.names import WorkloadId
 from identity.bundle import InvalidBundle, IssuerRef, anchor_above, certificate_id, read_bundle_untrusted
 
@@ -117,7 +118,7 @@ def _ca_builder(
     return (
         _builder(subject, issuer, key.public_key(), signer.public_key(), not_before, not_after)
         .add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
-        .add_extension(_key_usage(ca=True), critical=True)
+        .add_extension(key_usage(ca=True), critical=True)
     )
 
 
@@ -147,20 +148,6 @@ def _utc(at: float) -> datetime:
     return datetime.fromtimestamp(int(at), UTC)
 
 
-def _key_usage(*, ca: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not ca,
-        key_cert_sign=ca,
-        crl_sign=ca,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
 def sign_leaf(issuer: Issuer, key: ec.EllipticCurvePublicKey, identity: WorkloadId, now: float, lifetime_s: float) -> SignedLeaf:
     """Certify ``key`` for ``identity``: now - skew to now + lifetime + skew, clamped to the chain. Raises IssuerExpired.
 
@@ -173,7 +160,7 @@ def sign_leaf(issuer: Issuer, key: ec.EllipticCurvePublicKey, identity: Workload
     certificate = (
         _builder(x509.Name([]), issuer.pair.certificate.subject, key, issuer.pair.key.public_key(), not_before, not_after)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(ca=False), critical=True)
+        .add_extension(key_usage(ca=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
         .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(identity.uri)]), critical=True)
         .sign(issuer.pair.key, hashes.SHA256())

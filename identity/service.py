@@ -10,16 +10,17 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
 import trio
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from core.k8s.https import BadBody, read_body
 from core.names import WorkloadId
 from core.runtime import logs
 from core.runtime.throttle import Throttle
@@ -29,7 +30,6 @@ from identity.issuer import IssuerExpired
 from identity.tokens import ReviewUnavailable, Subject, TokenRefused, TokenReviewer
 from identity.wire import BODY_MAX_BYTES, POLL_S, TOKEN_MAX_BYTES, Known, Refused, WireError, certify_request_untrusted
 
-_BODY_TIMEOUT_S = 5.0
 _REVIEWS_AT_ONCE = 64
 _SIGNATURES_AT_ONCE = 256  # requests in work; more wait at the door and then get 503
 _POLLS_MAX = 20_000  # one a sidecar: about 20 KiB each
@@ -238,16 +238,7 @@ def _reported(request: Request) -> tuple[int, str]:
 
 
 async def _body(request: Request) -> bytes:
-    body = bytearray()
     try:
-        with trio.fail_after(_BODY_TIMEOUT_S):
-            async with aclosing(request.stream()) as chunks:
-                async for chunk in chunks:
-                    body += chunk
-                    if len(body) > BODY_MAX_BYTES:
-                        raise Rejected(400, f"the body is longer than {BODY_MAX_BYTES} bytes")
-    except trio.TooSlowError:
-        raise Rejected(400, f"the body did not arrive within {_BODY_TIMEOUT_S:.0f} s") from None
-    except ClientDisconnect:
-        raise Rejected(400, "the connection ended before the body") from None
-    return bytes(body)
+        return await read_body(request, BODY_MAX_BYTES)
+    except BadBody as error:
+        raise Rejected(error.status, str(error)) from None

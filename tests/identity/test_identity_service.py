@@ -113,7 +113,7 @@ CART = request_for("cart")
         pytest.param(400, "not a CertifyRequest", "cart", b"{}", id="no request"),
         pytest.param(400, "not a CertifyRequest", "cart", b"\xff", id="no JSON"),
         pytest.param(400, "not a PKCS#10 request", "cart", b'{"csr": "AAAA"}', id="no CSR"),
-        pytest.param(400, "longer than 16384 bytes", "cart", b" " * 20_000, id="long body"),
+        pytest.param(413, "longer than 16384 bytes", "cart", b" " * 20_000, id="long body"),
     ],
 )
 async def test_a_refusal_names_what_was_wrong(tmp_path: Path, status: int, sentence: str, token: str | None, body: bytes) -> None:
