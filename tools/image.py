@@ -1,7 +1,7 @@
 """The image, built here: bases from a Debian mirror instead of a registry, then the Containerfile by buildah, then archives for a cluster.
 
     tools/image.py build [--hot compiled] [--agent]   the whole image by the Containerfile; libraries are cached until the lock file changes
-    tools/image.py code [--agent]                     only the newest code on the libraries of the last build: about a second
+    tools/image.py code [--hot compiled] [--agent]    only the newest code on the libraries of the last build: a second, more to compile
     tools/image.py paths                              where the archives lie
 
 Everything lies in ~/.cache/pillion/images (PILLION_CACHE changes the folder). An archive is an OCI layout in a tar, for
@@ -37,6 +37,7 @@ NAME = "localhost/pillion"
 
 CODE = ("core", "proxy", "policy", "identity", "injector", "ebpf", "local", "cli", "manifests")
 PREFIX = "opt/pillion"
+_NO_COMPILER = 3  # an exit code of tools/compile.py
 
 _UNNEEDED = ("/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/zoneinfo/*")
 BASES = {
@@ -149,12 +150,24 @@ def layout(agent: bool) -> Path:
     return CACHE / ("layout-agent" if agent else "layout")
 
 
-def code(*, agent: bool) -> None:
+def code(*, agent: bool, hot: str) -> None:
     """Write the archive: the last build's layers, the last of them (our code) replaced by the code as it is now."""
     made = layout(agent)
     if not made.exists():
         raise Failed(f"there is no earlier build of {image(agent)}: run `tools/image.py build{' --agent' if agent else ''}` first")
-    derive(archive(agent), image(agent), made, code_layer(), {}, replace=True)
+    derive(archive(agent), image(agent), made, code_layer(compiled=compiled_copy() if hot == "compiled" else None), {}, replace=True)
+
+
+def compiled_copy() -> Path | None:
+    """The copy with compiled modules that the tests of the data path use too, made now if it is not current; None without a compiler."""
+    copy = ROOT / ".cache" / "compiled"
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "compile.py"), str(copy)], capture_output=True, text=True, check=False)
+    if done.returncode == _NO_COMPILER:
+        say(done.stderr.strip())
+        return None
+    if done.returncode:
+        raise Failed(f"tools/compile.py failed with {done.returncode}:\n{done.stderr[-4000:]}")
+    return copy
 
 
 def derive(path: Path, name: str, made: Path, layer: bytes, settings: dict[str, Any], *, replace: bool = False) -> None:
@@ -176,8 +189,11 @@ def opened(made: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return manifest, json.loads(_blob(made, manifest["config"]["digest"]))
 
 
-def code_layer(root: Path = ROOT) -> bytes:
-    """The code below ``root`` as one layer, compiled ahead: the base must have this interpreter's version of Python."""
+def code_layer(root: Path = ROOT, *, compiled: Path | None = None) -> bytes:
+    """The code below ``root`` as one layer, compiled ahead: the base must have this interpreter's version of Python.
+
+    With the machine code of the ``compiled`` copy beside it, if given; a Python of another version would overlook that.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         top = Path(scratch) / PREFIX
         for name in CODE:
@@ -189,6 +205,8 @@ def code_layer(root: Path = ROOT) -> bytes:
         (top / "bin" / "python").symlink_to("/usr/bin/python3")
         (top / "bin" / "pillion").write_text('#!/bin/sh\nexec python3 -m cli.main "$@"\n')
         (top / "bin" / "pillion").chmod(0o755)
+        for library in compiled.rglob("*.so") if compiled else ():
+            shutil.copy(library, top / library.relative_to(compiled))
         compileall.compile_dir(top, quiet=2, stripdir=scratch, invalidation_mode=PycInvalidationMode.UNCHECKED_HASH)
         return tar_of(Path(scratch))
 
@@ -275,7 +293,7 @@ def main(arguments: Sequence[str]) -> int:
             if chosen.what == "build":
                 build(agent=chosen.agent, hot=chosen.hot)
             elif chosen.what == "code":
-                code(agent=chosen.agent)
+                code(agent=chosen.agent, hot=chosen.hot)
     except Failed as failed:
         say(str(failed))
         return 1

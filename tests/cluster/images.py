@@ -19,7 +19,10 @@ APP = Path(__file__).parent / "app"
 
 
 def pillion(*, agent: bool = True) -> list[Path]:
-    """Pillion's image with the code as it is, and the agent's; libraries are built only when the lock file or the Containerfile changed."""
+    """Pillion's image with the code as it is, and the agent's; libraries are built only when the lock file or the Containerfile changed.
+
+    With compiled modules, as users' images have them; plain Python where there is no compiler.
+    """
     recipe = hashlib.sha256()
     for name in ("Containerfile", "requirements-image.lock", "tools/image.py"):
         recipe.update((image.ROOT / name).read_bytes())
@@ -30,7 +33,7 @@ def pillion(*, agent: bool = True) -> list[Path]:
             if not stamp.exists() or stamp.read_text() != recipe.hexdigest() or not image.layout(of_agent).exists():
                 image.build(agent=of_agent, hot="interpreted")
                 stamp.write_text(recipe.hexdigest())
-            image.code(agent=of_agent)
+            image.code(agent=of_agent, hot="compiled")
         made.append(image.archive(of_agent))
     return made
 

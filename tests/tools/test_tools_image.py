@@ -50,6 +50,14 @@ def test_the_code_layer_holds_precompiled_code_and_nothing_else() -> None:
     assert not [name for name in found if name.startswith(("opt/pillion/tests", "opt/pillion/bench", "opt/pillion/tools"))]
 
 
+def test_compiled_modules_lie_beside_their_source_in_the_code_layer(tmp_path: Path) -> None:
+    (tmp_path / "proxy" / "transport").mkdir(parents=True)
+    for name in ("group__mypyc.so", "proxy/transport/relay.so", "proxy/transport/relay.py", "stamp"):
+        (tmp_path / name).write_text("made")
+    added = names(image.code_layer(compiled=tmp_path)) - names(image.code_layer())
+    assert added == {"opt/pillion/group__mypyc.so", "opt/pillion/proxy/transport/relay.so"}
+
+
 def test_a_layer_is_added_or_the_last_one_replaced(tmp_path: Path) -> None:
     first, second, third = (image.tar_of(_folder(tmp_path, name)) for name in ("first", "second", "third"))
     image.single_layer(tmp_path / "base.tar", "localhost/base:1", first, ["/bin/true"], User="7")
