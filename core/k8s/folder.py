@@ -13,6 +13,7 @@ Writers that replace a file by an atomic rename are seen at the next look.
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -133,8 +134,7 @@ class FolderSource:
     def _read(self, name: str, before: Mapping[Ref, Object]) -> tuple[dict[Ref, Object], tuple[Refusal, ...]]:
         """The file's objects, with the last good version in the place of a refused one."""
         try:
-            with open(self._folder / name, "rb") as file:
-                documents = read_manifests(file.read(MAX_FILE_BYTES + 1), is_json=name.endswith(".json"))
+            documents = read_manifests(_content(self._folder / name), is_json=name.endswith(".json"))
         except (OSError, InvalidManifest) as error:
             return dict(before), (Refusal(name, None, str(error), kept=bool(before)),)
         read: dict[Ref, Object] = {}
@@ -172,6 +172,14 @@ class FolderSource:
                 self._in_force[ref] = object_
                 events.append(Apply(object_))
         return events
+
+
+def _content(path: Path) -> bytes:
+    """What a file holds, up to a byte more than is read. A pipe or device is refused: opening one may wait for ever. Raises OSError."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("expected a file, found something else")
+        return file.read(MAX_FILE_BYTES + 1)
 
 
 def _ref_of(raw: Raw) -> Ref | None:

@@ -182,3 +182,15 @@ def test_a_misspelt_name_or_kind_does_not_delete_what_it_stands_for(tmp_path: Pa
     assert _told([*source.look(), *source.look()]) == ["+c"]
     _write(tmp_path, "a.yaml", _account("c"))
     assert _told([*source.look(), *source.look()]) == ["-a", "-b"]
+
+
+def test_a_pipe_or_device_among_the_manifests_is_refused_and_holds_nothing_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").symlink_to("/dev/zero")
+    _write(tmp_path, "c.yaml", _account("c"))
+    source = _source(tmp_path)
+    assert _told(source.look()) == ["+c"]
+    assert [(refusal.where, refusal.reason) for refusal in source.refusals] == [
+        ("a.yaml", "expected a file, found something else"),
+        ("b.yaml", "expected a file, found something else"),
+    ]

@@ -24,6 +24,14 @@ def test_json_is_json() -> None:
     assert read_manifests(b'{"kind": "A"}', is_json=True) == [{"kind": "A"}]
     with pytest.raises(InvalidManifest):
         read_manifests(b"kind: A", is_json=True)
+    with pytest.raises(InvalidManifest, match="the key 'kind' twice"):
+        read_manifests(b'{"kind": "A", "kind": "B"}', is_json=True)
+
+
+def test_numbers_to_the_base_60_are_text_as_kubectl_reads_them() -> None:
+    assert _yaml("port: 22:22\nat: 1:30.5\nmode: 0x1F\nshare: 2.5\nlow: -7") == [
+        {"port": "22:22", "at": "1:30.5", "mode": 31, "share": 2.5, "low": -7}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -31,9 +39,16 @@ def test_json_is_json() -> None:
     [
         ("a: 1\na: 2", "the key 'a' twice"),
         ("1: x", "a key that is not a string"),
+        ("<<: {1: x}", "a key that is not a string"),
         ("- a", "document 1: expected an object, found list"),
         ("a: [", "while parsing"),
         ("a: !!python/object/apply:os.system [id]", "could not determine a constructor"),
+        ("a: .inf", "the API's JSON can carry"),
+        ("a: !!binary YQ==", "the API's JSON can carry"),
+        ("a: 18446744073709551616", "the API's JSON can carry"),
+        ('a: "\\ud800"', "the API's JSON can carry"),
+        ('"\\ud800": a', "the API's JSON can carry"),
+        ("a: !!int 1" + ":1" * 100, "a number of more than 64 characters"),
         ("a: &x [*x]", "an alias inside the value it stands for|recursive|200 levels"),
     ],
 )
@@ -48,6 +63,16 @@ def test_aliases_cannot_make_a_small_file_large() -> None:
     with pytest.raises(InvalidManifest, match="after aliases are expanded"):
         _yaml("\n".join(levels))
     assert _yaml("a: &l {x: y}\nb: *l\nc: {<<: *l, z: w}") == [{"a": {"x": "y"}, "b": {"x": "y"}, "c": {"x": "y", "z": "w"}}]
+
+
+def test_merges_cannot_make_a_small_file_large() -> None:
+    levels = ["a0: &a0 {k: v}"]
+    levels += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}], k{n}: v}}" for n in range(1, 40)]
+    for text in ("\n".join(levels), "\n".join(reversed(levels)), "a: &a {<<: *a}"):
+        with pytest.raises(InvalidManifest):
+            _yaml(text)
+    with pytest.raises(InvalidManifest, match="merged values"):
+        _yaml("\n".join(levels))
 
 
 def test_a_file_is_bounded() -> None:
