@@ -7,7 +7,7 @@ from typing import Any
 import click
 import msgspec
 
-from cli.output import CommandFailed, namespace_option, output_option, print_json, print_table, ref_text
+from cli.output import CommandFailed, namespace_option, output_option, print_json, print_table, ref_text, say
 from cli.where import Asked, Where, where_options
 
 
@@ -29,7 +29,7 @@ def proxy_metrics(workload: str, namespace: str, where: Where, output: str) -> N
         print_json({name: _samples(text) for name, text in found.items()})
         return
     for name, text in found.items():
-        click.echo(f"# pod {name}\n{text.rstrip()}")
+        say(f"# pod {name}\n{text.rstrip()}")
 
 
 def _samples(text: str) -> list[dict[str, Any]]:
@@ -71,9 +71,9 @@ def _policy_row(found: dict[str, Any] | None) -> tuple[object, ...]:
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    click.echo(report["why"])
+    say(report["why"])
     for shadowed in report["shadowed"]:
-        click.echo(f"without effect, because an older Server selects the port too: {ref_text(shadowed)}")
+        say(f"without effect, because an older Server selects the port too: {ref_text(shadowed)}")
     rows = [("all requests", *_grant_row(grant)) for grant in report["grants"]]
     for route in report["routes"]:
         name = ref_text(route["route"]) + (" (narrowed)" if route["narrowed"] else "")

@@ -22,9 +22,9 @@ class CommandFailed(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         """Two lines on stderr."""
-        click.echo(f"error: {self.message}", err=True)
+        say(f"error: {self.message}", err=True)
         if self.next_step:
-            click.echo(f"  try: {self.next_step}", err=True)
+            say(f"  try: {self.next_step}", err=True)
 
 
 def output_option(command: F) -> F:
@@ -38,6 +38,11 @@ def namespace_option(command: F) -> F:
     return click.option("-n", "--namespace", default="default", show_default=True, help="The workload's namespace.")(command)
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """Lines that may repeat what pods, sidecars or objects of a cluster say: they cannot steer a terminal."""
+    click.echo("\n".join(printable(line) for line in text.split("\n")), err=err)
+
+
 def print_json(value: object) -> None:
     """Indented, keys in the order given."""
     click.echo(msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2).decode())
@@ -48,13 +53,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty:
     if not rows:
         click.echo(empty)
         return
-    cells = [[_printable(str(cell)) for cell in row] for row in rows]
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     widths = [max(len(line[at]) for line in [list(columns), *cells]) for at in range(len(columns))]
     for line in [list(columns), *cells]:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """One line without control characters, and without what turns the direction of writing."""
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 

@@ -18,7 +18,7 @@ from cli.check.catalogue import CONTROL_PLANE, DATA_PLANE, PRE
 from cli.check.cluster import Cluster
 from cli.check.model import Category, Check, Result, succeeded
 from cli.check.run import run_checks
-from cli.output import CommandFailed, print_json
+from cli.output import CommandFailed, print_json, printable
 from core.k8s.cluster import NoCluster, connect
 
 Output = Literal["table", "json", "short"]
@@ -77,7 +77,9 @@ class _Screen:
         """Shown while waiting, and gone afterwards."""
         if not self._errors.is_terminal:
             return
-        line = Text(f"{category.title}: {check.sentence}" + (f" ({cause.splitlines()[0]})" if cause else ""), overflow="ellipsis")
+        line = Text(
+            f"{category.title}: {check.sentence}" + (f" ({printable(cause.splitlines()[0])})" if cause else ""), overflow="ellipsis"
+        )
         if self._status is None:
             self._status = self._errors.status(line)
             self._status.start()
@@ -103,16 +105,12 @@ class _Screen:
 def lines(result: Result) -> list[Text]:
     """What is printed about one result; text of the cluster is never markup, nor can it steer a terminal."""
     mark, colour = _MARKS[result.outcome]
-    remark = f" ({_printable(result.text)})" if result.text and result.outcome in ("success", "skipped") else ""
+    remark = f" ({printable(result.text)})" if result.text and result.outcome in ("success", "skipped") else ""
     found = [Text.assemble((mark, colour), f" {result.check.sentence}{remark}")]
     if result.outcome in ("error", "warning"):
-        found += [Text(f"    {_printable(line)}") for line in result.text.splitlines()]
-        found.append(Text.assemble("    ", ("try: ", "bold"), result.hint))
+        found += [Text(f"    {printable(line)}") for line in result.text.splitlines()]
+        found.append(Text.assemble("    ", ("try: ", "bold"), printable(result.hint)))
     return found
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def summary(results: Sequence[Result]) -> str:

@@ -317,6 +317,22 @@ def test_metrics_stay_readable_for_prometheus(mesh: FakeMesh) -> None:
     assert found["shop/cart-2"] == [{"name": "pillion_request_total", "labels": {"direction": "inbound"}, "value": 3}]
 
 
+def test_nothing_that_a_pod_says_steers_the_terminal(mesh: FakeMesh, controller: dict[str, tuple[int, object]]) -> None:
+    hostile = "a\x1b]0;title\x07\x9b2Jb\u202ec\rd"
+    mesh.admin["/metrics"] = (200, f"# HELP x {hostile}\nx 1\n".encode())
+    report: dict[str, Any] = {"why": hostile, "shadowed": [{**SERVER, "name": hostile}], "grants": [], "routes": []}
+    controller["/diagnostics/policy?namespace=shop&pod=cart&port=8080"] = (200, report)
+    controller["/diagnostics/authz?namespace=shop&pod=cart"] = (500, {"error": hostile})
+    results = [
+        run("diagnostics", "proxy-metrics", "cart", "-n", "shop"),
+        run("diagnostics", "policy", "cart", "-n", "shop", "-p", "8080"),
+        run("authz", "cart", "-n", "shop"),
+    ]
+    for shown in [result.stdout + result.stderr for result in results]:
+        assert "a?]0;title??2Jb?c?d" in shown
+        assert all(line.isprintable() for line in shown.split("\n"))
+
+
 def test_diagnostics_policy_of_a_port_explains_itself(mesh: FakeMesh, controller: dict[str, tuple[int, object]]) -> None:
     grant = {"policy": {**SERVER, "name": "web"}, "clients": "nobody", "problem": "no such MeshTLSAuthentication"}
     report: dict[str, Any] = {"why": "server shop/cart takes the port over", "shadowed": [SERVER], "grants": [grant], "routes": []}
