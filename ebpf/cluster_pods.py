@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from core.runtime import memory
 from ebpf import procs
-from ebpf.facts import facts_untrusted
+from ebpf.facts import facts_untrusted, has_ended
 from ebpf.pods import Pods
 from ebpf.wire import BadMessage, PodFacts
 
@@ -139,6 +139,7 @@ class ClusterPods:
         self._api = api
         self._lock = threading.Lock()
         self._wanted: dict[str, PodFacts] = {}
+        self._living: set[str] = set()
         self._applied: dict[str, PodFacts] = {}
         self._refused: dict[str, str] = {}
         self.synced = False
@@ -171,18 +172,19 @@ class ClusterPods:
         assert self._api is not None
         found: dict[str, PodFacts] = {}
         refused: dict[str, str] = {}
+        living: set[str] = set()
         selector = quote(f"spec.nodeName={self._node}")
         token = ""
         while True:
             path = f"/api/v1/pods?fieldSelector={selector}&limit={_PAGE}" + (f"&continue={quote(token)}" if token else "")
             page = json.loads(b"\n".join(self._api.lines(path, 30)))
             for pod in page["items"]:
-                self._take(pod, found, refused)
+                self._take(pod, found, refused, living)
             token = page["metadata"].get("continue") or ""
             if not token:
                 break
         with self._lock:
-            self._wanted, self._refused, self.synced = found, refused, True
+            self._wanted, self._refused, self._living, self.synced = found, refused, living, True
         self._wake()
         version: str = page["metadata"]["resourceVersion"]
         del page
@@ -204,12 +206,15 @@ class ClusterPods:
             with self._lock:
                 self._wanted.pop(pod["metadata"]["uid"], None)
                 self._refused.pop(pod["metadata"]["uid"], None)
+                self._living.discard(pod["metadata"]["uid"])
                 if kind != "DELETED":
-                    self._take(pod, self._wanted, self._refused)
+                    self._take(pod, self._wanted, self._refused, self._living)
             self._wake()
         return version
 
-    def _take(self, pod: Mapping[str, Any], found: dict[str, PodFacts], refused: dict[str, str]) -> None:
+    def _take(self, pod: Mapping[str, Any], found: dict[str, PodFacts], refused: dict[str, str], living: set[str]) -> None:
+        if not has_ended(pod):
+            living.add(pod["metadata"]["uid"])
         try:
             facts = facts_untrusted(pod)
         except BadMessage as error:
@@ -219,16 +224,20 @@ class ClusterPods:
             found[facts.id] = facts
 
     def apply(self, pods: Pods) -> bool:
-        """Register what appeared, unregister what is gone; returns whether a pod is still without namespace. Never blocks on the API."""
+        """Register what appeared, unregister what is gone; returns whether a pod is still without namespace. Never blocks on the API.
+
+        A pod that is captured stays so while it lives, whatever becomes of its annotations: edited ones that cannot be understood, or are
+        no injected pod's any more, must not let its app around the sidecar.
+        """
         with self._lock:
             if not self.synced:
                 return False
-            wanted = dict(self._wanted)
+            wanted, living = dict(self._wanted), set(self._living)
             for uid, why in self._refused.items():
                 pods.failures[uid] = why
         for uid in [uid for uid in pods.failures if uid != "state" and uid not in wanted and uid not in self._refused]:
             del pods.failures[uid]
-        for uid in [uid for uid in pods.pods if uid not in wanted]:
+        for uid in [uid for uid in pods.pods if uid not in living]:
             pods.unregister(uid)
             self._applied.pop(uid, None)
         changed = {uid: facts for uid, facts in wanted.items() if uid not in pods.pods or self._applied.get(uid) != facts}

@@ -18,12 +18,13 @@ _RANGES_MAX = 256
 def facts_untrusted(pod: Mapping[str, Any]) -> PodFacts | None:
     """What capture must know of a pod, None when it is not to be captured (not injected, of the node's network, ended).
 
-    Raises BadMessage when its annotations cannot be understood: such a pod stays uncaptured, and so its containers do not start.
+    Raises BadMessage when its annotations cannot be understood: such a pod stays uncaptured, and so its containers do not start; one that
+    is captured already stays as it is.
     """
     try:
-        meta, spec, status = pod["metadata"], pod["spec"], pod.get("status") or {}
+        meta, spec = pod["metadata"], pod["spec"]
         annotations = meta.get("annotations") or {}
-        if annotations.get(STATUS) != INJECTED or spec.get("hostNetwork") or status.get("phase") in ("Succeeded", "Failed"):
+        if annotations.get(STATUS) != INJECTED or spec.get("hostNetwork") or has_ended(pod):
             return None
         containers = [*(spec.get("initContainers") or []), *spec["containers"]]
         sidecar = next((one for one in containers if one.get("name") == SIDECAR_NAME), None)
@@ -50,6 +51,12 @@ def facts_untrusted(pod: Mapping[str, Any]) -> PodFacts | None:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadMessage(f"the pod object cannot be understood: {error!r}") from None
+
+
+def has_ended(pod: Mapping[str, Any]) -> bool:
+    """None of its containers runs, nor will one again."""
+    status = pod.get("status")
+    return isinstance(status, dict) and status.get("phase") in ("Succeeded", "Failed")
 
 
 def port_list(text: str, named: Mapping[str, int]) -> tuple[Range, ...]:

@@ -112,7 +112,7 @@ class Pods:
             pod.rules = nft.captures(netns)
         else:
             pod.facts = facts
-        self._bring(pod, netns, self.lowest)
+        self._bring(pod, netns, self.lowest, again=True)
         self.pods[facts.id] = pod
         self._changed()
         return pod
@@ -161,15 +161,18 @@ class Pods:
 
     # --- the ladder ------------------------------------------------------------------------------------------------------
 
-    def _bring(self, pod: Pod, netns: int, lowest: int) -> None:
-        """To the best rung that works for this pod; a step that fails rules its rung out. Never without capture in between."""
+    def _bring(self, pod: Pod, netns: int, lowest: int, *, again: bool = False) -> None:
+        """To the best rung that works for this pod; a step that fails rules its rung out. Never without capture in between.
+
+        again: its options may have changed, so rules that are there are written anew.
+        """
         ability = self.ability
         while True:
             choice = choose(ability, accelerate=pod.facts.accelerate, lowest=lowest, highest=self.highest)
             entry = entry_for(choice, caller=pod.facts.real_caller)
             seen = self._seen(pod)
             failed: tuple[Step, str] | None = None
-            for step in [*steps(choice, entry, seen), *self._refresh(choice, entry, seen)]:
+            for step in [*steps(choice, entry, seen), *self._refresh(choice, entry, seen, again)]:
                 try:
                     self._do(step, pod, netns, entry)
                 except (OSError, nft.RulesFailed) as error:
@@ -184,9 +187,12 @@ class Pods:
         if choice.level == CONNECT:
             self._find_listener(pod, procs.members(pod.inode))
 
-    def _refresh(self, choice: Choice, entry: Entry | None, seen: Seen) -> list[Step]:
-        """Ports and addresses are written again even when the entry's flags are the same: they may have changed."""
-        return ["entry"] if entry is not None and entry == seen.entry and choice.level != REFUSED else []
+    def _refresh(self, choice: Choice, entry: Entry | None, seen: Seen, again: bool) -> list[Step]:
+        """Ports and addresses are written again even when the pod has what its rung needs: they may have changed."""
+        if choice.level == REFUSED:
+            return []
+        found: list[Step] = ["rules"] if again and seen.rules and choice.level != CONNECT else []
+        return [*found, "entry"] if entry is not None and entry == seen.entry else found
 
     def _do(self, step: Step, pod: Pod, netns: int, entry: Entry | None) -> None:
         facts, programs = pod.facts, self.programs
@@ -225,8 +231,11 @@ class Pods:
                 netns = procs.open_netns(pid)
             except OSError:
                 continue
-            if procs.inode_of(netns) == pod.inode:
-                return netns
+            try:
+                if bpfsys.netns_cookie(netns) == pod.cookie:  # the inode's number may be another namespace's by now
+                    return netns
+            except OSError:
+                pass
             os.close(netns)
         return None
 

@@ -92,7 +92,8 @@ def members(inode: int) -> list[int]:
 def members_of_pods(uids: Collection[str]) -> dict[str, list[int]]:
     """The processes of Kubernetes pods, by the ``pod<uid>`` in their cgroup (both of the kubelet's drivers), of any hierarchy.
 
-    One look at every process, however many pods are asked for.
+    The oldest first: that is the sandbox's own, in the pod's network namespace. An app may make namespaces of its own, and pids come
+    around. One look at every process, however many pods are asked for.
     """
     names = {name.encode(): uid for uid in uids for name in (f"pod{uid}", f"pod{uid.replace('-', '_')}")}
     found: dict[str, list[int]] = {uid: [] for uid in uids}
@@ -104,7 +105,16 @@ def members_of_pods(uids: Collection[str]) -> dict[str, list[int]]:
             continue
         if (uid := next((uid for name, uid in names.items() if name in text), None)) is not None:
             found[uid].append(pid)
-    return found
+    return {uid: sorted(members, key=started) for uid, members in found.items()}
+
+
+def started(pid: int) -> tuple[int, int]:
+    """Sorts processes by their age: clock ticks from the machine's start to theirs (proc(5), stat), then the pid. Ended ones come last."""
+    try:
+        with open(f"{PROC}/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[19]), pid  # the name before it may hold anything
+    except (OSError, ValueError, IndexError):
+        return 1 << 62, pid
 
 
 def uid_of(pid: int) -> int:

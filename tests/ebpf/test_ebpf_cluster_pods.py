@@ -194,9 +194,41 @@ def test_changed_options_are_registered_again_and_wrong_ones_are_told(processes)
     source.watch_once("5")
     source.apply(pods)
     assert pods.pods["u1"].accelerate is False
+    before = dict(pods.pods)
     source.watch_once("7")
     source.apply(pods)
-    assert not pods.pods and "cannot be understood" in pods.failures["u1"]
+    assert pods.pods == before and "cannot be understood" in pods.failures["u1"]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda raw: raw["metadata"]["annotations"].pop(fixed.STATUS),
+        lambda raw: raw["metadata"].pop("annotations"),
+        lambda raw: raw["metadata"]["annotations"].update({f"{PREFIX}skip-inbound-ports": "0"}),
+        lambda raw: raw["metadata"]["annotations"].update({f"{PREFIX}skip-inbound-ports": "99999"}),
+    ],
+    ids=["status taken away", "no annotations", "no port", "beyond all ports"],
+)
+@pytest.mark.parametrize("restarted", [False, True], ids=["same agent", "agent restarted"])
+def test_a_pod_that_runs_stays_captured_whatever_becomes_of_its_annotations(processes, edit, restarted):
+    edited, ended = pod("u1"), {**pod("u1"), "status": {"phase": "Succeeded"}}
+    edit(edited)
+    source, pods = ClusterPods("n", lambda: None, Api(listed(pod("u1")), [event("MODIFIED", edited)])), Pods()
+    processes.update(u1=[1])
+    source.list_once()
+    source.apply(pods)
+    if restarted:  # what it captured was restored from its state
+        source = ClusterPods("n", lambda: None, Api(listed(edited), [event("MODIFIED", edited)], [event("MODIFIED", ended)]))
+        source.list_once()
+    else:
+        source._api = Api([event("MODIFIED", edited)], [event("MODIFIED", ended)])
+    source.watch_once("5")
+    source.apply(pods)
+    assert set(pods.pods) == {"u1"}
+    source.watch_once("6")
+    source.apply(pods)
+    assert not pods.pods, "nothing of it runs any more"
 
 
 def test_a_version_that_is_too_old_means_listing_again():

@@ -51,3 +51,15 @@ def test_processes_of_a_pod_are_found_in_every_layout_of_cgroups(tmp_path, monke
     (tmp_path / "self").mkdir()
     monkeypatch.setattr(procs, "PROC", str(tmp_path))
     assert procs.members_of_pods(["1a2b-3c", "1a2b-4d", "9z"]) == {"1a2b-3c": [10], "1a2b-4d": [11], "9z": []}
+
+
+def test_the_oldest_process_of_a_pod_comes_first_though_pids_came_around(tmp_path, monkeypatch):
+    for pid, name, ticks in ((10, "app) R 1 2 (", 700), (11, "app", 800), (4000, "pause", 300), (12, "gone", None)):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "cgroup").write_text("0::/kubepods/podu1/ff\n")
+        if ticks is not None:
+            (tmp_path / str(pid) / "stat").write_text(f"{pid} ({name}) S {' '.join(['0'] * 18)} {ticks} 0\n")
+    monkeypatch.setattr(procs, "PROC", str(tmp_path))
+    assert procs.members_of_pods(["u1"]) == {"u1": [4000, 10, 11, 12]}
+    monkeypatch.setattr(procs, "PROC", "/proc")
+    assert procs.started(1) < procs.started(os.getpid())

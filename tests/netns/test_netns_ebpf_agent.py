@@ -86,6 +86,16 @@ def test_skipped_ports_go_around_the_sidecar(lab: Lab) -> None:
     assert one.status()["counters"]["captured"] == 1, "the other port is captured"
 
 
+def test_changed_options_count_at_once_where_nftables_captures_too(lab: Lab) -> None:
+    assert lab.start("--capture", "nft")["level"] in (NFT_SOCKMAP, NFT)
+    one, _ = lab.pods
+    assert one.register(skip_inbound=((8080, 8080),), skip_outbound=((25, 25),))["ok"]
+    assert "tcp dport 25 return" in one.rules() and "8080" in one.rules()
+    assert one.register()["ok"]
+    assert "tcp dport 25 return" not in one.rules() and "8080" not in one.rules()
+    assert "redirect to" in one.rules()
+
+
 @FAMILIES
 def test_capture_without_a_sidecar_refuses_both_ways(lab: Lab, family: int) -> None:
     lab.start()
