@@ -12,7 +12,7 @@ from core.k8s.api import Api
 from core.k8s.cluster import connect
 from core.k8s.events import EventRecorder
 from core.k8s.https import serve_https
-from core.k8s.serving import MountedFiles, ServingCertificate, SharedSecret, Source, service_name
+from core.k8s.serving import ServingCertificate, SharedSecret, Source, service_name
 from core.runtime import logs
 from core.runtime.admin import AdminServer, standard_routes
 from core.runtime.drain import Drain, drain_on_signals
@@ -68,8 +68,6 @@ class MeshFile:
 
 def source_of(config: Config, api: Api) -> Source:
     """Where our serving certificate comes from."""
-    if config.serving_dir:
-        return MountedFiles(Path(config.serving_dir))
     names = [service_name(config.service, config.control_namespace)]
     webhooks = [("mutatingwebhookconfigurations", config.webhook)]
     return SharedSecret(api, config.control_namespace, config.serving_secret, names, webhooks)

@@ -23,12 +23,6 @@ class Config:
     serving_secret: str = setting(
         "PILLION_SERVING_SECRET", text, default="pillion-injector-tls", reason="the Secret that all replicas serve from; must exist"
     )
-    serving_dir: str = setting(
-        "PILLION_SERVING_DIR",
-        text,
-        default="",
-        reason="tls.crt and tls.key that somebody else renews (cert-manager), in place of the Secret",
-    )
     kubeconfig: str = setting("PILLION_KUBECONFIG", text, default="", reason="for development: not the pod's own service account")
     log_level: str = setting("PILLION_LOG_LEVEL", one_of("debug", "info", "warning", "error"), default="info", reason="of the log")
     log_format: str = setting("PILLION_LOG_FORMAT", one_of("json", "console"), default="json", reason="of the log")

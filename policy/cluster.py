@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import trio
@@ -19,7 +18,7 @@ from core.k8s.fields import Raw
 from core.k8s.https import serve_https
 from core.k8s.lease import Election, Elector, Leases
 from core.k8s.objects import Object
-from core.k8s.serving import MountedFiles, ServingCertificate, SharedSecret, service_name
+from core.k8s.serving import ServingCertificate, SharedSecret, service_name
 from core.refs import Ref
 from core.runtime import logs
 from core.runtime.listen import listen
@@ -164,8 +163,6 @@ def _by_kind(watches: list[tuple[str, Counters]], field: str) -> dict[str, int]:
 
 
 def _serving(config: Config, api: Api) -> ServingCertificate:
-    if config.serving_dir:
-        return ServingCertificate(MountedFiles(Path(config.serving_dir)))
     names = [service_name(config.service, config.control_namespace)]
     webhooks = [("validatingwebhookconfigurations", config.webhook)]
     return ServingCertificate(SharedSecret(api, config.control_namespace, config.serving_secret, names, webhooks))

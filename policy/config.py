@@ -68,9 +68,6 @@ class Config:
     serving_secret: str = setting(
         "PILLION_SERVING_SECRET", text, default="pillion-policy-tls", reason="the Secret that all replicas serve from; must exist"
     )
-    serving_dir: str = setting(
-        "PILLION_SERVING_DIR", text, default="", reason="tls.crt and tls.key that somebody else renews, instead of our Secret"
-    )
     identity_addr: HostPort = setting("PILLION_IDENTITY_ADDR", host_port, reason="the identity service")
     token_file: str = setting("PILLION_IDENTITY_TOKEN_FILE", text, reason="our service account token")
     anchors_file: str = setting("PILLION_TRUST_ANCHORS_FILE", text, reason="the trust bundle to begin with")

@@ -21,7 +21,7 @@ class Grant(NamedTuple):
     """verbs on resources of one API group. names: only objects of these names (no names: any). namespace: CONTROL, or "" for all.
 
     when: a variant of the installation without which the component does not ask: "given-issuer" (the authority is somebody else's) or
-    "own-serving" (webhooks make their certificates themselves).
+    "own-serving" (webhooks make their certificates themselves, which else cert-manager does).
     """
 
     component: Component
@@ -85,9 +85,8 @@ GRANTS: tuple[Grant, ...] = (
     Grant("policy", _GATEWAY, tuple(f"{kind}/status" for kind in _ROUTES), ("patch",), "says what became of a route"),
     Grant("policy", "coordination.k8s.io", ("leases",), ("create",), "elects who writes", CONTROL),
     Grant("policy", "coordination.k8s.io", ("leases",), ("get", "update"), "elects who writes", CONTROL, ("pillion-policy",)),
-    Grant(
-        "policy", "", ("secrets",), ("get", "update"), "keeps the webhook's certificate", CONTROL, ("pillion-policy-tls",), "own-serving"
-    ),
+    Grant("policy", "", ("secrets",), ("get",), "serves the webhook's certificate", CONTROL, ("pillion-policy-tls",)),
+    Grant("policy", "", ("secrets",), ("update",), "keeps the webhook's certificate", CONTROL, ("pillion-policy-tls",), "own-serving"),
     Grant(
         "policy",
         "admissionregistration.k8s.io",
@@ -95,20 +94,11 @@ GRANTS: tuple[Grant, ...] = (
         ("get", "patch"),
         "tells the API server what the webhook's certificate is signed by",
         names=("pillion-policy",),
-        when="own-serving",
     ),
     Grant("injector", "", ("namespaces",), ("get",), "reads annotations of namespaces"),
     Grant("injector", "events.k8s.io", ("events",), ("create", "patch"), "says why a pod got no sidecar"),
-    Grant(
-        "injector",
-        "",
-        ("secrets",),
-        ("get", "update"),
-        "keeps the webhook's certificate",
-        CONTROL,
-        ("pillion-injector-tls",),
-        "own-serving",
-    ),
+    Grant("injector", "", ("secrets",), ("get",), "serves the webhook's certificate", CONTROL, ("pillion-injector-tls",)),
+    Grant("injector", "", ("secrets",), ("update",), "keeps the webhook's certificate", CONTROL, ("pillion-injector-tls",), "own-serving"),
     Grant(
         "injector",
         "admissionregistration.k8s.io",
@@ -116,7 +106,6 @@ GRANTS: tuple[Grant, ...] = (
         ("get", "patch"),
         "tells the API server what the webhook's certificate is signed by",
         names=("pillion-injector",),
-        when="own-serving",
     ),
     Grant("agent", "", ("pods",), _READ, "knows which pods of its node are meshed"),
 )

@@ -1,6 +1,6 @@
 """A webhook's serving certificate: made, shared between replicas by a Secret, renewed, and made known to the API server as caBundle.
 
-Or given by files, which somebody else (cert-manager) renews and makes known. Moves what `core.k8s.serving_pair` decides. The order of a
+Or issued into that Secret by cert-manager, and made known all the same by us. Moves what `core.k8s.serving_pair` decides. The order of a
 change is: the Secret, then caBundle, then our own listener, so that at no moment a replica serves what the API server does not trust.
 Called by the app modules of injector and policy controller.
 """
@@ -13,7 +13,6 @@ import os
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import trio
@@ -21,14 +20,14 @@ import trio
 from core.k8s.api import Api, object_path
 from core.k8s.errors import ApiError, Conflict, NotFound
 from core.k8s.https import server_context
-from core.k8s.serving_pair import InvalidPair, Pair, Replace, plan, read_pair, trusts
+from core.k8s.serving_pair import InvalidPair, Pair, Replace, plan, read_pair, trusts, unfit, with_earlier
 from core.runtime import logs
 
 _LOOK_S = 30.0  # how soon a renewal by another replica, or a caBundle that somebody emptied, is noticed
 _RETRY_S = 2.0
 _SETTLE_S = 5.0  # until every API server has seen a changed caBundle; they watch it, so it is milliseconds
 _TRIES = 5
-_FILE_MAX_BYTES = 1 << 20
+_OVERLAP_S = 3600.0  # replicas look every 30 s: after that none serves what an earlier issuer signed
 _CERT_MANAGER = "cert-manager.io/certificate-name"
 
 log = logs.logger("serving")
@@ -56,6 +55,10 @@ class SharedSecret:
 
     webhooks: (plural, name) of webhook configurations, such as ``("mutatingwebhookconfigurations", "pillion-injector")``. The Secret must
     exist, empty at first: the right to create Secrets in this namespace would include tokens of every service account in it.
+
+    Where cert-manager keeps the Secret, it is only read. Its cainjector is not asked to write caBundle: that replaces the earlier authority
+    at once, while for some seconds every replica still serves what only that one vouches for. So here too the new one is added first, and
+    the earlier is dropped after an hour.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class SharedSecret:
         self._api = api
         self._settle_s = settle_s
         self._began = False
+        self._authority, self._since = b"", 0.0  # whose certificates are to be known, and from when on
         self._path = object_path("", "v1", "secrets", namespace, secret)
         self._what = f"secret {namespace}/{secret}"
         self._names = tuple(names)
@@ -82,10 +86,10 @@ class SharedSecret:
         for _ in range(_TRIES):
             try:
                 secret = await self._api.get(self._path)
-                if _CERT_MANAGER in ((secret.get("metadata") or {}).get("annotations") or {}):
-                    return read_pair(decoded(secret.get("data")))  # cert-manager renews it, and its cainjector writes caBundle
-                pair = await self._stored(secret)
-                changed = [await self._make_known(plural, name, pair.ca_pem) for plural, name in self._webhooks]
+                issued = _CERT_MANAGER in ((secret.get("metadata") or {}).get("annotations") or {})
+                pair = self._issued(secret) if issued else await self._stored(secret)
+                overlap = issued and self._known_for(pair.ca_pem) < _OVERLAP_S
+                changed = [await self._make_known(plural, name, pair.ca_pem, overlap) for plural, name in self._webhooks]
                 if any(changed) and self._began:
                     await trio.sleep(self._settle_s)
                 self._began = True
@@ -95,10 +99,23 @@ class SharedSecret:
             except Conflict:
                 continue  # another replica was faster: what it stored counts
             except NotFound as error:
-                raise NotServing(f"{error.message}; `pillion install` creates it") from error
+                raise NotServing(f"{error.message}; `pillion install` creates it, or cert-manager") from error
             except ApiError as error:
                 raise NotServing(error.message) from error
         raise NotServing(f"{self._what} changes faster than it can be read")
+
+    def _issued(self, secret: dict[str, Any]) -> Pair:
+        """What cert-manager put there; raises InvalidPair when the API server would not believe it."""
+        pair = read_pair(decoded(secret.get("data")))
+        if why := unfit(pair, self._names, self._clock()):
+            raise InvalidPair(why)
+        return pair
+
+    def _known_for(self, ca_pem: bytes) -> float:
+        """Seconds since we first saw this authority."""
+        if ca_pem != self._authority:
+            self._authority, self._since = ca_pem, self._clock()
+        return self._clock() - self._since
 
     async def _stored(self, secret: dict[str, Any]) -> Pair:
         step = plan(decoded(secret.get("data")), self._names, self._clock())
@@ -108,25 +125,29 @@ class SharedSecret:
             log.info("serving certificate made", object=self._what, reason=step.why, not_after=step.pair.not_after)
         return step.pair
 
-    async def _make_known(self, plural: str, name: str, ca_pem: bytes) -> bool:
+    async def _make_known(self, plural: str, name: str, ca_pem: bytes, overlap: bool) -> bool:
         """True when something had to be written."""
         path = object_path("admissionregistration.k8s.io", "v1", plural, "", name)
         found = await self._api.get(path)
-        patch = ca_bundle_patch(found, ca_pem)
+        patch = ca_bundle_patch(found, ca_pem, self._clock() if overlap else None)
         if patch:
             await self._api.patch(path, patch, "json")
             log.info("caBundle written", webhook=name)
         return bool(patch)
 
 
-def ca_bundle_patch(configuration: Mapping[str, Any], ca_pem: bytes) -> list[dict[str, Any]]:
-    """The JSON patch that makes every webhook of a configuration trust exactly ``ca_pem``; empty when they do."""
+def ca_bundle_patch(configuration: Mapping[str, Any], ca_pem: bytes, keep_in_force_at: float | None = None) -> list[dict[str, Any]]:
+    """The JSON patch that makes every webhook of a configuration trust exactly ``ca_pem``; empty when they do.
+
+    keep_in_force_at: a time; what is trusted already and in force then stays beside it.
+    """
     version = (configuration.get("metadata") or {}).get("resourceVersion")
-    text = base64.b64encode(ca_pem).decode()
     patch: list[dict[str, Any]] = []
     for number, webhook in enumerate(configuration.get("webhooks") or []):
         known = decoded({"ca": (webhook.get("clientConfig") or {}).get("caBundle")}).get("ca", b"")
-        if not (trusts(known, ca_pem) and trusts(ca_pem, known)):
+        if not trusts(known, ca_pem) or (keep_in_force_at is None and not trusts(ca_pem, known)):
+            wanted = ca_pem if keep_in_force_at is None else with_earlier(ca_pem, known, keep_in_force_at)
+            text = base64.b64encode(wanted).decode()
             patch.append({"op": "add", "path": f"/webhooks/{number}/clientConfig/caBundle", "value": text})
     # by position: nobody may have inserted a webhook in between
     return [{"op": "test", "path": "/metadata/resourceVersion", "value": version}, *patch] if patch else []
@@ -141,27 +162,6 @@ def decoded(data: object) -> dict[str, bytes]:
         except (binascii.Error, TypeError, ValueError):
             found[str(name)] = b""
     return found
-
-
-class MountedFiles:
-    """tls.crt and tls.key of a mounted Secret that somebody else renews and makes known (cert-manager's cainjector)."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = trio.Path(directory)
-
-    async def current(self) -> Pair:
-        """Raises NotServing."""
-        files = {}
-        for name in ("tls.crt", "tls.key"):
-            try:
-                async with await (self._directory / name).open("rb") as file:
-                    files[name] = await file.read(_FILE_MAX_BYTES)
-            except OSError as error:
-                raise NotServing(f"{self._directory / name}: {error.strerror}; is the Secret mounted?") from error
-        try:
-            return read_pair(files)
-        except InvalidPair as error:
-            raise NotServing(f"{self._directory}: {error}") from error
 
 
 class ServingCertificate:

@@ -77,15 +77,18 @@ def plan(found: Mapping[str, bytes], names: Sequence[str], now: float) -> Keep |
 
 
 def _why_replace(pair: Pair, names: Sequence[str], now: float) -> str:
+    if why := unfit(pair, names, now):
+        return why
+    return f"the certificate ends at {_text(pair.not_after)}" if pair.not_after - now < RENEW_LEFT_S else ""
+
+
+def unfit(pair: Pair, names: Sequence[str], now: float) -> str:
+    """Why the API server would not believe this pair, whoever made it; empty when it would."""
     if missing := sorted(set(names) - set(pair.names)):
         return f"the certificate is not for {missing[0]}"
     if not pair.ca_pem:
         return "ca.crt is missing"
-    if not pair.not_before <= now:
-        return f"the certificate begins at {_text(pair.not_before)} only"
-    if pair.not_after - now < RENEW_LEFT_S:
-        return f"the certificate ends at {_text(pair.not_after)}"
-    return ""
+    return "" if pair.not_before <= now else f"the certificate begins at {_text(pair.not_before)} only"
 
 
 def read_pair(files: Mapping[str, bytes]) -> Pair:
@@ -152,17 +155,19 @@ def make_pair(names: Sequence[str], now: float, earlier_ca_pem: bytes = b"", lif
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), critical=True)
         .sign(ca_key, hashes.SHA256())
     )
-    ca_pem = ca.public_bytes(Encoding.PEM) + b"".join(_still_in_force(earlier_ca_pem, now))
+    ca_pem = with_earlier(ca.public_bytes(Encoding.PEM), earlier_ca_pem, now)
     key_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     return Pair(leaf.public_bytes(Encoding.PEM), key_pem, ca_pem, tuple(names), float(not_before), float(not_after))
 
 
-def _still_in_force(ca_pem: bytes, now: float) -> list[bytes]:
+def with_earlier(ca_pem: bytes, earlier_ca_pem: bytes, now: float) -> bytes:
+    """``ca_pem`` and after it those of the earlier ones that are still in force, a bounded number of them."""
     try:
-        earlier = x509.load_pem_x509_certificates(ca_pem) if ca_pem.strip() else []
+        earlier = x509.load_pem_x509_certificates(earlier_ca_pem) if earlier_ca_pem.strip() else []
     except ValueError:
         earlier = []
-    return [ca.public_bytes(Encoding.PEM) for ca in earlier if ca.not_valid_after_utc.timestamp() > now][:_EARLIER_MAX]
+    in_force = [ca.public_bytes(Encoding.PEM) for ca in earlier if ca.not_valid_after_utc.timestamp() > now][:_EARLIER_MAX]
+    return b"".join([ca_pem.rstrip() + b"\n", *in_force])
 
 
 def _builder(

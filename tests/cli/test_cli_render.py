@@ -264,7 +264,7 @@ def test_no_key_is_printed_and_applying_again_keeps_the_one_that_was_made() -> N
     for item in render(load_chart(), {}):
         if item["kind"] == "Secret":
             assert not {"data", "stringData"} & set(item), item["metadata"]["name"]
-            assert item["type"] == "Opaque"
+            assert item.get("type", "Opaque") == "Opaque"
 
 
 def test_a_given_authority_is_written_into_the_secret() -> None:

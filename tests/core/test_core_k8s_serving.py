@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import ssl
 import subprocess
 import time
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.k8s.api import Api
-from core.k8s.serving import MountedFiles, NotServing, ServingCertificate, SharedSecret, ca_bundle_patch, service_name
+from core.k8s.serving import NotServing, ServingCertificate, SharedSecret, ca_bundle_patch, service_name
 from core.k8s.serving_pair import LIFETIME_S, RENEW_LEFT_S, InvalidPair, Keep, Pair, Replace, make_pair, plan, read_pair, trusts
 from tests.core.fake_apiserver import FakeApiServer, running
 
@@ -289,19 +290,65 @@ async def test_a_missing_secret_is_said_with_the_next_step() -> None:
         await api.close()
 
 
-async def test_what_cert_manager_keeps_is_only_read() -> None:
+def issued(pair: Pair) -> dict[str, Any]:
+    """The Secret as cert-manager keeps it."""
+    data = {name: base64.b64encode(content).decode() for name, content in pair.files().items()}
+    return {**empty_secret(annotations={"cert-manager.io/certificate-name": "hook"}), "data": data}
+
+
+async def test_what_cert_manager_keeps_is_only_read_and_made_known() -> None:
     async with cluster() as (server, api):
         pair = make_pair([NAME], NOW - LIFETIME_S + RENEW_LEFT_S / 2)
-        data = {name: base64.b64encode(content).decode() for name, content in pair.files().items()}
-        mine = empty_secret(annotations={"cert-manager.io/certificate-name": "hook"})
-        server.put({**mine, "data": data})
+        server.put(issued(pair))
         serving = replica(api, Clock())
         await serving.refresh()
-        handshake(serving, pair.ca_pem)
-        assert all(line.startswith("GET") for line in server.requests)
-        server.put(mine)
-        with pytest.raises(NotServing, match=r"cert-manager keeps: tls\.crt is missing"):
+        handshake(serving, bundles(server).pop())
+        writes = [line for line in server.requests if not line.startswith("GET")]
+        assert [line.partition(" ")[2].rpartition("/")[0].rpartition("/")[2] for line in writes] == ["mutatingwebhookconfigurations"]
+
+
+async def test_what_another_authority_issues_is_known_before_anybody_serves_it_and_the_earlier_is_forgotten_later() -> None:
+    async with cluster() as (server, api):
+        clock = Clock()
+        earlier, renewed = make_pair([NAME], NOW), make_pair([NAME], NOW)
+        server.put(issued(earlier))
+        first, second = replica(api, clock), replica(api, clock)
+        await first.refresh()
+        await second.refresh()
+        server.put(issued(renewed))
+        await first.refresh()
+        (bundle,) = bundles(server)
+        handshake(first, bundle)
+        handshake(second, bundle)
+        handshake(first, renewed.ca_pem)
+        clock.now += 3601
+        await second.refresh()
+        assert bundles(server) == {bundle}, "a replica that has seen it just now forgets nothing"
+        await first.refresh()
+        (bundle,) = bundles(server)
+        assert trusts(renewed.ca_pem, bundle)
+        handshake(second, bundle)
+
+
+@pytest.mark.parametrize(
+    ("pair", "why"),
+    [
+        (Pair(b"", b"", b"", (), 0, 0), r"tls\.crt is missing"),
+        (make_pair(["other.ns.svc"], NOW), "is not for hook.ns.svc"),
+        (dataclasses.replace(make_pair([NAME], NOW), ca_pem=b""), r"ca\.crt is missing"),
+    ],
+)
+async def test_what_cert_manager_issues_in_vain_leaves_the_earlier_served(pair: Pair, why: str) -> None:
+    async with cluster() as (server, api):
+        earlier = make_pair([NAME], NOW)
+        server.put(issued(earlier))
+        serving = replica(api, Clock())
+        await serving.refresh()
+        server.put(issued(pair))
+        with pytest.raises(NotServing, match=f"cert-manager keeps: .*{why}"):
             await serving.refresh()
+        assert serving.not_ready == []
+        handshake(serving, bundles(server).pop())
 
 
 async def test_the_loop_goes_on_whatever_happens(autojump_clock: trio.testing.MockClock) -> None:
@@ -330,22 +377,3 @@ def test_webhooks_are_patched_by_position_in_the_version_that_was_read() -> None
     assert patch[0] == {"op": "test", "path": "/metadata/resourceVersion", "value": "7"}
     assert [step["path"] for step in patch[1:]] == ["/webhooks/1/clientConfig/caBundle"]
     assert ca_bundle_patch({"metadata": {}, "webhooks": None}, pair.ca_pem) == []
-
-
-# --- given by files --------------------------------------------------------------------------------------------------
-
-
-async def test_mounted_files_are_served_and_followed(tmp_path: Path) -> None:
-    serving = ServingCertificate(MountedFiles(tmp_path))
-    with pytest.raises(NotServing, match="is the Secret mounted"):
-        await serving.refresh()
-    for _ in range(2):
-        pair = make_pair([NAME], NOW)
-        (tmp_path / "tls.crt").write_bytes(pair.certificate_pem)
-        (tmp_path / "tls.key").write_bytes(pair.key_pem)
-        await serving.refresh()
-        handshake(serving, pair.ca_pem)
-    (tmp_path / "tls.key").write_bytes(make_pair([NAME], NOW).key_pem)
-    with pytest.raises(NotServing, match="does not belong"):
-        await serving.refresh()
-    handshake(serving, pair.ca_pem)
