@@ -1,6 +1,6 @@
 """The runner's side of the control socket: status, logs, exec, apply, delete, down. Called by local.supervisor.
 
-The socket lies in a folder only its owner may enter; whoever reaches it may do everything.
+Whoever reaches the socket may do everything: it is its owner's alone from the moment it is there.
 """
 
 from __future__ import annotations
@@ -33,17 +33,25 @@ async def serve(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """For ever: accept on ``path``. down: begins the end of the runner."""
-    path.unlink(missing_ok=True)  # noqa: ASYNC240 -- a local file: microseconds
-    listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    await listener.bind(str(path))
-    os.chmod(path, 0o600)
-    listener.listen(64)
+    listener = trio.socket.from_stdlib_socket(_listen(path))
     task_status.started()
     control = _Control(mesh, report, down)
     async with trio.open_nursery() as nursery:
         while True:
             connection, _ = await listener.accept()
             nursery.start_soon(control.converse, connection)
+
+
+def _listen(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(before)
+    listener.listen(64)
+    return listener
 
 
 class _Control:

@@ -46,7 +46,9 @@ def write_atomically(path: Path, content: bytes, mode: int, owner: int = -1) -> 
     except OSError:
         path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+    temporary.unlink(missing_ok=True)
+    # exclusively: where the folder is another user's, a link of his must not lead us to a file of ours
+    with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(content)
         os.fchmod(file.fileno(), mode)
         if owner >= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from local import client, protocol
+from local import client, control, protocol, volumes
 from local.commands import local
 from local.exposure import closed_folders
 from local.probing import Tally, check
@@ -158,9 +159,29 @@ def test_a_foreign_message_is_a_bad_message(line: bytes) -> None:
         pass
 
 
-def test_commands_without_a_mesh_say_what_to_do() -> None:
-    result = CliRunner().invoke(local, ["status", "--name", "no-such-mesh"])
-    assert result.exit_code == 1 and "pillion local up -f DIR --name no-such-mesh" in result.output
+@pytest.mark.parametrize("command", [["status"], ["down"], ["logs", "web"], ["exec", "web", "--", "true"]])
+def test_commands_without_a_mesh_say_what_to_do(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "running", list)
+    result = CliRunner().invoke(local, [command[0], "--name", "no-such-mesh", *command[1:]])
+    assert result.exit_code == 1
+    assert result.output == (
+        "error: no mesh named 'no-such-mesh' is running here\n  try: pillion local up -f DIR --name no-such-mesh --detach\n"
+    )
+
+
+def test_a_mesh_is_started_by_one_command_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_CLAIM_TIMEOUT_S", 0.0)
+    name, state = f"claimed-{os.getpid()}", tmp_path / "mesh"
+    held = client.claim(name, state)
+    with pytest.raises(client.CannotStart, match="being started or ended"):
+        client.claim(name, state)
+    state.rmdir()  # as a runner that ends does: its lock lies on a folder that is no longer this mesh's
+    again = client.claim(name, state)
+    os.close(held)
+    with pytest.raises(client.CannotStart, match="being started or ended"):
+        client.claim(name, state)
+    os.close(again)
+    os.close(client.claim(name, state))
 
 
 def test_capture_by_ebpf_without_root_is_refused_in_words(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,3 +194,23 @@ def test_a_state_folder_too_long_for_sockets_is_refused_before_anything_starts(t
     with pytest.raises(client.CannotStart, match="shorter --name"):
         client.prepare_state(tmp_path / ("x" * 100))
     client.prepare_state(tmp_path / "short")
+
+
+def test_the_control_socket_is_never_anybody_elses(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with control._listen(tmp_path / "control.sock"):
+            assert (tmp_path / "control.sock").stat().st_mode & 0o777 == 0o600
+            assert os.umask(0) == 0
+    finally:
+        os.umask(before)
+
+
+def test_a_file_written_for_another_user_never_goes_where_his_links_lead(tmp_path: Path) -> None:
+    (tmp_path / "ours").write_text("kept")
+    for name in (".ca.crt.new", "ca.crt"):
+        (tmp_path / name).symlink_to("ours")
+    assert volumes.write_atomically(tmp_path / "ca.crt", b"fresh", 0o644)
+    assert not (tmp_path / "ca.crt").is_symlink() and (tmp_path / "ca.crt").read_text() == "fresh"
+    assert (tmp_path / "ours").read_text() == "kept"
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["ca.crt", "ours"]
