@@ -66,6 +66,8 @@ def decide(pod: Mapping[str, Any], namespace_annotations: Mapping[str, str], def
         return Refuse("sidecar-uid", problem)
     for container in containers(pod):
         if container.get("name") in (SIDECAR_NAME, CAPTURE_NAME):
+            if annotations.get(STATUS) != INJECTED:
+                return Refuse("reserved-name", f"container {container['name']} has a name of the sidecar's: expected another one")
             return Skip("already-injected", f"the pod has a container named {container['name']} already")
     try:
         options = read_options(annotations, namespace_annotations, declared_ports(pod), defaults)

@@ -9,6 +9,7 @@ import pytest
 from injector.decide import Inject, Refuse, Skip, decide
 from injector.options import FIXED_ENV, NAMES, InvalidOption, Options, check_defaults, quantity, read_options
 
+INJECTED = {"pillion.dev/status": "injected"}
 ENABLED = {"pillion.dev/inject": "enabled"}
 
 
@@ -61,7 +62,16 @@ def test_windows_has_no_sidecar() -> None:
 @pytest.mark.parametrize("field", ["containers", "initContainers"])
 def test_a_second_sidecar_is_never_added(field: str) -> None:
     spec = {"containers": [{"name": "app"}], field: [{"name": "pillion-proxy"}]}
-    assert skipped(decide(pod(ENABLED, **spec), {})) == "already-injected"
+    assert skipped(decide(pod({**ENABLED, **INJECTED}, **spec), {})) == "already-injected"
+
+
+@pytest.mark.parametrize("name", ["pillion-proxy", "pillion-capture"])
+@pytest.mark.parametrize("field", ["containers", "initContainers"])
+def test_a_container_that_took_our_name_keeps_no_pod_out_of_the_mesh(field: str, name: str) -> None:
+    spec = {"containers": [{"name": "app"}], field: [{"name": name, "securityContext": {"runAsUser": 1000}}]}
+    for words in (ENABLED, {**ENABLED, "pillion.dev/status": "no"}):
+        assert f"container {name} has a name of the sidecar's" in refused(decide(pod(words, **spec), {}))
+    assert skipped(decide(pod({}, **spec), {})) == "not-annotated"
 
 
 @pytest.mark.parametrize(
@@ -205,8 +215,9 @@ def test_a_wait_before_exit_must_fit_into_the_grace_period() -> None:
 def test_an_app_with_the_sidecars_uid_is_refused_also_in_a_pod_that_was_injected_before() -> None:
     added = {"name": "late", "securityContext": {"runAsUser": 2102}}
     ours = {"name": "pillion-proxy", "securityContext": {"runAsUser": 2102}}
-    assert "late" in refused(decide(pod(ENABLED, containers=[{"name": "app"}, added], initContainers=[ours]), {}))
-    assert skipped(decide(pod(ENABLED, containers=[{"name": "app"}], initContainers=[ours]), {})) == "already-injected"
+    once = {**ENABLED, **INJECTED}
+    assert "late" in refused(decide(pod(once, containers=[{"name": "app"}, added], initContainers=[ours]), {}))
+    assert skipped(decide(pod(once, containers=[{"name": "app"}], initContainers=[ours]), {})) == "already-injected"
 
 
 def test_what_the_injector_sets_is_what_no_annotation_may() -> None:

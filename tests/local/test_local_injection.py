@@ -61,7 +61,8 @@ def test_only_the_injectors_word_makes_a_pod_meshed() -> None:
     assert injected(pod(pillion__x="y", **{"pillion.dev__status": "injected"}), {}).skips is None
     lookalike = pod()
     lookalike["spec"]["containers"].append({"name": "pillion-proxy", "command": ["true"]})
-    assert injected(lookalike, ENABLED).skips is None
+    assert injected(lookalike, {}).skips is None
+    assert "has a name of the sidecar's" in str(inject(lookalike, ENABLED, LOCAL_MESH))
 
 
 def test_a_refusal_is_a_sentence() -> None:
