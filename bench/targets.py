@@ -53,7 +53,10 @@ TARGETS = (
     Target("P6", "", "pss_after_load", None, 28),
     Target("P7", "", "bytes_per_connection", None, 27),
     Target("P7", "", "given_back", None, 90),
-    *(Target("P8", f"round trip, {size:,} bytes", "latency_p50", "nftables", 0.55, "connect+sockmap") for size in (100, 1024, 16384)),
+    *(
+        Target("P8", f"round trip, {size:,} bytes, one processor", "latency_p50", "nftables", 0.55, "connect+sockmap")
+        for size in (100, 1024, 16384)
+    ),
     Target("P8", "bulk, 64 KiB writes", "bandwidth", "nftables", 2.0, "connect+sockmap"),
     Target("P8", "bulk, 64 KiB writes", "cpu_per_gb", "nftables", 0.5, "connect+sockmap"),
     Target("P9", "", "added_p50", "envoy", 1.0),
