@@ -47,6 +47,18 @@ def test_several_fields_of_a_name_are_all_given_to_decisions() -> None:
     assert head.values((b"x-b",)) == (b"3",)
 
 
+@pytest.mark.parametrize("spelling", [b"x-user", b"x_user"])
+def test_a_field_is_stripped_however_a_rule_and_the_client_spell_it(spelling: bytes) -> None:
+    chain = Chain()
+    chain.gate.edit = HeadEdit((spelling,), ((spelling, b"set"),))
+    stream = chain.ask([*GRPC, ("x-user", "forged"), ("x_user", "also")], b"x", end=False)
+    got = chain.server.of(h2.events.RequestReceived, 1)[0].headers
+    assert [(n, v) for n, v in got if "user" in n] == [(spelling.decode(), "set")]
+    chain.client.h2.send_headers(stream, [("x_user", "forged"), ("x-user", "also"), ("x-sum", "2")], end_stream=True)
+    chain.run()
+    assert chain.server.headers(1, h2.events.TrailersReceived) == {"x-sum": "2"}
+
+
 def test_fields_are_stripped_and_added() -> None:
     chain = Chain()
     chain.gate.edit = HeadEdit((b"pillion-client-id",), ((b"pillion-client-id", b"spiffe://a/ns/b/sa/c"),))

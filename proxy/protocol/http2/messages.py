@@ -91,7 +91,8 @@ class Shape:
         plain: the block that the message came as, if that may be sent on, else nothing.
         """
         if strip is not self.stripped_for:  # constant for a connection, so that identity is enough and costs nothing
-            gone = {name for name in self.first if name.replace(b"_", b"-") in strip}
+            stripped = {name.replace(b"_", b"-") for name in strip}
+            gone = {name for name in self.first if name.replace(b"_", b"-") in stripped}
             self.kept = tuple(at for at, name in enumerate(self.names) if name not in gone) if gone else None
             self.stripped_for = strip
         if self.kept is not None:
