@@ -1,6 +1,6 @@
 """``pillion-agent`` (``python -m ebpf.agent``): captures the pods of a node, and shortens the hop between each app and its sidecar.
 
-Stays small (under 20 MB): loading and trying is done by children that end (ebpf.prepare), the rest is system calls. Everything that
+Stays small (12 MB of its own): loading and trying is done by children that end (ebpf.prepare), the rest is system calls. Everything that
 captures is pinned, so this process may die, restart and be replaced without a gap: pins and a state file say what there is. ``--remove``
 brings the pods to nftables and leaves nothing of eBPF.
 
