@@ -50,8 +50,8 @@ class LocalMesh:
         """One request to the runner; raises CommandFailed with the runner's own reasons."""
         try:
             answer = client.ask(self.name, request, fds)
-        except client.NotRunning:
-            raise CommandFailed(f"no mesh named {self.name!r} is running here", "pillion local up -f DIR --detach") from None
+        except client.NotRunning as error:
+            raise CommandFailed(str(error), error.next_step) from None
         except protocol.BadMessage as error:
             raise CommandFailed(f"the runner of mesh {self.name!r} speaks another version ({error})", "pillion local down") from None
         if isinstance(answer, protocol.Failed):
@@ -106,8 +106,11 @@ class LocalMesh:
         return answer
 
     def identity(self) -> IdentityAdmin:
-        """The identity service's operator socket."""
-        return IdentityAdmin(Path(os.environ.get("PILLION_IDENTITY_ADMIN_SOCKET") or self.state / "identity" / "admin.sock"))
+        """The identity service's operator socket; raises CommandFailed when there is no mesh it could belong to."""
+        if given := os.environ.get("PILLION_IDENTITY_ADMIN_SOCKET"):
+            return IdentityAdmin(Path(given))
+        self.ask(protocol.Status())
+        return IdentityAdmin(self.state / "identity" / "admin.sock")
 
 
 def match_pods(pods: tuple[protocol.PodStatus, ...], namespace: str, workload: str) -> list[protocol.PodStatus]:

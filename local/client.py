@@ -5,9 +5,11 @@ from __future__ import annotations
 import array
 import compileall
 import contextlib
+import fcntl
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -18,17 +20,23 @@ from pathlib import Path
 
 import core
 from local import protocol
-from local.state import control_socket, state_folder
+from local.state import BadName, control_socket, state_folder
 
 _START_TIMEOUT_S = 30.0
 _END_TIMEOUT_S = 900.0  # longer than any sensible grace period
 _GONE_TIMEOUT_S = 30.0
+_CLAIM_TIMEOUT_S = 10.0  # a runner that was killed is gone sooner; one that ends in order says so itself
 _LONGEST_SOCKET = "policy/diagnostics.sock"  # local.control_plane
 _SOCKET_PATH_MAX = 107  # sun_path of unix(7), without its final zero
 
 
 class NotRunning(RuntimeError):
-    """There is no runner of this name."""
+    """There is no runner of this name. next_step: what the reader can do about it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no mesh named {name!r} is running here")
+        others = running()
+        self.next_step = f"--name, of: {', '.join(others)}" if others else f"pillion local up -f DIR --name {name} --detach"
 
 
 class CannotStart(RuntimeError):
@@ -42,8 +50,23 @@ def connect(name: str) -> socket.socket:
         connection.connect(str(control_socket(state_folder(name))))
     except OSError:
         connection.close()
-        raise NotRunning(f"no mesh named {name!r} is running here; start one with `pillion local up -f DIR --name {name}`") from None
+        raise NotRunning(name) from None
     return connection
+
+
+def running() -> list[str]:
+    """The names of this user's meshes that answer."""
+    try:
+        names = sorted(entry.name for entry in state_folder("any").parent.iterdir())
+        return [name for name in names if answers(name)]
+    except (OSError, BadName):
+        return []
+
+
+def answers(name: str) -> bool:
+    """Whether there is a runner of this name; raises BadName."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(str(control_socket(state_folder(name)))) == 0
 
 
 def ask(name: str, request: protocol.Request, fds: tuple[int, ...] = ()) -> protocol.Answer:
@@ -89,17 +112,14 @@ def end(name: str) -> None:
 
 
 def start(name: str, folder: str, capture: str = "auto") -> None:
-    """Start the runner and wait until it answers; raises CannotStart. capture: ``auto``, ``ebpf`` or ``nft``."""
+    """Start the runner and wait until it answers; raises CannotStart. capture: ``auto``, ``ebpf`` or ``nft``.
+
+    Interrupted, it leaves nothing running.
+    """
     state = state_folder(name)
-    try:
-        connect(name).close()
-    except NotRunning:
-        pass
-    else:
-        raise CannotStart(f"a mesh named {name!r} is running already; end it with `pillion local down --name {name}`")
     if not Path(folder).is_dir():
         raise CannotStart(f"-f {folder}: expected a folder with manifests")
-    prepare_state(state)
+    lock = claim(name, state)
     reading, writing = os.pipe()
     order = {"name": name, "folder": str(Path(folder).resolve()), "state": str(state), "ready_fd": writing, "rootless": os.geteuid() != 0}
     order["capture"] = capture
@@ -110,16 +130,55 @@ def start(name: str, folder: str, capture: str = "auto") -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            pass_fds=[writing],
+            pass_fds=[writing, lock],
             start_new_session=True,
             cwd="/",
         )
     os.close(writing)
-    with open(reading, "rb") as pipe:
-        said = pipe.read().decode(errors="replace")
-    runner.wait(_START_TIMEOUT_S)
+    os.close(lock)
+    try:
+        with open(reading, "rb") as pipe:
+            said = pipe.read().decode(errors="replace")
+        runner.wait(_START_TIMEOUT_S)
+    except KeyboardInterrupt:
+        os.killpg(runner.pid, signal.SIGKILL)  # it has a session of its own; what it made has no other holder
+        runner.wait()
+        shutil.rmtree(state, ignore_errors=True)
+        raise
     if said != "up":
         raise CannotStart(said or f"the runner ended at once; its log is {state}/runner.log")
+
+
+def claim(name: str, state: Path) -> int:
+    """A lock on the mesh's folder, made if need be, as a descriptor; raises CannotStart when the name is taken.
+
+    The runner inherits it and holds it as long as it lives: two commands at once cannot start two runners that empty each other's folder.
+    """
+    deadline = time.monotonic() + _CLAIM_TIMEOUT_S
+    while not answers(name):
+        prepare_state(state)
+        if (lock := _lock(state)) is not None:
+            return lock
+        if time.monotonic() > deadline:
+            raise CannotStart(f"a mesh named {name!r} is being started or ended; see `pillion local status --name {name}`")
+        time.sleep(0.05)
+    raise CannotStart(f"a mesh named {name!r} is running already; end it with `pillion local down --name {name}`")
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock; None while another holds it, or when a runner that ended has just removed the folder."""
+    try:
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(held), os.stat(folder)):
+            return held
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(held)
+    return None
 
 
 def compile_all() -> None:

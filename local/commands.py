@@ -1,10 +1,11 @@
 """`pillion local`: the mesh on one machine. Mounted by the command line as the group ``local``.
 
-Exit codes: 0 done, 1 not done (with the reasons on stderr), 2 wrong usage; `exec` passes on the command's own.
+Exit codes: 0 done, 1 not done (with the reasons on stderr), 2 wrong usage, 130 interrupted; `exec` passes on the command's own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -16,16 +17,20 @@ from local import client, protocol
 from local.state import BadName
 
 
-def _fail(*reasons: str) -> click.exceptions.Exit:
+def _fail(*reasons: str, next_step: str = "", code: int = 1) -> click.exceptions.Exit:
     for reason in reasons:
         click.echo(f"error: {reason}", err=True)
-    return click.exceptions.Exit(1)
+    if next_step:
+        click.echo(f"  try: {next_step}", err=True)
+    return click.exceptions.Exit(code)
 
 
 def _ask(name: str, request: protocol.Request, fds: tuple[int, ...] = ()) -> protocol.Answer:
     try:
         answer = client.ask(name, request, fds)
-    except (client.NotRunning, BadName, protocol.BadMessage) as error:
+    except client.NotRunning as error:
+        raise _fail(str(error), next_step=error.next_step) from None
+    except (BadName, protocol.BadMessage) as error:
         raise _fail(str(error)) from None
     if isinstance(answer, protocol.Failed):
         raise _fail(*answer.reasons)
@@ -69,6 +74,12 @@ def up(folder: str, detach: bool, capture: str, timeout: float, name: str) -> No
         status = client.wait_ready(name, timeout)
     except (client.CannotStart, client.NotRunning, BadName) as error:
         raise _fail(str(error)) from None
+    except KeyboardInterrupt:
+        if detach and client.answers(name):
+            raise _fail("interrupted; the mesh keeps running", next_step=f"pillion local down --name {name}", code=130) from None
+        with contextlib.suppress(client.NotRunning):
+            client.end(name)
+        raise _fail("interrupted; the mesh is ended", code=130) from None
     if not status.ready:
         raise _fail(*status.reasons, f"not everything was ready within {timeout:g} s; it keeps running: see `pillion local status`")
     click.echo(f"{len(status.pods)} pods ready")
@@ -78,11 +89,11 @@ def _attend(name: str, timeout_s: float) -> None:
     """Stay until Ctrl-C; the mesh ends with this process, however that ends."""
     with client.connect(name) as lease:
         lease.sendall(protocol.encode(protocol.Attend()))
-        status = client.wait_ready(name, timeout_s)
-        for reason in status.reasons:
-            click.echo(f"error: {reason}", err=True)
-        click.echo(f"{sum(pod.ready for pod in status.pods)} of {len(status.pods)} pods ready; Ctrl-C ends the mesh", err=True)
         try:
+            status = client.wait_ready(name, timeout_s)
+            for reason in status.reasons:
+                click.echo(f"error: {reason}", err=True)
+            click.echo(f"{sum(pod.ready for pod in status.pods)} of {len(status.pods)} pods ready; Ctrl-C ends the mesh", err=True)
             while lease.recv(1):
                 pass
         except KeyboardInterrupt:
@@ -114,7 +125,9 @@ def down(name: str) -> None:
     """End the mesh: every process, namespace, mount and rule of it."""
     try:
         client.end(name)
-    except (client.NotRunning, BadName) as error:
+    except client.NotRunning as error:
+        raise _fail(str(error), next_step=error.next_step) from None
+    except BadName as error:
         raise _fail(str(error)) from None
     click.echo("down")
 
@@ -155,12 +168,13 @@ def logs(namespace: str, container: str | None, follow: bool, name: str, pod: st
     assert isinstance(answer, protocol.LogFiles)
     several = len(answer.files) > 1
     positions = dict.fromkeys((path for _, path in answer.files), 0)
-    while True:
-        for title, path in answer.files:
-            positions[path] = _print_from(path, positions[path], f"[{title}] " if several else "")
-        if not follow:
-            return
-        time.sleep(0.2)
+    with contextlib.suppress(KeyboardInterrupt):  # how --follow ends
+        while True:
+            for title, path in answer.files:
+                positions[path] = _print_from(path, positions[path], f"[{title}] " if several else "")
+            if not follow:
+                return
+            time.sleep(0.2)
 
 
 def _print_from(path: str, position: int, prefix: str) -> int:

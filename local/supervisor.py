@@ -76,12 +76,14 @@ def main() -> None:
     sys.exit(0)
 
 
-def _tell(fd: int, text: str) -> None:
+def _tell(fd: int, text: str) -> bool:
+    """Whether somebody still listens; False also when it was told something before."""
     try:
         os.write(fd, text.encode())
         os.close(fd)
     except OSError:
-        pass  # told already
+        return False
+    return True
 
 
 def _become_node(order: Order) -> None:
@@ -136,7 +138,8 @@ async def _main(order: Order) -> None:
             lambda: report(order.name, state, mesh, source.refusals, control_plane.states, note=note),
             ended.set,
         )
-        _tell(order.ready_fd, "up")
+        if not _tell(order.ready_fd, "up"):
+            ended.set()  # the command that wanted this mesh was killed meanwhile: nobody knows of it
         await ended.wait()
         _end_within(mesh.longest_grace_s + _END_EXTRA_S)
         await mesh.stop_all()

@@ -75,7 +75,7 @@ class FakeMesh:
 
     def ask(self, name: str, request: protocol.Request, fds: tuple[int, ...] = ()) -> protocol.Answer:
         if name != "default":
-            raise client.NotRunning
+            raise client.NotRunning(name)
         if isinstance(request, protocol.Status):
             return protocol.MeshStatus(
                 name="default",
@@ -255,12 +255,20 @@ def test_an_unmeshed_workload_is_said_to_be_one(mesh: FakeMesh) -> None:
     assert "old in namespace shop is not meshed: pillion.dev/inject is disabled\n" in result.stderr
 
 
-def test_no_mesh_running_says_how_to_start_one(mesh: FakeMesh) -> None:
-    result = run("authz", "cart", "--name", "other")
+@pytest.mark.parametrize("words", [("authz", "cart"), ("identity", "cart"), ("identity", "status"), ("diagnostics", "config", "cart")])
+def test_no_mesh_running_says_how_to_start_one(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+    monkeypatch.setattr(client, "running", list)
+    result = run(*words, "--name", "other")
     assert (result.exit_code, result.stderr) == (
         1,
-        "error: no mesh named 'other' is running here\n  try: pillion local up -f DIR --detach\n",
+        "error: no mesh named 'other' is running here\n  try: pillion local up -f DIR --name other --detach\n",
     )
+
+
+def test_no_mesh_of_that_name_says_which_ones_run(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "running", lambda: ["demo", "shop"])
+    result = run("authz", "cart", "--name", "other")
+    assert result.stderr == "error: no mesh named 'other' is running here\n  try: --name, of: demo, shop\n"
 
 
 def test_a_silent_controller_is_named(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

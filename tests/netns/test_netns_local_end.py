@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_lab import COMMAND, PATIENCE_S, LocalMesh
+from local_lab import COMMAND, PATIENCE_S, LocalMesh, processes, wait_until
 
 pytestmark = pytest.mark.netns
 
@@ -47,3 +47,32 @@ def test_a_command_that_still_runs_in_a_pod_does_not_keep_the_mesh(mesh: LocalMe
         command.kill()
         command.wait()
         command.stdout.close()
+
+
+def runners(name: str) -> list[int]:
+    """Processes of the runner of this name: two for a moment while it starts."""
+    return [pid for pid, words in processes() if "local.supervisor" in words and f'"name": "{name}"' in words]
+
+
+def test_an_interrupted_start_leaves_no_mesh(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    (tmp_path / "app.yaml").write_text(POD)
+    mesh = LocalMesh(f"interrupted-{os.getpid()}", tmp_path)
+    request.addfinalizer(lambda: mesh.run("down"))
+    command = subprocess.Popen([*COMMAND, "up", "--name", mesh.name, "-f", str(tmp_path)])
+    wait_until(lambda: runners(mesh.name), "the runner starts")
+    command.send_signal(signal.SIGINT)  # as Ctrl-C: the runner has a session of its own and hears nothing of it
+    command.wait(timeout=PATIENCE_S)
+    wait_until(lambda: not runners(mesh.name), "the runner is gone")
+    assert not mesh.state.exists()
+
+
+def test_of_two_commands_that_start_one_mesh_at_once_one_is_refused(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    (tmp_path / "app.yaml").write_text(POD)
+    mesh = LocalMesh(f"twice-{os.getpid()}", tmp_path)
+    request.addfinalizer(lambda: mesh.run("down"))
+    words = [*COMMAND, "up", "--name", mesh.name, "-f", str(tmp_path), "--detach"]
+    commands = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = {command.returncode: told for command in commands for _, told in [command.communicate(timeout=120)]}
+    assert sorted(said) == [0, 1], said
+    assert f"a mesh named '{mesh.name}' is" in said[1]
+    assert len(runners(mesh.name)) == 1 and mesh.status()["ready"]
