@@ -173,7 +173,8 @@ class _Answers:
 class PortAuthorizer:
     """The policy of one port, compiled; make a new one for every new policy. Never raises on what the controller sent.
 
-    header_names: lower-case names whose values `ClientAuthorizer.request` wants, in this order.
+    header_names: lower-case names whose values `ClientAuthorizer.request` wants, in this order: those that rules look at, then other
+    spellings of them, which nobody may send.
     """
 
     def __init__(self, policy: InboundPolicy, trust_domain: str) -> None:
@@ -186,7 +187,8 @@ class PortAuthorizer:
         except (InvalidPattern, MixedKinds) as error:
             self._table = self._folded = RouteTable(())
             self.broken = str(error)[: _REASON_MAX_CHARS // 2]
-        self.header_names = self._table.header_names
+        self._watched = len(self._table.header_names)
+        self.header_names = self._table.header_names + (_respelled(self._table.header_names) if policy.check_paths else ())
         self._grants: list[_Grant] = []
         self._positions: dict[Authorization, int] = {}
         self._networks: dict[tuple[Network, ...], _Networks] = {}
@@ -246,11 +248,14 @@ class PortAuthorizer:
 
     def decide(self, answers: _Answers, method: bytes, target: bytes, authority: bytes, headers: Sequence[bytes | None]) -> Decision:
         """Decide about a request on a port with routes, without a memo."""
-        if self.policy.check_paths and any(value is not None and SEVERAL in value for value in headers):
+        watched = headers[: self._watched]
+        if self.policy.check_paths and any(value is not None and SEVERAL in value for value in watched):
             # Of several fields servers take the first, the last, or all: a rule would hold for one of these.
             return BadTarget(self.policy.server, reason="a header field that rules look at is there more than once")
+        if any(value is not None for value in headers[self._watched :]):
+            return BadTarget(self.policy.server, reason="a header field that rules look at is there with - and _ exchanged in its name")
         try:
-            found = self._find(method, target, authority, headers)
+            found = self._find(method, target, authority, watched)
         except AmbiguousPath as error:
             return BadTarget(self.policy.server, reason=f"the request target has two readings: {error.reason}")
         if found is None:
@@ -301,6 +306,16 @@ class PortAuthorizer:
         return replace(denied, reason=_cut(f"no policy of {what} admits {who}: {needed}"))
 
 
+def _respelled(names: Sequence[bytes]) -> tuple[bytes, ...]:
+    """The other names that servers which turn names into variables (CGI, WSGI) take for one of these: ``x_user`` for ``x-user``."""
+    found: dict[bytes, None] = {}
+    for name in names:
+        words = re.split(rb"[-_]", name, maxsplit=_RESPELLED_MAX)
+        for between in itertools.product((b"-", b"_"), repeat=len(words) - 1):
+            found[b"".join(itertools.chain.from_iterable(zip(words, (*between, b""), strict=True)))] = None
+    return tuple(name for name in found if name not in names)
+
+
 class ClientAuthorizer:
     """The decisions of one port about one client. Cheap to keep; shared by connections."""
 
@@ -340,8 +355,8 @@ class ClientAuthorizer:
         """May this request pass? target: origin-form as received. headers: of `PortAuthorizer.header_names`, see `joined`."""
         if self._constant is not None:
             return self._constant
-        if not self._query and b"?" in target:
-            target = target[: target.index(b"?")]
+        if not self._query and (end := target.find(b"?")) >= 0:  # `in` costs bytes an exception that is made and dropped
+            target = target[:end]
         key = (method if self._method else b"", target, authority if self._host else b"", headers)
         known = self._memo.get(key)
         if known is None:

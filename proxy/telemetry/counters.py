@@ -9,7 +9,6 @@ time in. Called by proxy.telemetry.metrics.
 from __future__ import annotations
 
 import weakref
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import ClassVar, Generic, Protocol, TypeVar
 
@@ -53,7 +52,8 @@ class Gauge(Counter):
 
 
 class Histogram:
-    """How often values fell between fixed bounds. counts: one for each bound (value <= bound), then one for what is above all."""
+    """How often values fell between fixed bounds. counts: one for each bound (value <= bound), then one for what is above all; total:
+    the sum of all values. Both are added to directly."""
 
     __slots__ = ("__weakref__", "bounds", "counts", "seen", "seen_at", "total")
     kind: ClassVar[str] = "histogram"
@@ -64,10 +64,6 @@ class Histogram:
         self.total: float = 0
         self.seen: float = 0
         self.seen_at = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
 
     @property
     def changes(self) -> float:

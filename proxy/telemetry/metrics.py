@@ -61,39 +61,31 @@ def classify(status: int, grpc_status: int = -1, *, cut: bool = False) -> Litera
 
 
 class HttpSeries:
-    """The HTTP metrics of one label set, bound."""
+    """The HTTP metrics of one label set, bound. by_answer: counters of responses, see `answer`; incremented by `record.answered`."""
 
-    __slots__ = ("__weakref__", "_by_status", "_labels", "_responses", "latency_ms", "requests")
+    __slots__ = ("__weakref__", "_labels", "_responses", "by_answer", "latency_ms", "requests")
 
     def __init__(self, labels: Labels, requests: Counter, responses: Family[Counter], latency_ms: Histogram) -> None:
         self.requests = requests
         self.latency_ms = latency_ms
         self._labels = labels
         self._responses = responses
-        self._by_status: dict[int, Counter] = {}
+        self.by_answer: dict[int, Counter] = {}
 
     def request(self) -> None:
         """A request was received whole enough to be decided on."""
         self.requests.value += 1
 
-    def response(self, status: int, millis: float, grpc_status: int = -1, cut: bool = False) -> None:
-        """An exchange ended. status: what the client saw, 0 if nothing. millis: since the request was received. grpc_status: -1 without
-        one. cut: what served it broke off."""
-        counter = self._by_status.get(status << 10 | grpc_status + 1 << 1 | cut)
-        if counter is None:
-            counter = self._bind(status, grpc_status, cut)
-        counter.value += 1
-        self.latency_ms.observe(millis)
-
-    def _bind(self, status: int, grpc_status: int, cut: bool) -> Counter:
+    def answer(self, key: int, status: int, grpc_status: int, cut: bool) -> Counter:
+        """The counter of such responses; from now on in `by_answer` under ``key``, unless there are too many."""
         # a server may send any status: outside of what is defined they share one series
         shown = str(status) if 100 <= status <= 599 else "" if status == 0 else "other"
         labels: Labels = (*self._labels, ("status_code", shown), ("classification", classify(status, grpc_status, cut=cut)))
         if grpc_status >= 0:
             labels = (*labels, ("grpc_status", str(grpc_status) if 0 <= grpc_status <= 16 else "other"))
         counter = self._responses.series(labels)
-        if len(self._by_status) < 64:
-            self._by_status[status << 10 | grpc_status + 1 << 1 | cut] = counter
+        if len(self.by_answer) < 64:
+            self.by_answer[key] = counter
         return counter
 
 

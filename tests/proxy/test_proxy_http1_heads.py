@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -283,6 +284,35 @@ def test_http10_is_kept_alive_by_its_field_only_and_knows_no_upgrade_or_expectat
     assert not request(b"GET / HTTP/1.0", b"Connection: upgrade", b"Upgrade: websocket").upgrades
     assert not request(b"POST / HTTP/1.0", b"Content-Length: 1", b"Expect: 100-continue").expects
     assert request(b"POST / HTTP/1.1", b"Host: a", b"Content-Length: 1", b"Expect: 100-Continue").expects
+
+
+DECIDING = ["Content-Length: 0", "Content-Type: application/grpc", "Connection: close", "Expect: x", "Keep-Alive: 5", "TE: trailers"]
+DECIDING += [
+    "Proxy-Connection: close",
+    "Upgrade: x",
+    "Host: a",
+    "Transfer-Encoding: chunked",
+    "Pillion-Client-Id: x",
+    "pillion_client_id: x",
+]
+
+
+@pytest.mark.parametrize("field", DECIDING)
+@pytest.mark.parametrize("spelled", [str, str.lower, str.upper, str.swapcase])
+def test_no_field_that_decides_something_or_is_named_like_ours_looks_ordinary(field: str, spelled: Callable[[str], str]) -> None:
+    name, value = field.split(":")
+    line = f"{spelled(name)}:{value}".encode()
+    for lines in ([line], [line, b"X: y"], [b"X: y", b"Traceparent: 00-1", line, b"X: y"]):
+        try:
+            assert not request(b"GET / HTTP/1.1", b"Host: a", *lines).ordinary
+        except HeadError:
+            assert field.startswith("Host")
+
+
+def test_fields_of_everyday_requests_look_ordinary() -> None:
+    names = b"user-agent accept accept-encoding cookie cache-control pragma referer priority traceparent tracestate authorization x-tenant"
+    lines = [spelled + b": x" for name in names.split() for spelled in (name, name.title(), name.upper())]
+    assert request(b"GET / HTTP/1.1", b"Host: a", *lines).ordinary
 
 
 def test_edits_strip_every_spelling_and_add_before_the_end() -> None:

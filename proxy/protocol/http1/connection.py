@@ -35,7 +35,7 @@ FOR_HELD: Final = 2
 FOR_ANSWERS: Final = 4
 
 IDLE_TICKS: Final = 4
-NO_HEAD: Final = RequestHead(0, b"", b"", b"", b"", b"")
+NO_HEAD: Final = RequestHead(0, b"", b"", b"", b"")
 
 
 class ClientConnection:

@@ -32,11 +32,14 @@ def editor(edit: HeadEdit) -> Callable[[RequestHead], bytes]:
     rewrite = rewriter(edit.host, edit.retarget) if edit.host or edit.retarget is not None else None
     if not names and rewrite is None:
         return (lambda head: head.wire[:-2] + block + b"\r\n") if block else (lambda head: head.wire)
+    ours = all(name.startswith(b"pillion-") for name in edit.strip)  # then a head that is `ordinary` has none of them
     present = re.compile(rb"\n(?:" + names + rb"):").search
     cut = re.compile(rb"\n(?i:" + names + rb"):[^\r]*\r").sub
 
     def apply(head: RequestHead) -> bytes:
-        wire = cut(b"", head.wire) if names and present(head.lower) else head.wire
+        wire = head.wire
+        if names and not (ours and head.ordinary) and present(head.lower):
+            wire = cut(b"", wire)
         if rewrite is not None and not head.connects:
             wire = rewrite(head, wire)
         return wire[:-2] + block + b"\r\n" if block else wire

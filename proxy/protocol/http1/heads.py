@@ -1,10 +1,11 @@
 """Heads of HTTP/1.1 messages: what is accepted, how the body is framed, which fields end at this hop.
 
 Theory of operation. A head is never taken apart and put together again. One regular expression checks all of it at once, in one pass
-without backtracking (possessive repeats): every line is ``token ":" value`` ended by CRLF, no control character anywhere, so bare CR, LF
-and NUL, obs-fold, spaces before the colon and empty names have no way to match. A second pass finds the few fields that decide
-something. What is sent on is the received byte string; fields that end at this hop are cut out of it, fields of ours are inserted before
-its last CRLF. Most heads need neither, and go on as the very bytes that came.
+(possessive repeats within a line, and lines that can be told apart, so that going back is no way to match): every line is ``token ":"
+value`` ended by CRLF, no control character anywhere, so bare CR, LF and NUL, obs-fold, spaces before the colon and empty names have no
+way to match. It also says from where on a field may decide something, judged by the first letters of the names; most requests have none
+after Host, and only what follows is looked through a second time. What is sent on is the received byte string; fields that end at this
+hop are cut out of it, fields of ours are inserted before its last CRLF. Most heads need neither, and go on as the very bytes that came.
 
 Strictness errs on the side of refusing: whatever two parsers are known to read differently is an error here, also where RFC 9112 would
 let a recipient repair it. Pure; called by client.py and upstream.py.
@@ -26,31 +27,36 @@ UNTIL_CLOSE: Final = -2
 
 TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 FIELD: Final = TOKEN + rb"++:[\t\x20-\x7e\x80-\xff]*+\r\n"
-# Possessive repeats hold no choice and no group here: Python before 3.11.5 gets those wrong.
-# The fourth group is the Host field where it comes first and is a plain name: nothing more to look at then.
-_match_request = re.compile(
+# How the names of fields that decide something begin: host, connection, content-, transfer-encoding, upgrade, expect, keep-alive,
+# proxy-connection, te, and our own (pillion-). Letter by letter, so that some other names look like these, but never the other way round.
+_DECIDING: Final = rb"[CEHKPTUcehkptu][EIOPRXeioprx][AEGLNOPSaeglnops][ELNPRTXelnprtx]|[Tt][Ee]:"
+# Possessive repeats hold no choice, no group and no assertion here: Python before 3.11.5 gets those wrong.
+# The fourth group is the Host field where it comes first and is a plain name: nothing more to look at then. The fifth are the fields from
+# the first one on that may decide something. It begins with such a one or is not there, so that a head can be divided in one way only.
+_match_request: Final = re.compile(
     rb"(" + TOKEN + rb"++) ([\x21\x22\x24-\x7e]++) HTTP/1\.([01])\r\n"
-    rb"(?:[Hh]ost: ([A-Za-z0-9._\-]{1,255}(?::[0-9]{1,5})?)\r\n)?(?:" + FIELD + rb")*+\r\n"
+    rb"(?:[Hh]ost: ([A-Za-z0-9._\-]{1,255}(?::[0-9]{1,5})?)\r\n)?"
+    rb"(?:(?!" + _DECIDING + rb")" + FIELD + rb")*(?:(?=" + _DECIDING + rb")((?:" + FIELD + rb")*+))?\r\n"
 ).match
-_match_response = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*+)?\r\n(?:" + FIELD + rb")*+\r\n").match
-_request_fields = re.compile(
+_match_response: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*+)?\r\n(?:" + FIELD + rb")*+\r\n").match
+_request_fields: Final = re.compile(
     rb"\n(host|content-length|transfer-encoding|connection|upgrade|expect|te|keep-alive|proxy-connection"
     rb"|content-type(?=:[ \t]*application/grpc)):[ \t]*+([^\r]*)"
 ).findall
-_response_fields = re.compile(
+_response_fields: Final = re.compile(
     rb"\n(content-length|transfer-encoding|connection|upgrade|keep-alive|proxy-connection|pillion-proxy-error):[ \t]*+([^\r]*)"
 ).findall
-_is_host = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9\-._~!$&'()*+;=%]{0,255})(?::[0-9]{0,5})?").fullmatch
-_is_absolute = re.compile(rb"(?i:https?)://([^/?@]+)(/[^?]*)?(\?.*)?").fullmatch
-_is_authority = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9\-._~!$&'()*+;=%]{1,255}):[0-9]{1,5}").fullmatch
-_is_length = re.compile(rb"[0-9]{1,18}").fullmatch
-_is_token = re.compile(TOKEN + rb"+").fullmatch
-_breaks_lines = re.compile(rb"(?<!\r)\n|\r[^\n]|\x00").search
+_is_host: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9\-._~!$&'()*+;=%]{0,255})(?::[0-9]{0,5})?").fullmatch
+_is_absolute: Final = re.compile(rb"(?i:https?)://([^/?@]+)(/[^?]*)?(\?.*)?").fullmatch
+_is_authority: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9\-._~!$&'()*+;=%]{1,255}):[0-9]{1,5}").fullmatch
+_is_length: Final = re.compile(rb"[0-9]{1,18}").fullmatch
+_is_token: Final = re.compile(TOKEN + rb"+").fullmatch
+_breaks_lines: Final = re.compile(rb"(?<!\r)\n|\r[^\n]|\x00").search
 
 # Fields that say where a message ends or whom it is for: a Connection field that names one would make the next hop read another message.
 _NEVER_NAMED: Final = frozenset((b"host", b"content-length", b"transfer-encoding", b"content-type", b"content-encoding", b"expect"))
 # Protocols that would carry further requests past the gate inside a tunnel, those of drafts (h2c-14) too.
-_carries_requests = re.compile(rb"(?:^|,)[ \t]*+(?:h2|http|tls)").search
+_carries_requests: Final = re.compile(rb"(?:^|,)[ \t]*+(?:h2|http|tls)").search
 _OPTIONS_MAX: Final = 64  # of a Connection field: each costs a look through the head
 _REPLAYABLE: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 
@@ -85,7 +91,8 @@ class RequestHead:
 
     size: bytes it took on the wire. wire: the bytes to send on, without the fields that ended at this hop. length: bytes of body, or
     CHUNKED. keep: the client wants its connection kept. old: HTTP/1.0. expects: the client waits for a 100. upgrades: a 101 may follow.
-    plain: nothing about it changes how a response is read or sent on.
+    plain: nothing about it changes how a response is read or sent on. ordinary: after Host comes no field that decides anything, and none
+    of the names that are ours (pillion-).
     """
 
     # Defaults of the class, not of each instance: most heads differ from few of them, and making one is on the path of every request.
@@ -98,14 +105,27 @@ class RequestHead:
     expects = False
     upgrades = False
     connects = False
+    ordinary = False
+    _lower: bytes | None = None
 
-    def __init__(self, size: int, method: bytes, target: bytes, authority: bytes, wire: bytes, lower: bytes) -> None:
+    def __init__(self, size: int, method: bytes, target: bytes, authority: bytes, wire: bytes) -> None:
         self.size = size
         self.method = method
         self.target = target
         self.authority = authority
         self.wire = wire
-        self.lower = lower
+
+    @property
+    def lower(self) -> bytes:
+        """`wire` in lower case, made when it is first asked for."""
+        if self._lower is None:
+            self._lower = self.wire.lower()
+        return self._lower
+
+    def replace(self, wire: bytes) -> None:
+        """These are the bytes to send on, instead of the others."""
+        self.wire = wire
+        self._lower = None
 
     @property
     def replayable(self) -> bool:
@@ -118,12 +138,13 @@ class RequestHead:
 
     def _value(self, name: bytes) -> bytes | None:
         key = b"\n" + name + b":"
-        at = self.lower.find(key)
+        lower = self.lower
+        at = lower.find(key)
         if at < 0:
             return None
         end = self.wire.index(b"\r", at)
         value = self.wire[at + len(key) : end].strip(b" \t")
-        while (at := self.lower.find(key, end)) >= 0:
+        while (at := lower.find(key, end)) >= 0:
             end = self.wire.index(b"\r", at)
             value += (b"; " if name == b"cookie" else b"\n") + self.wire[at + len(key) : end].strip(b" \t")
         return value
@@ -157,18 +178,18 @@ def request_untrusted(data: bytes, limits: Http1Limits) -> RequestHead | None:
         _refuse_untrusted(data, limits.head_bytes, limits.target_bytes)
         return None
     size = found.end()
-    method, target, minor, authority = found.groups()
+    method, target, minor, authority, deciding = found.groups()
     if len(target) > limits.target_bytes:
         raise HeadError(Cause.TARGET_TOO_LONG, f"the target has {len(target)} bytes")
     wire = data if size == len(data) else data[:size]
     # The shortest field is four bytes long, so short heads cannot have too many.
     if size > limits.head_bytes or (size > limits.header_count * 4 and wire.count(b"\n") - 2 > limits.header_count):
         raise HeadError(Cause.HEAD_TOO_LARGE, f"the head has {size} bytes or more than {limits.header_count} fields")
-    lower = wire.lower()
-    fields = _request_fields(lower)
-    head = RequestHead(size, method, target, authority or b"", wire, lower)
-    if authority is None or minor == b"0" or (len(fields) != 1 and not _usual(head, fields)):
-        _request_rules(head, fields, minor == b"0")
+    head = RequestHead(size, method, target, authority or b"", wire)
+    if authority is None or minor == b"0" or (deciding and not _usual(head, deciding)):
+        _request_rules(head, _request_fields(head.lower), minor == b"0")
+    elif not deciding:
+        head.ordinary = True
     if method == b"HEAD":
         head.plain = False
     if target[0] != 47 or method == b"CONNECT":
@@ -176,19 +197,14 @@ def request_untrusted(data: bytes, limits: Http1Limits) -> RequestHead | None:
     return head
 
 
-def _usual(head: RequestHead, fields: list[tuple[bytes, bytes]]) -> bool:
-    """Apply the fields if they are one Host, at most one Content-Length, and others that change nothing; else leave the head alone."""
-    hosts = 0
+def _usual(head: RequestHead, deciding: bytes) -> bool:
+    """Apply the fields if they are at most one Content-Length, and others that change nothing; else leave the head alone."""
     length = -1
-    for name, value in fields:
-        if name == b"host":
-            hosts += 1
-        elif name == b"content-length" and length < 0 and _is_length(value):
+    for name, value in _request_fields(b"\n" + deciding.lower()):
+        if name == b"content-length" and length < 0 and _is_length(value):
             length = int(value)
         elif name != b"connection" or value != b"keep-alive":
             return False
-    if hosts != 1:
-        return False
     if length > 0:
         head.length = length
         head.bodiless = False
@@ -231,12 +247,12 @@ def _end_request_hop(head: RequestHead, seen: dict[bytes, bytes]) -> None:
         cut.discard(b"upgrade")
     if (head.upgrades and connection == b"upgrade") or connection == b"keep-alive":
         cut.discard(b"connection")
-    head.wire = without(head.wire, cut)
+    wire = without(head.wire, cut)
     if b"connection" in cut and head.upgrades:
-        head.wire = head.wire[:-2] + b"connection: upgrade\r\n\r\n"
+        wire = wire[:-2] + b"connection: upgrade\r\n\r\n"
     if b"te" in cut and b"trailers" in te.replace(b" ", b"").split(b","):
-        head.wire = head.wire[:-2] + b"te: trailers\r\n\r\n"
-    head.lower = head.wire.lower()
+        wire = wire[:-2] + b"te: trailers\r\n\r\n"
+    head.replace(wire)
 
 
 _REQUEST_HOPS: Final = frozenset((b"keep-alive", b"proxy-connection", b"te", b"upgrade"))
