@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from core.refs import Ref, default_ref
-from policy.match import SEVERAL, Found, MixedKinds, RouteTable, host_untrusted, joined
+from policy.match import SEVERAL, Found, MixedKinds, RouteTable, host_untrusted, joined, respelled
 from policy.paths import AmbiguousPath, lenient_target_untrusted, normal_target_untrusted, query_values, readings
 from policy.patterns import InvalidPattern
 from policy.wire import Anyone, Authorization, InboundPolicy, Meshed, Network
@@ -188,7 +188,7 @@ class PortAuthorizer:
             self._table = self._folded = RouteTable(())
             self.broken = str(error)[: _REASON_MAX_CHARS // 2]
         self._watched = len(self._table.header_names)
-        self.header_names = self._table.header_names + (_respelled(self._table.header_names) if policy.check_paths else ())
+        self.header_names = self._table.header_names + (respelled(self._table.header_names) if policy.check_paths else ())
         self._grants: list[_Grant] = []
         self._positions: dict[Authorization, int] = {}
         self._networks: dict[tuple[Network, ...], _Networks] = {}
@@ -304,16 +304,6 @@ class PortAuthorizer:
         needed = "; ".join(wants[:_LISTED] + more) or "there is none but for loopback"
         who = identity[:200] if identity else f"a client without identity ({absence or 'no reason known'})"
         return replace(denied, reason=_cut(f"no policy of {what} admits {who}: {needed}"))
-
-
-def _respelled(names: Sequence[bytes]) -> tuple[bytes, ...]:
-    """The other names that servers which turn names into variables (CGI, WSGI) take for one of these: ``x_user`` for ``x-user``."""
-    found: dict[bytes, None] = {}
-    for name in names:
-        words = re.split(rb"[-_]", name, maxsplit=_RESPELLED_MAX)
-        for between in itertools.product((b"-", b"_"), repeat=len(words) - 1):
-            found[b"".join(itertools.chain.from_iterable(zip(words, (*between, b""), strict=True)))] = None
-    return tuple(name for name in found if name not in names)
 
 
 class ClientAuthorizer:

@@ -24,6 +24,8 @@ Called by policy.authorize. Must not decide who may do what, nor whether a path 
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -36,6 +38,7 @@ K = TypeVar("K")
 Headers = Sequence[bytes | None]
 Query = Mapping[str, str]
 
+_RESPELLED_MAX = 4  # separators of a header name that are exchanged: 15 other spellings
 _MAX_HOST_CHARS = 253  # longer ones are no DNS names and match no hostname
 
 
@@ -301,6 +304,16 @@ SEVERAL = b"\n"
 def joined(value: bytes) -> bytes:
     """One value of several fields (RFC 9110 section 5.3), without padding."""
     return value.strip(b" \t") if SEVERAL not in value else b", ".join(one.strip(b" \t") for one in value.split(SEVERAL))
+
+
+def respelled(names: Sequence[bytes]) -> tuple[bytes, ...]:
+    """The other names that servers which turn names into variables (CGI, WSGI) take for one of these: ``x_user`` for ``x-user``."""
+    found: dict[bytes, None] = {}
+    for name in names:
+        words = re.split(rb"[-_]", name, maxsplit=_RESPELLED_MAX)
+        for between in itertools.product((b"-", b"_"), repeat=len(words) - 1):
+            found[b"".join(itertools.chain.from_iterable(zip(words, (*between, b""), strict=True)))] = None
+    return tuple(name for name in found if name not in names)
 
 
 def host_untrusted(authority: bytes) -> str:
