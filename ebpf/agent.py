@@ -110,7 +110,11 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 def lock(path: Path) -> TextIO:
     """The right to write pins; held as long as the returned file is open. Raises CannotRun."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    file = open(path.with_name(f"{path.name}.lock"), "w", encoding="ascii")  # noqa: SIM115 -- open as long as we live
+    # root's alone: whoever else could open it could hold it too, and keep us from starting
+    file = open(  # noqa: SIM115 -- open as long as we live
+        path.with_name(f"{path.name}.lock"), "w", encoding="ascii", opener=lambda name, flags: os.open(name, flags, 0o600)
+    )
+    os.fchmod(file.fileno(), 0o600)
     deadline = time.monotonic() + 5
     while True:
         try:
