@@ -9,6 +9,7 @@ import msgspec
 
 from cli.output import CommandFailed, namespace_option, output_option, print_json, print_table, ref_text, say
 from cli.where import Asked, Where, where_options
+from core.addrs import InvalidAddr, parse_addr
 
 
 @click.group()
@@ -94,6 +95,8 @@ def _grant_row(grant: dict[str, Any]) -> tuple[str, ...]:
 @output_option
 def endpoints(address: str | None, workload: str | None, namespace: str, where: Where, output: str) -> None:
     """Show what stands behind ADDRESS (IP:PORT) for the controller, or (--of) every address a workload's sidecar has dialled."""
+    if address:
+        _check_address(address, where)
     running = Asked(where)
     if workload:
         pod = running.pods(namespace, workload)[0]
@@ -108,6 +111,14 @@ def endpoints(address: str | None, workload: str | None, namespace: str, where: 
         return
     rows = [row for addr, found in known.items() for row in _destination_rows(addr, found)]
     print_table(("ADDRESS", "KIND", "OBJECT", "ENDPOINT", "POD", "IDENTITY"), rows, "nothing was dialled yet")
+
+
+def _check_address(address: str, where: Where) -> None:
+    try:
+        parse_addr(address)
+    except InvalidAddr:
+        source = "pillion local status" if where.local else "kubectl get services -A"
+        raise CommandFailed(f"{address!r}: expected IP:PORT, an IPv6 address in brackets", f"{source}, which shows addresses") from None
 
 
 def _destination_rows(addr: str, found: dict[str, Any] | None) -> list[tuple[object, ...]]:

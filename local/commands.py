@@ -229,6 +229,8 @@ def _print_tables(mesh: protocol.MeshStatus) -> None:
             services.add_row(service.namespace, service.name, addresses, ", ".join(map(str, service.ports)), ", ".join(service.endpoints))
         console.print()
         console.print(services)
+    for note in mesh.notes:
+        click.echo(f"note: {note}", err=True)
     for reason in mesh.reasons:
         click.echo(f"not ready: {reason}", err=True)
 

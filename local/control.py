@@ -165,6 +165,8 @@ def _read(text: str, where: str, *, is_json: bool) -> tuple[list[Manifest], list
         documents = read_manifests(text.encode(), is_json=is_json)
     except InvalidManifest as error:
         return [], [f"{where}: {error}"], []
+    if not documents:
+        return [], [f"{where}: expected objects, found none"], []
     manifests, reasons, lines = [], [], []
     for raw in documents:
         try:

@@ -28,6 +28,13 @@ WORKLOADS = (
     ("", "Pod"),
 )
 _USED = (*WORKLOADS, ("", "Namespace"), ("", "ServiceAccount"), ("", "Service"), ("", "ConfigMap"), ("", "Secret"))
+_IDLE = {
+    "": {"Binding", "Endpoints", "Event", "LimitRange", "Node", "PersistentVolume", "PersistentVolumeClaim", "PodTemplate", "ResourceQuota"}
+    | {"ReplicationController"},
+    "apps": {"ControllerRevision"},
+    "batch": {"CronJob"},
+}
+"""What else there is in the groups of `_USED`: any other kind there is a mistake in writing."""
 POLICY_GROUPS = ("policy.pillion.dev", "gateway.networking.k8s.io")
 _CLUSTER_WIDE = (("", "Namespace"),)
 RESERVED_UIDS = frozenset({SIDECAR_UID, 2103, 2104})
@@ -67,6 +74,9 @@ def read_manifest(raw: Mapping[str, Any]) -> Manifest | None:
     """The object, or None for a kind that means nothing without Kubernetes (Ingress, RBAC ...); raises InvalidObject."""
     group, kind = group_kind(raw)
     if not is_run(group, kind):
+        if kind not in _IDLE.get(group, {kind}):
+            known = ", ".join(sorted(kind for of, kind in _USED if of == group))
+            raise InvalidObject("kind", f"a kind of {group or 'v1'}, of which these mean something here: {known}", shown(kind))
         return None
     if (group, kind) in _CLUSTER_WIDE:
         meta = read_meta(raw)

@@ -82,7 +82,8 @@ def read_manifests(text: bytes, *, is_json: bool) -> list[dict[str, Any]]:
     try:
         documents = [_json(text)] if is_json else list(yaml.load_all(text, _Loader))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InvalidManifest(" ".join(str(error).split()) or type(error).__name__) from None
+        told = " ".join(str(error).split()).replace('in "<byte string>", line', "at line")
+        raise InvalidManifest(told or type(error).__name__) from None
     for document in documents:
         _expanded_size(document, {}, 0)
     return [object_ for number, document in enumerate(documents) if document is not None for object_ in _objects(document, number)]

@@ -279,10 +279,17 @@ def test_a_silent_controller_is_named(mesh: FakeMesh, monkeypatch: pytest.Monkey
 
 
 def test_a_controllers_own_error_is_passed_on(mesh: FakeMesh, controller: dict[str, tuple[int, object]]) -> None:
-    controller["/diagnostics/endpoints?addr=x"] = (400, {"error": "?addr=: 'x': expected IP:PORT"})
-    result = run("diagnostics", "endpoints", "x")
+    controller["/diagnostics/endpoints?addr=10.0.0.1%3A80"] = (503, {"error": "no Service is known yet"})
+    result = run("diagnostics", "endpoints", "10.0.0.1:80")
     assert result.exit_code == 1
-    assert "expected IP:PORT" in result.stderr
+    assert result.stderr.startswith("error: the policy controller answered 503: no Service is known yet\n")
+
+
+@pytest.mark.parametrize("address", ["web.shop:80", "10.0.0.1", "fd00::1:80", "[fd00::1]"])
+def test_an_address_that_is_none_is_refused_with_where_to_find_one(mesh: FakeMesh, address: str) -> None:
+    result = run("diagnostics", "endpoints", "--name", "default", address)
+    assert result.exit_code == 1 and address in result.stderr
+    assert result.stderr.endswith("\n  try: pillion local status, which shows addresses\n")
 
 
 def test_identity_shows_every_pods_certificate(mesh: FakeMesh) -> None:

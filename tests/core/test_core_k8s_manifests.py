@@ -41,7 +41,7 @@ def test_numbers_to_the_base_60_are_text_as_kubectl_reads_them() -> None:
         ("1: x", "a key that is not a string"),
         ("<<: {1: x}", "a key that is not a string"),
         ("- a", "document 1: expected an object, found list"),
-        ("a: [", "while parsing"),
+        ("a: [", "at line 1, column 5"),
         ("a: !!python/object/apply:os.system [id]", "could not determine a constructor"),
         ("a: .inf", "the API's JSON can carry"),
         ("a: !!binary YQ==", "the API's JSON can carry"),

@@ -43,7 +43,15 @@ def test_a_workload_is_taken_with_its_default_namespace() -> None:
 
 
 def test_kinds_that_mean_nothing_here_are_left_out() -> None:
-    assert read_manifest({"apiVersion": "networking.k8s.io/v1", "kind": "Ingress", "metadata": {"name": "x"}}) is None
+    others = [("networking.k8s.io/v1", "Ingress"), ("batch/v1", "CronJob"), ("v1", "Endpoints"), ("serving.knative.dev/v1", "Service")]
+    for version, kind in others:
+        assert read_manifest({"apiVersion": version, "kind": kind, "metadata": {"name": "x"}}) is None
+
+
+@pytest.mark.parametrize(("version", "kind"), [("apps/v1", "Deploymnet"), ("v1", "Sevice"), ("v1", "Deployment"), ("batch/v1", "job")])
+def test_a_kind_that_does_not_exist_is_refused(version: str, kind: str) -> None:
+    """Nobody sees that a workload is left out silently."""
+    assert refusal({"apiVersion": version, "kind": kind, "metadata": {"name": "x"}}) == "kind"
 
 
 @pytest.mark.parametrize(
