@@ -53,9 +53,17 @@ def test_an_optimised_interpreter_is_preferred_to_a_newer_one(
 
 def test_no_usable_interpreter_names_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare = tool("prepare")
+    monkeypatch.delenv("PILLION_PYTHON", raising=False)
     monkeypatch.setattr(prepare, "candidates", list)
     with pytest.raises(SystemExit, match=r"no CPython 3\.11 to 3\.14 found"):
         prepare.choose()
+
+
+def test_a_chosen_interpreter_that_is_of_no_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a pyenv shim of a version that is not enabled: it is there, and does not run."""
+    monkeypatch.setenv("PILLION_PYTHON", "/bin/false")
+    with pytest.raises(SystemExit, match=r"PILLION_PYTHON=/bin/false does not run as CPython 3\.11 to 3\.14"):
+        tool("prepare").choose()
 
 
 def test_an_interpreter_says_what_it_is() -> None:
