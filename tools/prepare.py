@@ -146,10 +146,9 @@ def choose():
             say(f"{facts['path']} cannot make a virtual environment ({facts['missing']})")
         if usable:
             stop("as root: apt-get install python3-venv")
-        if os.environ.get("PILLION_PYTHON"):
-            stop(
-                f"PILLION_PYTHON={os.environ['PILLION_PYTHON']} does not run as CPython 3.11 to 3.14; give the path of one that does, or unset it"
-            )
+        chosen = os.environ.get("PILLION_PYTHON")
+        if chosen:
+            stop(f"PILLION_PYTHON={chosen} does not run as CPython 3.11 to 3.14; name one that does by its path, or unset it")
         stop("no CPython 3.11 to 3.14 found; install one (Ubuntu 22.04: apt-get install python3.11-venv) or set PILLION_PYTHON to its path")
     return max(ready, key=rank)
 
