@@ -57,7 +57,7 @@ def server_context() -> ssl.SSLContext:
 async def read_body(request: Request, most_bytes: int) -> bytes:
     """The whole body; raises BadBody."""
     if request.scope["http_version"] != "1.1":
-        raise BadBody(400, "HTTP/1.1 only")  # hypercorn lets clients upgrade, and one connection must not be a hundred requests
+        raise BadBody(400, "HTTP/1.1 only")
     body = bytearray()
     try:
         with trio.fail_after(_BODY_TIMEOUT_S):
@@ -88,6 +88,19 @@ class _Config(Config):
         self.websocket_max_message_size = 1024
 
 
+class _Http1Server(TCPServer):
+    """Hypercorn's, which takes HTTP/2 without ALPN too. A stranger could have it hold 1 MiB of a header block for each connection, sixty
+    times what HTTP/1.1 lets him, and no client of ours speaks it."""
+
+    async def _read_data(self) -> None:
+        self.protocol.protocol._check_protocol = _stay_http1  # type: ignore[union-attr, method-assign]
+        await super()._read_data()
+
+
+async def _stay_http1(event: object) -> None:
+    """In the place of what looks for a preface or an upgrade: the one is then a request of HTTP/2.0, the other a field without meaning."""
+
+
 async def serve_https(
     application: Starlette,
     context: ssl.SSLContext,
@@ -110,7 +123,7 @@ async def serve_https(
     async def handle(stream: trio.SSLStream[trio.SocketStream]) -> None:
         try:
             with rooms.one(_ip_of(stream)):
-                await TCPServer(app, config, worker, ConnectionState({}), stream)
+                await _Http1Server(app, config, worker, ConnectionState({}), stream)
         except Exception as error:  # what a stranger sends, or does not, must never end the server
             throttle.say(log.warning, "failed", "connection failed", error=repr(error)[:300])
         finally:

@@ -177,11 +177,13 @@ async def test_what_a_stranger_says_instead_of_http_1_ends_the_strangers_connect
         transport = await trio.open_tcp_stream("127.0.0.1", lab.port)
         stream = trio.SSLStream(transport, unverified(), https_compatible=True)
         await stream.send_all(head)
+        answer = bytearray()
         with trio.fail_after(30), contextlib.suppress(trio.BrokenResourceError):
             await stream.send_all(b"\0")
-            while await stream.receive_some(4096):
-                pass
+            while chunk := await stream.receive_some(4096):
+                answer += chunk
         await trio.aclose_forcefully(stream)
+        assert answer.startswith(b"HTTP/1.1 404 "), "HTTP/1.1 all the way: its connections cost little"
         assert (await ask(lab, "GET", "/", lab.token("cart", "cart-0")))[0] == 404
 
 
@@ -200,6 +202,12 @@ async def test_bodies_that_do_not_come_keep_nobody_from_a_certificate(tmp_path: 
 async def test_strangers_cannot_write_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for place in ("identity.service", "core.k8s.https"):
         monkeypatch.setattr(f"{place}.Throttle", lambda _: Throttle(lambda: 0.0))
+
+    async def failing(event: h11.Request) -> None:
+        if any(name == b"upgrade" for name, _ in event.headers):
+            raise ValueError("what a stranger could find one day")
+
+    monkeypatch.setattr("core.k8s.https._stay_http1", failing)
     lab, lines = new_lab(tmp_path), list[str]()
     logs.configure("info", "json", lines.append)
     try:
@@ -207,7 +215,7 @@ async def test_strangers_cannot_write_the_log(tmp_path: Path, monkeypatch: pytes
             for _ in range(LINES_PER_S + 5):
                 assert (await ask(lab, "GET", "/v1/bundle?generation=0&issuer=a", None))[0] == 401
                 stranger = trio.SSLStream(await trio.open_tcp_stream("127.0.0.1", lab.port), unverified(), https_compatible=True)
-                await stream_out(stranger, b"GET / HTTP/1.1\r\nhost: a\r\nupgrade: h2c\r\nconnection: upgrade\r\nhttp2-settings: a\r\n\r\n")
+                await stream_out(stranger, b"GET / HTTP/1.1\r\nhost: a\r\nupgrade: h2c\r\n\r\n")
     finally:
         structlog.reset_defaults()
     assert sum('"refused"' in line for line in lines) == LINES_PER_S

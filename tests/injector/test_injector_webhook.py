@@ -196,27 +196,22 @@ async def test_noise_inside_tls_ends_its_own_connection_only() -> None:
         assert (await lab.review(annotated()))["allowed"] is True
 
 
-@pytest.mark.slow
-async def test_http_2_is_refused() -> None:
-    import h2.config
-    import h2.connection
-    import h2.events
-
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0",
+        b"GET /mutate HTTP/1.1\r\nhost: x\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n\r\n",
+    ],
+    ids=["preface", "upgrade"],
+)
+async def test_http_2_is_not_spoken(head: bytes) -> None:
     async with webhook() as lab:
         context = ssl.create_default_context(cadata=lab.ca_pem.decode())
         tcp = await trio.open_tcp_stream("127.0.0.1", lab.port)
         stream = trio.SSLStream(tcp, context, server_hostname=NAME, https_compatible=True)
-        http = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
-        http.initiate_connection()
-        head = [(":method", "POST"), (":path", "/mutate"), (":scheme", "https"), (":authority", NAME)]
-        http.send_headers(1, head, end_stream=False)
-        await stream.send_all(http.data_to_send())
-        found: list[str] = []
-        with trio.move_on_after(0.5):
-            while not found and (data := await stream.receive_some()):
-                events = http.receive_data(bytes(data))
-                found += [dict(event.headers)[":status"] for event in events if isinstance(event, h2.events.ResponseReceived)]
-        assert found in ([], ["400"])
+        await stream.send_all(head)
+        with trio.fail_after(30):
+            assert (await stream.receive_some()).startswith((b"HTTP/1.1 404 ", b"HTTP/1.1 405 "))
         await trio.aclose_forcefully(stream)
 
 
