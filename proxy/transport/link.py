@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _READ_START: Final = 16 * 1024  # one TLS record or a typical request; grows while reads come back full
 _LINGER_S: Final = 2.0  # how long a closed connection may still drain, so that our last bytes are not lost to an RST
-_READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
+_READ: Final = select.EPOLLIN
+_WRITE: Final = select.EPOLLOUT
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _UNWATCHED: Final = -1
 _ANSWERS_MAX: Final = 8192  # some 300 key updates, for which any peer has a hundred gigabytes each; more would cost us only

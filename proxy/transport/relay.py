@@ -40,8 +40,8 @@ R = TypeVar("R", bound=Receiver)
 
 _EVENTS_PER_PASS: Final = 128
 _SLIM_PER_TURN: Final = 1000  # connections at rest, some 3 ms
-_WRITE = select.EPOLLOUT
-_DEAD = select.EPOLLERR | select.EPOLLHUP
+_WRITE: Final = select.EPOLLOUT
+_DEAD: Final = select.EPOLLERR | select.EPOLLHUP
 
 
 class Relay:

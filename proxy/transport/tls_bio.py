@@ -22,12 +22,12 @@ READ_MAX: Final = 256 * 1024
 """The most that one read of a socket takes; also the most plaintext that one `encrypt` accepts."""
 
 RECORD_OVERHEAD: Final = 22  # header 5, content type 1, tag 16 (RFC 8446 section 5.2)
-_RECORD_PLAINTEXT = 16384
-_PLAIN_BYTES = READ_MAX + 2 * _RECORD_PLAINTEXT  # one read, and the beginning of a record that the read before it ended with
-_SEND_BYTES = READ_MAX + (READ_MAX // _RECORD_PLAINTEXT + 2) * RECORD_OVERHEAD
+_RECORD_PLAINTEXT: Final = 16384
+_PLAIN_BYTES: Final = READ_MAX + 2 * _RECORD_PLAINTEXT  # one read, and the beginning of a record that the read before it ended with
+_SEND_BYTES: Final = READ_MAX + (READ_MAX // _RECORD_PLAINTEXT + 2) * RECORD_OVERHEAD
 
-_SSL_ERROR_WANT_READ = 2
-_SSL_ERROR_ZERO_RETURN = 6
+_SSL_ERROR_WANT_READ: Final = 2
+_SSL_ERROR_ZERO_RETURN: Final = 6
 
 
 class TlsBroken(Exception):
@@ -60,19 +60,25 @@ class Records(Protocol):
         ...
 
 
-_ffi: Any = _openssl.ffi
-_lib: Any = _openssl.lib
-_receive: Any = _ffi.new("char[]", READ_MAX)
-_plain: Any = _ffi.new("char[]", _PLAIN_BYTES)
-_send: Any = _ffi.new("char[]", _SEND_BYTES)
-_plain_view: Any = _ffi.buffer(_plain, _PLAIN_BYTES)
+# All Final: compiled code then loads them without a look-up in the module's dictionary.
+_ffi: Final[Any] = _openssl.ffi
+_lib: Final[Any] = _openssl.lib
+_receive: Final[Any] = _ffi.new("char[]", READ_MAX)
+_plain: Final[Any] = _ffi.new("char[]", _PLAIN_BYTES)
+_send: Final[Any] = _ffi.new("char[]", _SEND_BYTES)
+_plain_view: Final[Any] = _ffi.buffer(_plain, _PLAIN_BYTES)
 
 RECEIVE_BUFFER: Final[memoryview] = memoryview(_ffi.buffer(_receive, READ_MAX))
 _SEND_VIEW: Final[memoryview] = memoryview(_ffi.buffer(_send, _SEND_BYTES))
 
 # Bound once: attribute look-ups on cffi's lib object cost as much as the calls.
-_SSL_read, _SSL_write, _SSL_get_error, _SSL_shutdown = _lib.SSL_read, _lib.SSL_write, _lib.SSL_get_error, _lib.SSL_shutdown
-_BIO_read, _BIO_write, _ERR_clear_error = _lib.BIO_read, _lib.BIO_write, _lib.ERR_clear_error
+_SSL_read: Final[Any] = _lib.SSL_read
+_SSL_write: Final[Any] = _lib.SSL_write
+_SSL_get_error: Final[Any] = _lib.SSL_get_error
+_SSL_shutdown: Final[Any] = _lib.SSL_shutdown
+_BIO_read: Final[Any] = _lib.BIO_read
+_BIO_write: Final[Any] = _lib.BIO_write
+_ERR_clear_error: Final[Any] = _lib.ERR_clear_error
 
 
 class FastRecords:
@@ -94,7 +100,7 @@ class FastRecords:
         ssl = self._ssl
         if length:
             _BIO_write(self._into, _receive, length)
-        n = _SSL_read(ssl, _plain, _PLAIN_BYTES)
+        n: int = _SSL_read(ssl, _plain, _PLAIN_BYTES)
         if n > 0 and n + RECORD_OVERHEAD == length:
             return _plain_view[:n]  # type: ignore[no-any-return]  # exactly one record: another read would only say "want read"
         size = 0
