@@ -7,9 +7,12 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
+
+from tests import traces
 
 # CI tries the same examples in every run, a laptop others each time; how long one takes says how busy the machine is, so nothing is timed
 hypothesis.settings.register_profile(
@@ -104,6 +107,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.fail(f"{marker}: {reason}, and CI runs everything", pytrace=False)
         if reason:
             pytest.skip(f"{marker}: {reason}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_in_the_kernel() -> Iterator[None]:
+    """Programs, maps, links, pins, cgroups and namespaces: after everything else of the session, meshes and labs included, has ended."""
+    yield
+    assert traces.left(30) == {}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -24,6 +24,7 @@ from typing import Any
 
 from ebpf import attach, bpfsys, layout, loader
 from ebpf.layout import Counter, PodFlag
+from tests import traces
 
 APP_UID, SIDECAR_UID = 1000, 2102
 OUT_PORT, IN_PORT = 4140, 4143
@@ -124,6 +125,7 @@ class LabPod:
         _ip("-n", name, "link", "set", "lo", "up")
         with self._netns() as netns:
             self.cookie = bpfsys.netns_cookie(netns)
+        traces.note(self.cgroup, Path("/run/netns") / name)
 
     @contextlib.contextmanager
     def _netns(self) -> Iterator[int]:
@@ -252,6 +254,7 @@ class Lab:
 
     def close(self) -> None:
         """Leave nothing."""
+        traces.note(self._mount, pins=self.root)
         self.close_pods()
         self.node.close()
         attach.remove(self.root)

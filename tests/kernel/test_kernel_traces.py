@@ -15,22 +15,10 @@ import hop_checks
 import pytest
 from lab import ACCELERATED, CAPTURED, PATIENCE_S, SCALE, Lab, LabPod, join
 
-from ebpf import attach, bpfsys
+from ebpf import bpfsys
+from tests import traces
 
 pytestmark = pytest.mark.kernel
-
-
-def _ids(lab: Lab) -> dict[str, set[int]]:
-    """The kernel's ids of everything that a lab has pinned."""
-    kinds = {"maps": "map", "programs": "prog", "cgroups": "link", "pods": "link"}
-    found: dict[str, set[int]] = {"map": set(), "prog": set(), "link": set()}
-    for folder, kind in kinds.items():
-        for path in (attach.Pins(lab.root).folder / folder).rglob("*"):
-            if path.is_file():
-                fd = bpfsys.pinned(path)
-                found[kind].add(bpfsys.object_id(fd))
-                os.close(fd)
-    return found
 
 
 def _ours() -> dict[str, set[str]]:
@@ -57,7 +45,7 @@ def test_nothing_is_left(lab: Lab) -> None:
         join(one, two, 9)
         one.attach(ACCELERATED, ("10.98.9.1",), inbound=True)
         one.run(hop_checks.run_check, "reset")
-        made = _ids(other)
+        made = traces.pinned(other.root)
         assert all(made.values()), made
         assert all(made[kind] <= bpfsys.ids(kind) for kind in made)
         assert _ours() != before

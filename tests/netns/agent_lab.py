@@ -21,6 +21,7 @@ from local_lab import PATIENCE_S, wait_until
 
 from ebpf import bpfsys, client
 from ebpf.wire import PodFacts, Register, Request, Status, Steer
+from tests import traces
 
 ROOT = Path(__file__).resolve().parents[2]
 RELAY = Path(__file__).with_name("agent_relay.py")
@@ -186,6 +187,7 @@ class Lab:
 
     def close(self) -> None:
         """Nothing is left of it."""
+        traces.note(*(Path("/run/netns") / pod.name for pod in self.pods), pins=self.pins)
         for pod in self.pods:
             pod.end()
         if self.agent is not None and self.agent.poll() is None:

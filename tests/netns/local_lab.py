@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from local import client, protocol
+from tests import traces
 
 PATIENCE_S = 30.0
 """How long something may take that should come at once: on a machine with more to do than processors, seconds pass before one's turn
@@ -35,7 +36,10 @@ class LocalMesh:
 
     def up(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Start and wait until ready."""
-        return self.run("up", "-f", str(self.folder), "--detach", "--timeout", "90", *words)
+        done = self.run("up", "-f", str(self.folder), "--detach", "--timeout", "90", *words)
+        if done.returncode == 0:
+            traces.note(pins=Path(f"/proc/{self.runner_pid()}/root{self.state}/bpf/pillion"))  # mounted in the runner's own namespace
+        return done
 
     def sh(self, pod: str, script: str, *options: str) -> subprocess.CompletedProcess[str]:
         """A shell script in a pod of the namespace ``shop``."""
