@@ -14,16 +14,18 @@ from functools import partial
 from pathlib import Path
 
 from bench import certs, peers, report
+from bench.contestants import pillion
 from bench.contestants.base import Contestant, Context
 from bench.contestants.envoy import Envoy
 from bench.contestants.haproxy import Haproxy
 from bench.contestants.none import NoProxy
 from bench.contestants.pillion import Pillion
 from bench.facts import Facts
+from bench.limits import raise_file_limit
 from bench.measure import Series, results
 from bench.rig import FULL, QUICK, Bench
 from bench.scenarios import SCENARIOS
-from bench.stage import PROXY_UID, Pinning
+from bench.stage import PROXY_UID, Pinning, StageError
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -81,6 +83,12 @@ def main(argv: list[str]) -> int:
     plan = QUICK if chosen.quick else FULL
     plan = type(plan)(chosen.rounds or plan.rounds, chosen.seconds or plan.seconds, plan.warmup_s, plan.quick)
     pinning = Pinning.named(chosen.pin)
+    raise_file_limit()
+    try:
+        versions = {**found.versions, "pillion": pillion.build()}
+    except StageError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
     started = time.time()
     with contextlib.ExitStack() as stack:
         workdir = Path(tempfile.mkdtemp(prefix="pillion-bench-"))
@@ -92,11 +100,13 @@ def main(argv: list[str]) -> int:
         context = Context(found, certs.make(workdir / "certs", owner_uid=PROXY_UID), workdir, pinning)
         bench = Bench(context, contestants(found, chosen.contestants), plan, partial(print, file=sys.stderr, flush=True), [])
         for row in chosen.rows.split(","):
+            began = time.monotonic()
             SCENARIOS[row](bench)
+            bench.say(f"{row} took {time.monotonic() - began:.0f} s")
         series: list[Series] = bench.series
     facts = Facts(
         machine=peers.machine(),
-        versions=found.versions,
+        versions=versions,
         commit=peers.commit(),
         pinning=pinning.describe(),
         rounds=plan.rounds,
@@ -104,6 +114,7 @@ def main(argv: list[str]) -> int:
         quick=plan.quick,
         started=started,
         took_s=time.time() - started,
+        tls=bench.tls,
     )
     rows = results(series)
     whole = not chosen.quick and not chosen.contestants and chosen.rows == ",".join(SCENARIOS)

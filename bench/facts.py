@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a reader needs to judge figures by. started: seconds since the epoch. seconds: of one round."""
+    """What a reader needs to judge figures by. started: seconds since the epoch. seconds: of one round. tls: see `bench.rig.Bench`."""
 
     machine: dict[str, str]
     versions: dict[str, str]
@@ -18,3 +18,4 @@ class Facts:
     quick: bool
     started: float
     took_s: float
+    tls: dict[str, str] = field(default_factory=dict)

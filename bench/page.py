@@ -35,13 +35,21 @@ METHOD = """\
 - Every inbound proxy allows six combinations of method and path prefix, to the client's identity only, and refuses the rest: before each
   work an allowed request must be answered with 200 and another one with 403 or 404, or the contestant does not take part. Envoy normalises
   paths, as its guide asks when paths decide. Statistics on, access logs off.
-- The configurations of the peers are in `bench/configs`, what fills them in `bench/contestants`.
+- The configurations of the peers are in `bench/configs`, what fills them in `bench/contestants`. Envoy is the release build from PyPI:
+  request ids and its own headers off, circuit breakers above any load, route and idle timeouts off, its default buffers and HTTP/2 windows.
+  HAProxy is Debian's 2.6 on OpenSSL 3.0: `http-reuse always` with unlimited pools on both sides, its default buffers of 16 KiB, HTTP/2
+  windows of 1 MiB, paths as they come, not normalised; newer releases, or a build with AWS-LC, need less for handshakes. Pillion runs with
+  the settings of an injected sidecar: reads of up to 256 KiB, HTTP/2 windows of 256 KiB a stream. All keep and reuse connections to the
+  peer and to the app, over all clients; none of them retries.
+- In P12 the peers hold a policy (Envoy) or a line (HAProxy) for each rule, walked in order, as control planes write them. A map in
+  HAProxy or a matcher tree in Envoy would grow less; only Pillion's growth is judged.
 - HTTP/1.1 load is wrk with `bench/load/varied.lua`: 50 paths with ids, 8 headers, of which 3 are different in every request. HTTP/2 load
   is `bench/load/h2.py`, because h2load can vary no header; large HTTP/2 bodies are h2load's. The answers come from nginx (HTTP/1.1),
   nghttpd (HTTP/2) and `bench/load/bulk.py` (large bodies).
-- All contestants of a work are started first, then their rounds run interleaved, in turn from both ends. A figure is the median of its
-  rounds; spread is (largest - smallest) / median. A round with any failed request is reported as failed and keeps no figure.
-- The key exchange of TLS is each one's own default; Pillion offers X25519MLKEM768 first, which makes its handshakes (P5) dearer.
+- All contestants of a row are started first, then their rounds run interleaved, in turn from both ends, after a warm-up that counts for
+  nothing. Rounds are shorter where a second or less holds thousands of requests or hundreds of megabytes: half of the length above for P3,
+  P5 and P12, a quarter for P4. A figure is the median of its rounds; spread is (largest - smallest) / median. A round with any failed
+  request is reported as failed and keeps no figure.
 - CPU is user and system time of the two proxies' processes, from `/proc/<pid>/stat`. Load, server and Pillion's control plane are not in
   it. Memory is the proportional set size.
 - Load, proxies and server share the machine's cores, so that a throughput ratio is nearer to 1 than the ratio of what the proxies cost:
@@ -50,7 +58,7 @@ METHOD = """\
 
 
 def performance_page(facts: Facts, rows: Sequence[Result], notes: str = "") -> str:
-    """The whole page as Markdown. notes: what is written by hand about where time goes, put before the figures."""
+    """The whole page as Markdown. notes: what is written by hand about where time goes, put under what is behind."""
     verdicts = judge(rows)
     behind = sorted((one for one in verdicts if not one.met and one.figure is not None), key=lambda one: -one.shortfall)
     unknown = [one for one in verdicts if one.figure is None]
@@ -64,11 +72,11 @@ def performance_page(facts: Facts, rows: Sequence[Result], notes: str = "") -> s
     if unknown:
         lines = "\n".join(f"- {one.target.row} {one.work or TITLES[one.target.row]}: {_metric(one)}" for one in unknown)
         parts += ["Not measured in this run:", lines]
+    if notes:
+        parts += ["### Where the remaining time goes, and what was tried", notes.strip()]
     parts += ["## Ahead", _verdict_table(ahead) if ahead else "Nothing yet."]
     if failed := [row for row in rows if row.failed]:
         parts += ["## Failed rounds", _failed(failed)]
-    if notes:
-        parts += ["## Where the time goes", notes.strip()]
     parts.append("## All figures")
     for row in dict.fromkeys(one.row for one in rows):
         parts.append(f"### {row}: {TITLES[row]}")
@@ -78,7 +86,7 @@ def performance_page(facts: Facts, rows: Sequence[Result], notes: str = "") -> s
             if chart_row == row and _has(rows, row, metric)
         ]
         parts.append(_figures([one for one in rows if one.row == row and one.metric]))
-    parts += ["## How it was measured", METHOD.strip()]
+    parts += ["## How it was measured", METHOD.strip() + "\n" + _tls(facts)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -96,6 +104,14 @@ def _where(facts: Facts) -> str:
         f"Linux {machine['kernel']}, "
         f"Python {machine['python']} ({machine['python_build']}); {versions}. {facts.rounds} interleaved rounds of {facts.seconds:g} s; "
         f"{facts.pinning}.{quick}"
+    )
+
+
+def _tls(facts: Facts) -> str:
+    agreed = "; ".join(f"{name}: {what}" for name, what in facts.tls.items()) or "not noted in this run"
+    return (
+        "- The group of the key exchange is each one's own default. What the two proxies of each contestant agreed on, read off the wire: "
+        f"{agreed}. Where the load itself speaks TLS (P5 inbound, P7) it offers everybody what its OpenSSL does by default."
     )
 
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -39,22 +39,23 @@ class Plan:
 
     def warmup_for(self, endpoints: int) -> float:
         """With a thousand endpoints a connection to each is made first, or handshakes would be measured."""
-        return self.warmup_s + (endpoints * 0.012 if endpoints > 1 else 0)
+        return self.warmup_s + (endpoints * 0.006 if endpoints > 1 else 0)
 
 
-FULL = Plan(rounds=5, seconds=2, warmup_s=0.7, quick=False)
+FULL = Plan(rounds=5, seconds=2, warmup_s=0.3, quick=False)
 QUICK = Plan(rounds=2, seconds=0.5, warmup_s=0, quick=True)
 
 
 @dataclass
 class Bench:
-    """What a scenario works with, and where it leaves its samples."""
+    """What a scenario works with, and where it leaves its samples. tls: what each contestant's two proxies agreed on, by its name."""
 
     context: Context
     contestants: Sequence[Contestant]
     plan: Plan
     say: Callable[[str], None]
     series: list[Series]
+    tls: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -143,7 +144,7 @@ def listens(port: int) -> bool:
 
 def status(host: str, port: int, path: str, method: str = "GET") -> int:
     """The status of one HTTP/1.1 request, 0 when there is no answer; the caller is already in the right namespace."""
-    connection = http.client.HTTPConnection(host, port, timeout=5)
+    connection = http.client.HTTPConnection(host, port, timeout=20)
     try:
         connection.request(method, path)
         return connection.getresponse().status
@@ -170,21 +171,29 @@ def no_check(entry: Entry) -> None:
 
 
 @contextlib.contextmanager
-def started(bench: Bench, row: str, work: str, setup: Setup, server: Server) -> Iterator[list[Entry]]:
-    """All contestants that can take part, each on its own stage with its own server; those that cannot start leave a failed round."""
+def started(bench: Bench, row: str, works: Sequence[str], setup: Setup, server: Server, check: Check) -> Iterator[dict[str, list[Entry]]]:
+    """All contestants that can take part, each on its own stage with its own server, started and checked once for all works of a row.
+
+    Yields who is ready, for each work; whoever does not start, or does not refuse what it must, leaves a failed round in every one.
+    """
+    taking_part = [contestant for contestant in bench.contestants if contestant.missing(setup) is None]
+    series = {(work, contestant.name): Series(row, work, contestant.name) for work in works for contestant in taking_part}
+    bench.series += series.values()
+    ready: dict[str, list[Entry]] = {work: [] for work in works}
     with contextlib.ExitStack() as stack:
-        entries = []
-        for contestant in bench.contestants:
-            if contestant.missing(setup) is not None:
-                continue
-            series = Series(row, work, contestant.name)
-            bench.series.append(series)
+        for contestant in taking_part:
             try:
-                entries.append(Entry(contestant, *start_one(bench, stack, contestant, setup, server), series))
+                stage, running = start_one(bench, stack, contestant, setup, server)
+                entries = [Entry(contestant, stage, running, series[work, contestant.name]) for work in works]
+                check(entries[0])
             except StageError as error:
-                series.fail(str(error))
-                bench.say(f"{row} {work}: {contestant.name} does not start: {error}")
-        yield entries
+                for work in works:
+                    series[work, contestant.name].fail(str(error))
+                bench.say(f"{row}: {contestant.name} does not take part: {error}")
+                continue
+            for work, entry in zip(works, entries, strict=True):
+                ready[work].append(entry)
+        yield ready
 
 
 def start_one(bench: Bench, stack: contextlib.ExitStack, contestant: Contestant, setup: Setup, server: Server) -> tuple[Stage, Running]:
@@ -197,19 +206,12 @@ def start_one(bench: Bench, stack: contextlib.ExitStack, contestant: Contestant,
     return stage, contestant.start(bench.context, stage, setup)
 
 
-def rounds(bench: Bench, entries: Sequence[Entry], load: Load, check: Check, figures: Figures, share: float = 1.0) -> None:
-    """Check, warm up, then run interleaved rounds; a round with any failed request keeps no figures. share: of a full round's time."""
-    able = []
-    for entry in entries:
-        try:
-            check(entry)
-            if warmup_s := bench.plan.warmup_for(len(entry.stage.endpoints)):
-                load(entry, warmup_s)
-            able.append(entry)
-        except StageError as error:
-            entry.series.fail(str(error))
-            bench.say(f"{entry.label} {error}")
-    for entry in interleaved(able, bench.plan.rounds):
+def rounds(bench: Bench, entries: Sequence[Entry], load: Load, figures: Figures, share: float = 1.0) -> None:
+    """Warm up, then run interleaved rounds; a round with any failed request keeps no figures. share: of a full round's time."""
+    if not bench.plan.quick:
+        for entry in entries:
+            load(entry, bench.plan.warmup_for(len(entry.stage.endpoints)))
+    for entry in interleaved(entries, bench.plan.rounds):
         one_round(bench, entry, partial(load, entry, bench.plan.seconds * share), figures)
 
 

@@ -9,13 +9,15 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+from bench import handshake
 from bench.certs import dns_name
 from bench.contestants.base import API_RULES, BULK_RULES, GRPC_RULES, AppProtocol, Setup, grown_rules
 from bench.hop import p8
+from bench.limits import file_limit
 from bench.load import h2, h2load, wrk
 from bench.measure import Outcome, Series, interleaved, pss_bytes
 from bench.rig import (
@@ -23,6 +25,7 @@ from bench.rig import (
     Bench,
     Entry,
     Load,
+    Server,
     blobs,
     check_http1,
     nghttpd,
@@ -34,7 +37,7 @@ from bench.rig import (
     start_one,
     started,
 )
-from bench.stage import ROOT, StageError, file_limit, wait_until
+from bench.stage import ROOT, StageError, wait_until
 
 MB = 1e6
 # Where neither what the proxies speak between them nor how they are led makes a difference.
@@ -50,28 +53,39 @@ def _wrk(bench: Bench, connections: int) -> Load:
 
 def p1(bench: Bench) -> None:
     """HTTP/1.1 through the pair, 32 connections."""
-    with started(bench, "P1", "HTTP/1.1, 32 connections", Setup(), nginx) as entries:
-        rounds(bench, entries, _wrk(bench, 32), check_http1, per_request)
+    work = "HTTP/1.1, 32 connections"
+    with started(bench, "P1", [work], Setup(), nginx, partial(_check_and_note_tls, bench)) as entries:
+        rounds(bench, entries[work], _wrk(bench, 32), per_request)
+
+
+def _check_and_note_tls(bench: Bench, entry: Entry) -> None:
+    with handshake.listening(entry.stage.client) as agreed:
+        check_http1(entry)
+    if entry.pids:
+        bench.tls[entry.contestant.name] = ", ".join(dict.fromkeys(agreed))
 
 
 def p2(bench: Bench) -> None:
     """HTTP/1.1 through the pair, 1 connection."""
-    with started(bench, "P2", "HTTP/1.1, 1 connection", Setup(), nginx) as entries:
-        rounds(bench, entries, _wrk(bench, 1), check_http1, per_request)
+    work = "HTTP/1.1, 1 connection"
+    with started(bench, "P2", [work], Setup(), nginx, check_http1) as entries:
+        rounds(bench, entries[work], _wrk(bench, 1), per_request)
 
 
 def p3(bench: Bench) -> None:
     """HTTP/2 and gRPC unary through the pair."""
     for kind, title, rules in (("http2", "HTTP/2", API_RULES), ("grpc", "gRPC", GRPC_RULES)):
-        for connections, streams in ((8, 16),) if bench.plan.quick else ((8, 16), (1, 100), (8, 1)):
+        shapes = [(8, 16)] if bench.plan.quick else [(8, 16), (1, 100), (8, 1)]
+        works = {f"{title}, {connections} x {streams}": (connections, streams) for connections, streams in shapes}
+        server, check = partial(nghttpd, trailers=kind == "grpc"), partial(_check_http2, kind=kind)
+        with started(bench, "P3", list(works), Setup("http2", rules), server, check) as entries:
+            for work, (connections, streams) in works.items():
+                rounds(bench, entries[work], partial(_http2, kind, connections, streams), per_request, share=0.5)
 
-            def load(entry: Entry, seconds: float, kind: str = kind, c: int = connections, s: int = streams) -> Outcome:
-                command = program("h2", *entry.running.dial, kind, c, s, seconds)
-                return h2.parse(*entry.stage.client.output(command, seconds + 40))
 
-            server = partial(nghttpd, trailers=kind == "grpc")
-            with started(bench, "P3", f"{title}, {connections} x {streams}", Setup("http2", rules), server) as entries:
-                rounds(bench, entries, load, partial(_check_http2, kind=kind), per_request, share=0.5)
+def _http2(kind: str, connections: int, streams: int, entry: Entry, seconds: float) -> Outcome:
+    command = program("h2", *entry.running.dial, kind, connections, streams, seconds)
+    return h2.parse(*entry.stage.client.output(command, seconds + 40))
 
 
 def _check_http2(entry: Entry, kind: str) -> None:
@@ -87,22 +101,27 @@ def _check_http2(entry: Entry, kind: str) -> None:
 
 def p4(bench: Bench) -> None:
     """Large bodies through the pair, up and down: GB/s and CPU per GB."""
-    sizes: dict[AppProtocol, list[str]] = {"http1": list(SIZES), "http2": list(SIZES), "opaque": ["64 MiB"]}
-    works = [(app, size, way) for app in sizes for size in sizes[app] for way in ("down", "up")]
-    names = {"http1": "HTTP/1.1", "http2": "HTTP/2", "opaque": "opaque TCP"}
-    for app, size, way in works:
-        if bench.plan.quick and (size, way) != ("1 MiB", "up") and (app, way) != ("opaque", "down"):
-            continue
+    kinds: tuple[tuple[AppProtocol, str, Server, tuple[str, ...]], ...] = (
+        ("http1", "HTTP/1.1", blobs, ("1 MiB down", "1 MiB up", "64 MiB down", "64 MiB up")),
+        ("http2", "HTTP/2", nghttpd, ("1 MiB down", "1 MiB up", "64 MiB down", "64 MiB up")),
+        ("opaque", "opaque TCP", blobs, ("64 MiB down", "64 MiB up")),
+    )
+    for app, title, server, bodies in kinds:
+        works = {f"{title}, {body}": body for body in (bodies[1:2] if bench.plan.quick else bodies)}
+        with started(bench, "P4", list(works), Setup(app, BULK_RULES), server, no_check) as entries:
+            for work, body in works.items():
+                size, _, way = body.rpartition(" ")
+                load = partial(_bulk_http2 if app == "http2" else _bulk, bench, SIZES[size], way == "up")
+                rounds(bench, entries[work], load, _per_byte, share=0.25)
 
-        def load(entry: Entry, seconds: float, app: str = app, count: int = SIZES[size], up: bool = way == "up") -> Outcome:
-            if app == "http2":
-                return h2load.run(entry.stage.client, bench.context.peers, entry.running.dial, size=count, up=up, seconds=seconds)
-            command = program("bulk", "load", *entry.running.dial, "up" if up else "down", count, 4, seconds)
-            return _bulk_outcome(*entry.stage.client.output(command, seconds + 60))
 
-        server = nghttpd if app == "http2" else blobs
-        with started(bench, "P4", f"{names[app]}, {size} {way}", Setup(app, BULK_RULES), server) as entries:
-            rounds(bench, entries, load, no_check, _per_byte, share=0.5)
+def _bulk(bench: Bench, size: int, up: bool, entry: Entry, seconds: float) -> Outcome:
+    command = program("bulk", "load", *entry.running.dial, "up" if up else "down", size, 4, seconds)
+    return _bulk_outcome(*entry.stage.client.output(command, seconds + 60))
+
+
+def _bulk_http2(bench: Bench, size: int, up: bool, entry: Entry, seconds: float) -> Outcome:
+    return h2load.run(entry.stage.client, bench.context.peers, entry.running.dial, size=size, up=up, seconds=seconds)
 
 
 def _bulk_outcome(code: int, out: str, err: str) -> Outcome:
@@ -128,15 +147,17 @@ def p5(bench: Bench) -> None:
     def figures(outcome: Outcome, cpu_s: float) -> dict[str, float]:
         return {"connections_per_cpu_s": outcome.units / cpu_s if cpu_s else 0.0, "connections": outcome.metrics["throughput"]}
 
-    with started(bench, "P5", "inbound, HTTP/1.1", Setup(inbound_only=True), nginx) as entries:
-        rounds(bench, entries, to_inbound, no_check, figures, share=0.5)
+    work = "inbound, HTTP/1.1"
+    with started(bench, "P5", [work], Setup(inbound_only=True), nginx, no_check) as entries:
+        rounds(bench, entries[work], to_inbound, figures, share=0.5)
 
     def through_pair(entry: Entry, seconds: float) -> Outcome:
         command = program("openloop", "--new", *entry.running.dial, 4, seconds)
         return h2.parse(*entry.stage.client.output(command, seconds + 40))
 
-    with started(bench, "P5", "pair, opaque TCP", Setup("opaque"), nginx) as entries:
-        rounds(bench, entries, through_pair, no_check, figures, share=0.5)
+    work = "pair, opaque TCP"
+    with started(bench, "P5", [work], Setup("opaque"), nginx, no_check) as entries:
+        rounds(bench, entries[work], through_pair, figures, share=0.5)
 
 
 def p6(bench: Bench) -> None:
@@ -171,8 +192,9 @@ def p7(bench: Bench) -> None:
     """Idle keep-alive connections with mutual TLS through one inbound sidecar."""
     # Two descriptors each in a proxy that keeps an upstream connection for every client's; a sidecar leaves an eighth to its app's calls.
     count = 300 if bench.plan.quick else min(10_000, file_limit() * 7 // 16 - 300)
-    with started(bench, "P7", f"{count:,} idle connections", Setup(inbound_only=True), nginx) as entries:
-        for entry in entries:
+    work = f"{count:,} idle connections"
+    with started(bench, "P7", [work], Setup(inbound_only=True), nginx, no_check) as entries:
+        for entry in entries[work]:
             try:
                 metrics = _hold(bench, entry, count)
             except StageError as error:
@@ -213,23 +235,31 @@ def _hold(bench: Bench, entry: Entry, count: int) -> dict[str, float]:
 
 def p9(bench: Bench) -> None:
     """Latency that the pair adds at fixed rates, open loop."""
-    for rate in (2000,) if bench.plan.quick else (500, 2000):
+    rates = {f"HTTP/1.1, {rate:,} req/s open loop": rate for rate in ((2000,) if bench.plan.quick else (500, 2000))}
+    with started(bench, "P9", list(rates), Setup(), nginx, check_http1) as entries:
+        for work, rate in rates.items():
+            rounds(bench, entries[work], partial(_open_loop, rate), _latencies)
+            _add_to_bare([entry.series for entry in entries[work]])
 
-        def load(entry: Entry, seconds: float, rate: int = rate) -> Outcome:
-            return h2.parse(*entry.stage.client.output(program("openloop", *entry.running.dial, rate, seconds), seconds + 40))
 
-        with started(bench, "P9", f"HTTP/1.1, {rate:,} req/s open loop", Setup(), nginx) as entries:
-            rounds(
-                bench, entries, load, check_http1, lambda outcome, cpu_s: {k: outcome.metrics[k] for k in ("latency_p50", "latency_p99")}
-            )
-        bare = next((entry.series for entry in entries if not entry.pids), None)
-        for entry in entries:
-            if bare is None or entry.series is bare:
-                continue
-            for share in ("p50", "p99"):
-                base, own = bare.samples.get(f"latency_{share}"), entry.series.samples.get(f"latency_{share}")
-                if base and own:
-                    entry.series.samples[f"added_{share}"] = [value - statistics.median(base) for value in own]
+def _open_loop(rate: int, entry: Entry, seconds: float) -> Outcome:
+    return h2.parse(*entry.stage.client.output(program("openloop", *entry.running.dial, rate, seconds), seconds + 40))
+
+
+def _latencies(outcome: Outcome, cpu_s: float) -> dict[str, float]:
+    return {name: outcome.metrics[name] for name in ("latency_p50", "latency_p99")}
+
+
+def _add_to_bare(series: Sequence[Series]) -> None:
+    """``added``: each one's latency less the median without proxies."""
+    bare = next((one for one in series if one.contestant == "none"), None)
+    if bare is None:
+        return
+    for one in series:
+        for share in ("p50", "p99"):
+            base, own = bare.samples.get(f"latency_{share}"), one.samples.get(f"latency_{share}")
+            if base and own and one is not bare:
+                one.samples[f"added_{share}"] = [value - statistics.median(base) for value in own]
 
 
 def p11(bench: Bench) -> None:
@@ -259,8 +289,10 @@ def p12(bench: Bench) -> None:
         with contextlib.ExitStack() as stack:
             chosen = [one for one in bench.contestants if one.name not in _SAME_PROCESS_OR_NONE]
             narrowed = replace(bench, contestants=chosen)
-            entries = [entry for work, setup in family for entry in stack.enter_context(started(narrowed, "P12", work, setup, nginx))]
-            rounds(narrowed, entries, _wrk(bench, 32), check_http1, per_request, share=0.67)
+            entries = []
+            for work, setup in family:
+                entries += stack.enter_context(started(narrowed, "P12", [work], setup, nginx, check_http1))[work]
+            rounds(narrowed, entries, _wrk(bench, 32), per_request, share=0.5)
         smallest = {entry.series.contestant: entry.series for entry in entries if entry.series.work == family[0][0]}
         for entry in entries:
             base = smallest.get(entry.series.contestant)

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.limits import file_limit
+
 ROOT = Path(__file__).resolve().parent.parent
 CLIENT_IP = "10.7.0.2"
 SERVICE_IP = "10.8.0.1"
@@ -72,11 +74,6 @@ class Pinning:
             return "nothing is pinned"
         parts = ((role, ",".join(map(str, sorted(getattr(self, role))))) for role in ("client", "outbound", "inbound", "server"))
         return "pinned to cores: " + ", ".join(f"{role} {cores}" for role, cores in parts)
-
-
-def file_limit() -> int:
-    """Descriptors that every process started here may open: this process's hard limit."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 
 def endpoint_ips(count: int) -> tuple[str, ...]:

@@ -37,7 +37,6 @@ class Haproxy:
             "mode": "tcp" if opaque else "http",
             "admin_port": ADMIN_PORT,
             "http_defaults": "" if opaque else _HTTP_DEFAULTS,
-            "bulk_tuning": "",
             "ca": context.certs.ca,
         }
         pool = "" if opaque else " pool-max-conn -1 max-reuse -1"

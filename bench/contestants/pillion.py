@@ -9,6 +9,7 @@ between app and sidecar accelerated, which is what runs where the kernel allows 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -37,10 +38,12 @@ from bench.stage import (
     Pod,
     Proc,
     Stage,
+    StageError,
     wait_until,
 )
 
 ADMIN_PORT = 4191
+_NO_COMPILER = 3  # an exit code of tools/compile.py
 _IDENTITY_PORT, _POLICY_PORT, _IDENTITY_ADMIN, _POLICY_ADMIN = 8080, 8090, 9990, 9991
 
 
@@ -163,14 +166,23 @@ def sidecar_env(role: str, stage: Stage, issue: Callable[[str, str, str], Path],
     }
 
 
+@functools.cache
 def program() -> Path:
     """Where the sidecars run: the copy with compiled hot modules, as in an image, or the work tree where there is no compiler.
 
-    Byte code is made beside the sources: the sidecars' uid could not write it and each start would compile anew.
+    Raises StageError when they do not compile: the work tree would be measured in place of what users run. Byte code is made beside the
+    sources: the sidecars' uid could not write it and each start would compile anew.
     """
     compiled = ROOT / ".cache" / "compiled"
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "compile.py"), str(compiled)], check=False, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "compile.py"), str(compiled)], check=False, capture_output=True, text=True)
+    if done.returncode not in (0, _NO_COMPILER):
+        raise StageError(f"the hot modules do not compile: {done.stderr[-2000:]}")
     found = compiled if done.returncode == 0 else ROOT
     packages = [str(found / name) for name in ("core", "identity", "policy", "proxy")]
     subprocess.run([sys.executable, "-m", "compileall", "-q", *packages], check=False, stdout=subprocess.DEVNULL)
     return found
+
+
+def build() -> str:
+    """What is measured, for the report."""
+    return "interpreted, as there is no compiler here" if program() == ROOT else "hot modules compiled, as in the image"

@@ -87,7 +87,7 @@ def exchange(dial: tuple[str, int], up: bool, size: int, stop: float, done: list
     try:
         with socket.create_connection(dial, timeout=30) as link:
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            while time.perf_counter() < stop:
+            while not done or time.perf_counter() < stop:
                 verb = f"PUT /blob/{size}" if up else f"GET /blob/{size}"
                 length = f"Content-Length: {size}\r\n" if up else ""
                 link.sendall(f"{verb} HTTP/1.1\r\nHost: service.bench.svc\r\nUser-Agent: bench/1.0\r\n{length}\r\n".encode())

@@ -29,6 +29,8 @@ _BLOCKS = 8192
 _LITERAL_200 = tuple(bytes([first]) + value for first in (0x48, 0x08, 0x18) for value in (b"\x03200", b"\x82\x10\x01"))
 _WINDOW = 1 << 30
 _LAST_STREAM = (1 << 31) - 1
+PATIENCE_S = 20.0
+"""How long after its end a round waits for answers: slower than this is no answer, however busy the machine."""
 _MESSAGE = b"\x00\x00\x00\x00\x14" + b"\x0a\x12" + b"i" * 18  # one gRPC message of 20 bytes
 _METHODS = [f"/shop.{service}/{verb}" for service in ("Catalog", "Cart", "Orders") for verb in ("Get", "List", "Watch", "Find")]
 
@@ -134,7 +136,7 @@ class Connection:
     """One HTTP/2 connection that keeps ``streams`` requests in flight until told to stop."""
 
     def __init__(self, dial: tuple[str, int], kind: str, streams: int, offset: int) -> None:
-        self.socket = socket.create_connection(dial, timeout=10)
+        self.socket = socket.create_connection(dial, timeout=PATIENCE_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
         self.kind, self.streams = kind, streams
@@ -260,7 +262,7 @@ def run(dial: tuple[str, int], kind: str, connections: int, streams: int, second
         link.flush()
         poll.register(fd, select.EPOLLIN)
     # The clock starts when every peer has sent its settings and its blocks are encoded.
-    give_up = time.perf_counter() + 10
+    give_up = time.perf_counter() + PATIENCE_S
     while any(link.requests is None and link.open for link in links) and time.perf_counter() < give_up:
         for fd, _ in poll.poll(0.2):
             by_fd[fd].readable(time.perf_counter())
@@ -271,7 +273,7 @@ def run(dial: tuple[str, int], kind: str, connections: int, streams: int, second
         link.fill(now)
         link.flush()
     stop = start + seconds
-    while now < stop + 5 and any(link.began for link in links):
+    while now < stop + PATIENCE_S and any(link.began for link in links):
         for fd, event in poll.poll(0.2):
             link = by_fd[fd]
             now = time.perf_counter()

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from bench.load.bulk import body_length, read_head
-from bench.load.h2 import summary
+from bench.load.h2 import PATIENCE_S, summary
 from bench.load.openloop import request
 
 
@@ -33,7 +33,7 @@ def context(folder: Path, alpn: str) -> ssl.SSLContext:
 
 def connect(dial: tuple[str, int], tls: ssl.SSLContext, sni: str) -> ssl.SSLSocket:
     """One connection with its handshake done."""
-    raw = socket.create_connection(dial, timeout=20)
+    raw = socket.create_connection(dial, timeout=PATIENCE_S)
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return tls.wrap_socket(raw, server_hostname=sni)
 
@@ -61,7 +61,7 @@ def new(dial: tuple[str, int], tls: ssl.SSLContext, sni: str, threads: int, seco
 
     def loop() -> None:
         number = 0
-        while time.perf_counter() < start + seconds:
+        while number == 0 or time.perf_counter() < start + seconds:
             began = time.perf_counter()
             number += 1
             try:

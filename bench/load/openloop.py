@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 
-from bench.load.h2 import summary
+from bench.load.h2 import PATIENCE_S, summary
 
 _PR_SET_TIMERSLACK = 29
 _MAX_CONNECTIONS = 64
@@ -49,7 +49,7 @@ class Connection:
     """One keep-alive connection with at most one request in flight."""
 
     def __init__(self, dial: tuple[str, int]) -> None:
-        self.socket = socket.create_connection(dial, timeout=5)
+        self.socket = socket.create_connection(dial, timeout=PATIENCE_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.due = 0.0
         self.data = b""
@@ -82,7 +82,7 @@ def run(dial: tuple[str, int], rate: float, seconds: float) -> dict[str, object]
     start = time.perf_counter()
     while number < len(due) or busy or waiting:
         now = time.perf_counter() - start
-        if now > seconds + 10:
+        if now > seconds + PATIENCE_S:
             break
         while number < len(due) and due[number] <= now:
             waiting.append((number, due[number]))
@@ -124,7 +124,8 @@ def run_new(dial: tuple[str, int], connections: int, seconds: float) -> dict[str
 
     def loop() -> None:
         number = 0
-        while (began := time.perf_counter()) < start + seconds and len(failed) < 100:
+        while number == 0 or (time.perf_counter() < start + seconds and len(failed) < 100):
+            began = time.perf_counter()
             number += 1
             try:
                 link = Connection(dial)

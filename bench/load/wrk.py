@@ -16,7 +16,7 @@ def run(pod: Pod, peers: Peers, dial: tuple[str, int], *, connections: int, seco
     """One round; the outcome's metrics are req/s and latencies in microseconds."""
     host, port = dial
     duration = max(1, round(seconds))
-    command = [str(peers.wrk), "-t1", f"-c{connections}", f"-d{duration}s", "--timeout", "5s", "-s", str(LUA)]
+    command = [str(peers.wrk), "-t1", f"-c{connections}", f"-d{duration}s", "--timeout", "20s", "-s", str(LUA)]
     code, out, err = pod.output([*command, f"http://{host}:{port}/", "--", "service.bench.svc"], duration + 30)
     return parse(code, out, err)
 
