@@ -22,16 +22,17 @@ OURS = "app.kubernetes.io/part-of=pillion"
 _HELM = "meta.helm.sh/release-name"
 
 # What an installation of any version may consist of, in the order in which it is taken away: webhooks first, so that nothing is asked of
-# a control plane that is gone; the namespace last.
+# a control plane that is gone; then rights, so that programs which take a while to end make nothing again that is deleted elsewhere; the
+# namespace last.
 KINDS: tuple[tuple[str, str, str], ...] = (
     ("admissionregistration.k8s.io", "v1", "mutatingwebhookconfigurations"),
     ("admissionregistration.k8s.io", "v1", "validatingwebhookconfigurations"),
+    ("rbac.authorization.k8s.io", "v1", "clusterrolebindings"),
     ("apps", "v1", "daemonsets"),
     ("apps", "v1", "deployments"),
     ("policy", "v1", "poddisruptionbudgets"),
     ("networking.k8s.io", "v1", "networkpolicies"),
     ("", "v1", "services"),
-    ("rbac.authorization.k8s.io", "v1", "clusterrolebindings"),
     ("rbac.authorization.k8s.io", "v1", "clusterroles"),
     ("rbac.authorization.k8s.io", "v1", "rolebindings"),
     ("rbac.authorization.k8s.io", "v1", "roles"),

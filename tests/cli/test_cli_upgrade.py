@@ -188,7 +188,9 @@ def test_uninstall_names_everything_but_the_kinds(run: Callable[..., Result]) ->
     assert found[0] == ("MutatingWebhookConfiguration", "pillion-injector"), "nothing is asked of an injector that is gone"
     assert found[-1] == ("Namespace", "pillion")
     assert ("ConfigMap", "pillion-trust-anchors") in found
+    rights = [number for number, key in enumerate(found) if key[0] == "ClusterRoleBinding"]
     programs = [number for number, key in enumerate(found) if key[0] in ("Deployment", "DaemonSet")]
+    assert max(rights) < min(programs), "a program that takes a while to end could write what is deleted meanwhile"
     assert max(programs) < found.index(("ConfigMap", "pillion-trust-anchors")), "or they would write it again"
 
 
