@@ -20,7 +20,6 @@ from core.names import WorkloadId
 from identity.bundle import InvalidBundle, IssuerRef, anchor_above, certificate_id, read_bundle_untrusted
 
 LEAF_LIFETIME_S = 24 * 3600.0  # Linkerd: issuanceLifetime
-LEAF_LIFETIME_MIN_S = 30.0
 CLOCK_SKEW_S = 20.0  # Linkerd: clockSkewAllowance of the Helm chart
 ROOT_LIFETIME_S = 10 * 365 * 86400.0
 ISSUER_LIFETIME_S = 365 * 86400.0

@@ -17,7 +17,6 @@ import msgspec
 from identity.ledger import Holding
 from identity.store import StoredState
 
-SECRET_TYPE = "kubernetes.io/tls"
 STATE = "state.json"
 _KEY_SUFFIX = ".key"
 _VALUE_MAX = 256 * 1024

@@ -50,13 +50,9 @@ def local() -> None:
 
 
 @local.command()
-@click.option(
-    "-f", "--file", "folder", required=True, type=click.Path(exists=True, file_okay=False), help="Folder with manifests; edits take effect."
-)
+@click.option("-f", "--file", "folder", required=True, type=_FOLDER, help="Folder with manifests; edits take effect.")
 @click.option("--detach", is_flag=True, help="Return when all pods are ready.")
-@click.option(
-    "--capture", type=click.Choice(["auto", "nft", "ebpf"]), default="auto", show_default=True, help="How traffic is led to the sidecars."
-)
+@click.option("--capture", type=_CAPTURE, default="auto", show_default=True, help="How traffic is led to the sidecars.")
 @click.option("--timeout", default=120.0, show_default=True, help="Seconds to wait until all pods are ready.")
 @_name
 def up(folder: str, detach: bool, capture: str, timeout: float, name: str) -> None:

@@ -275,7 +275,7 @@ class Pod:
     def _write_volumes(self) -> None:
         for volume in self._volumes:
             folder = self.folder / "volumes" / volume.name
-            self._sources[volume.name] = volumes.materialise(volume, folder, 0, 0)
+            self._sources[volume.name] = volumes.materialise(volume, folder)
             for token in volume.tokens:
                 path = folder / token.path
                 lifetime_s = min(token.lifetime_s, _TOKEN_LIFETIME_MAX_S)

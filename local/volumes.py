@@ -17,7 +17,7 @@ from local.podspec import NotYet, Volume, VolumeMount
 _MIRRORED_MAX = 2000  # entries of a folder that is mirrored: each is a mount
 
 
-def materialise(volume: Volume, folder: Path, uid: int, gid: int) -> Path:
+def materialise(volume: Volume, folder: Path) -> Path:
     """Write the files of a volume (again, when they changed) and return what to bind. Tokens are written by `write_token`."""
     if volume.host_path is not None:
         if not os.path.exists(volume.host_path):

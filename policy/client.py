@@ -16,7 +16,7 @@ from core.alpn import POLICY
 from core.credentials import Credentials
 from core.names import WorkloadId
 from core.runtime import logs, sockets
-from core.runtime.supervise import Backoff
+from core.runtime.backoff import Backoff
 from core.runtime.tls import HandshakeFailed, TlsStream, client_context
 from core.runtime.watch import Cell
 from policy import wire

@@ -106,9 +106,6 @@ class NetworkAuthentication(msgspec.Struct, frozen=True):
         return Ref(GROUP, "NetworkAuthentication", self.metadata.namespace, self.metadata.name)
 
 
-PolicyObject = Server | AuthorizationPolicy | MeshTLSAuthentication | NetworkAuthentication
-
-
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
     pass
 

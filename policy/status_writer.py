@@ -17,7 +17,7 @@ from core.k8s.errors import ApiError, Conflict, NotFound
 from core.k8s.source import Apply, Delete, Event, Reset
 from core.refs import Ref
 from core.runtime import logs
-from core.runtime.supervise import Backoff
+from core.runtime.backoff import Backoff
 from core.runtime.watch import Cell
 from policy.index import Index
 from policy.index.report import Problem

@@ -25,7 +25,7 @@ from core.k8s.objects import Object
 from core.k8s.source import Apply, Delete, Event, Parse, Refusal, Reset, Started
 from core.refs import Ref
 from core.runtime import logs
-from core.runtime.supervise import Backoff
+from core.runtime.backoff import Backoff
 
 _log = logs.logger("apiserver")
 

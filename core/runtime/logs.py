@@ -38,7 +38,6 @@ with _without("asyncio", "rich"):
     import structlog.dev
 
 Level = Literal["debug", "info", "warning", "error"]
-Style = Literal["json", "console"]
 Event = MutableMapping[str, Any]
 Logger = structlog.typing.FilteringBoundLogger
 

@@ -19,7 +19,7 @@ from core.k8s.errors import Unavailable
 from core.k8s.objects import Object
 from core.k8s.source import Apply, Delete, Event, Reset
 from core.refs import Ref
-from core.runtime.supervise import Backoff
+from core.runtime.backoff import Backoff
 from policy.admission import parse_object
 from tests.core.fake_apiserver import FakeApiServer, running
 

@@ -14,7 +14,7 @@ from policy_lab import CART, indexed, parsed
 from core.addrs import InvalidAddr
 from core.credentials import Credentials
 from core.names import WorkloadId
-from core.runtime.supervise import Backoff
+from core.runtime.backoff import Backoff
 from core.runtime.watch import Cell
 from policy import wire
 from policy.client import ControllerAway, PolicyClient
