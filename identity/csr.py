@@ -20,7 +20,7 @@ from core.names import InvalidName, WorkloadId, parse_workload_id
 # A request of ours is about 300 bytes and a SPIFFE URI at most 2048; the rest is head room. Bounds what a stranger makes us parse.
 CSR_DER_MAX_BYTES = 4096
 CSR_PEM_MAX_BYTES = 6144
-_PEM = re.compile(rb"\s*-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----\s+([A-Za-z0-9+/=\s]+)-----END (?:NEW )?CERTIFICATE REQUEST-----\s*")
+_PEM = re.compile(rb"\s*-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----\s([A-Za-z0-9+/=\s]+)-----END (?:NEW )?CERTIFICATE REQUEST-----\s*")
 
 
 class CsrRefused(ValueError):
