@@ -145,7 +145,7 @@ def unreached(error: bytes) -> Cause | None:
     return _UNREACHED.get(error)
 
 
-def http1_answer(cause: Cause, *, close: bool, explain: bool, head_request: bool = False, redirect: Redirect | None = None) -> bytes:
+def http1_answer(cause: Cause, *, close: bool, explain: bool, redirect: Redirect | None = None) -> bytes:
     """A complete HTTP/1.1 response without a body (RFC 9112). explain: the peer is meshed and may know the reason."""
     row = _TABLE[cause]
     status = redirect.status if redirect is not None else row.status

@@ -189,7 +189,7 @@ class ClientConnection:
         keep = keep and (self.sent or (self._can_discard() and (self._continued or not head.expects)))
         self._closing = not keep
         self._state = WAIT
-        self.sink.write(http1_answer(cause, close=not keep, explain=explain, head_request=head.method == b"HEAD", redirect=redirect))
+        self.sink.write(http1_answer(cause, close=not keep, explain=explain, redirect=redirect))
         exchange, self._exchange = self._exchange, None
         if exchange is not None and redirect is not None:
             self._gate.finished(exchange, redirect.status, None, -1, self)

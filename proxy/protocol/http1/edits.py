@@ -27,11 +27,11 @@ def editor(edit: HeadEdit) -> Callable[[RequestHead], bytes]:
     for line in lines:
         if not _is_field(line):
             raise ValueError(f"not a header field: {line!r}")
-    block = b"".join(lines)
+    end = b"".join([*lines, b"\r\n"])
     names = b"|".join(re.escape(name.replace(b"_", b"-")).replace(rb"\-", b"[-_]") for name in edit.strip)
     rewrite = rewriter(edit.host, edit.retarget) if edit.host or edit.retarget is not None else None
     if not names and rewrite is None:
-        return (lambda head: head.wire[:-2] + block + b"\r\n") if block else (lambda head: head.wire)
+        return (lambda head: head.wire[:-2] + end) if lines else (lambda head: head.wire)
     ours = all(name.startswith(b"pillion-") for name in edit.strip)  # then a head that is `ordinary` has none of them
     present = re.compile(rb"\n(?:" + names + rb"):").search
     cut = re.compile(rb"\n(?i:" + names + rb"):[^\r]*\r").sub
@@ -42,7 +42,7 @@ def editor(edit: HeadEdit) -> Callable[[RequestHead], bytes]:
             wire = cut(b"", wire)
         if rewrite is not None and not head.connects:
             wire = rewrite(head, wire)
-        return wire[:-2] + block + b"\r\n" if block else wire
+        return wire[:-2] + end if lines else wire
 
     return apply
 
