@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from local import exposure, userns
+from local.search import search_path
 
 _PROGRAMS = {
     "ip": "iproute2",
@@ -43,8 +44,7 @@ def check() -> list[Finding]:
 
 
 def _program(name: str, package: str) -> Finding:
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-    missing = "" if shutil.which(name, path=path) else f"the program {name} is not installed: apt-get install {package}"
+    missing = "" if shutil.which(name, path=search_path()) else f"the program {name} is not installed: apt-get install {package}"
     return Finding(f"program {name}", missing)
 
 

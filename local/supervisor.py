@@ -33,6 +33,7 @@ from local.objects import Manifest, read_manifest
 from local.podspec import Base
 from local.report import report
 from local.sandbox import run_program_now, write_sysctls
+from local.search import search_path
 from local.state import control_socket
 
 _END_EXTRA_S = 10.0  # beyond the longest grace period of a pod
@@ -53,6 +54,7 @@ class Order:
 def main() -> None:
     """Become the node, tell the pipe, serve until told to end."""
     order = Order(**json.loads(sys.argv[1]))
+    os.environ["PATH"] = search_path()
     try:
         if order.rootless:
             userns.become_root_inside()

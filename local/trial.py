@@ -7,10 +7,12 @@ import subprocess
 import sys
 
 from local import namespaces, userns
+from local.search import search_path
 
 
 def main(command: list[str]) -> int:
     """0 when everything worked; else the reason is the last line on stderr."""
+    os.environ["PATH"] = search_path()
     try:
         if os.geteuid():
             userns.become_root_inside()

@@ -20,6 +20,7 @@ from local import client, control, protocol, volumes
 from local.commands import local
 from local.exposure import closed_folders
 from local.probing import Tally, check
+from local.search import search_path
 from local.state import BadName, own_folder, state_folder
 from local.userns import subordinate_start
 
@@ -188,6 +189,13 @@ def test_capture_by_ebpf_without_root_is_refused_in_words(tmp_path: object, monk
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     result = CliRunner().invoke(local, ["up", "-f", str(tmp_path), "--capture", "ebpf"])
     assert result.exit_code == 1 and "--capture nft" in result.output
+
+
+def test_programs_that_only_root_has_in_its_path_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert search_path() == "/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
+    monkeypatch.delenv("PATH")
+    assert search_path().endswith(":/usr/sbin:/sbin")
 
 
 def test_a_state_folder_too_long_for_sockets_is_refused_before_anything_starts(tmp_path: Path) -> None:
