@@ -114,8 +114,9 @@ def _ca_builder(
     *,
     path_length: int,
 ) -> x509.CertificateBuilder:
+    authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
     return (
-        _builder(subject, issuer, key.public_key(), signer.public_key(), not_before, not_after)
+        _builder(subject, issuer, key.public_key(), authority, not_before, not_after)
         .add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
         .add_extension(key_usage(ca=True), critical=True)
     )
@@ -125,7 +126,7 @@ def _builder(
     subject: x509.Name,
     issuer: x509.Name,
     key: ec.EllipticCurvePublicKey,
-    signer: ec.EllipticCurvePublicKey,
+    authority: x509.AuthorityKeyIdentifier,
     not_before: float,
     not_after: float,
 ) -> x509.CertificateBuilder:
@@ -138,8 +139,17 @@ def _builder(
         .not_valid_before(_utc(not_before))
         .not_valid_after(_utc(not_after))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer), critical=False)
+        .add_extension(authority, critical=False)
     )
+
+
+def _authority_of(issuer: Pair) -> x509.AuthorityKeyIdentifier:
+    """What a verifier finds the issuer by: the identifier in its own certificate, which not everybody makes by SHA-1 (Go: SHA-256)."""
+    try:
+        own = issuer.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        return x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.key.public_key())
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own)
 
 
 def _utc(at: float) -> datetime:
@@ -157,7 +167,7 @@ def sign_leaf(issuer: Issuer, key: ec.EllipticCurvePublicKey, identity: Workload
     if not_after - now < _REMAINING_MIN_S:
         raise IssuerExpired(f"the issuer's chain ends at {_utc(issuer.not_after).isoformat()}; renew the issuer first")
     certificate = (
-        _builder(x509.Name([]), issuer.pair.certificate.subject, key, issuer.pair.key.public_key(), not_before, not_after)
+        _builder(x509.Name([]), issuer.pair.certificate.subject, key, _authority_of(issuer.pair), not_before, not_after)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(key_usage(ca=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)

@@ -72,6 +72,21 @@ def failed_verify(*arguments: object) -> str:
     return done.stderr
 
 
+@pytest.mark.parametrize("identifier", [x509.SubjectKeyIdentifier(bytes(range(20))), None])
+def test_openssl_verifies_below_an_issuer_whose_maker_computes_key_identifiers_another_way(
+    tmp_path: Path, identifier: x509.SubjectKeyIdentifier | None
+) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "given")])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, *(datetime.fromtimestamp(NOW + day, UTC) for day in (-9, 86400)))
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    certificate = (builder.add_extension(identifier, critical=False) if identifier else builder).sign(key, hashes.SHA256())
+    given = Issuer(Pair(certificate, key), (), certificate)
+    (tmp_path / "root").write_bytes(given.pair.certificate_pem)
+    (tmp_path / "leaf").write_bytes(sign_leaf(given, KEY.public_key(), CART, NOW, 60).chain_pem)
+    assert openssl("verify", "-attime", int(NOW), "-CAfile", tmp_path / "root", tmp_path / "leaf").endswith(": OK\n")
+
+
 def test_an_issuer_below_our_issuer_does_not_verify(tmp_path: Path) -> None:
     rogue = make_issuer("cluster.local", Pair(ISSUER.pair.certificate, ISSUER.pair.key), NOW)
     (tmp_path / "leaf").write_bytes(sign_leaf(rogue, KEY.public_key(), CART, NOW, 60).chain_pem)
