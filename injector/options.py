@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 PREFIX = "config.pillion.dev/"
+_OTHER_PREFIX = "pillion.dev/"  # of what is no option: whoever mistakes one for the other must not believe that a port is protected
 INBOUND_POLICIES = (
     "all-unauthenticated",
     "all-authenticated",
@@ -41,9 +42,9 @@ _ENV_MAX = 50
 class InvalidOption(ValueError):
     """An annotation with a value that means nothing. The text names annotation, value, where it is and what was expected."""
 
-    def __init__(self, name: str, value: str, where: str, expected: str) -> None:
+    def __init__(self, name: str, value: str, where: str, expected: str, prefix: str = PREFIX) -> None:
         shown = value if len(value) <= _SHOWN_CHARS else value[:_SHOWN_CHARS] + "..."
-        super().__init__(f"annotation {PREFIX}{name} of the {where} is {shown!r}: expected {expected}")
+        super().__init__(f"annotation {prefix}{name} of the {where} is {shown!r}: expected {expected}")
         self.name, self.value, self.expected = name, value, expected
 
 
@@ -102,6 +103,8 @@ def read_options(
             if key.startswith(PREFIX) and key.removeprefix(PREFIX) not in _READERS:
                 name = key.removeprefix(PREFIX)
                 raise InvalidOption(name, found[key], where, f"one of the options {', '.join(_READERS)}")
+            if key.startswith(_OTHER_PREFIX) and (name := key.removeprefix(_OTHER_PREFIX)) in _READERS:
+                raise InvalidOption(name, found[key], where, f"it to be written {PREFIX}{name}", _OTHER_PREFIX)
     values: dict[str, Any] = {}
     settled: dict[str, str] = {}
     for name, (_, read) in _READERS.items():

@@ -154,6 +154,17 @@ def test_every_option_has_values_that_are_wrong(name: str, value: str, where: st
     assert name in str(caught.value) and repr(value) in str(caught.value) and f"of the {where}" in str(caught.value)
 
 
+@pytest.mark.parametrize("where", ["pod", "namespace"])
+def test_an_option_behind_the_wrong_prefix_is_refused_not_ignored(where: str) -> None:
+    annotations = {"pillion.dev/inject": "enabled", "pillion.dev/require-identity-ports": "80"}
+    with pytest.raises(InvalidOption) as caught:
+        read_options(*((annotations, {}) if where == "pod" else ({}, annotations)), {})
+    assert str(caught.value) == (
+        f"annotation pillion.dev/require-identity-ports of the {where} is '80': "
+        "expected it to be written config.pillion.dev/require-identity-ports"
+    )
+
+
 def test_options_are_read_and_the_pods_win() -> None:
     prefix = "config.pillion.dev/"
     options = read_options(
