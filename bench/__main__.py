@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,11 +32,11 @@ from bench.stage import PROXY_UID, Pinning, StageError
 def arguments(argv: list[str]) -> argparse.Namespace:
     """Read the command line; wrong rows or contestants end with exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Pillion beside Envoy and HAProxy, one interleaved run")
-    parser.add_argument("--quick", action="store_true", help="two short rounds of everything: does every contestant answer?")
+    parser.add_argument("--quick", action="store_true", help="one short round of everything: does every contestant answer?")
     parser.add_argument("--rows", default=",".join(SCENARIOS), help=f"comma list of {', '.join(SCENARIOS)}")
     parser.add_argument("--contestants", default="", help="comma list; default all that are installed")
-    parser.add_argument("--rounds", type=int, help="rounds of each contestant (5, quick 2)")
-    parser.add_argument("--seconds", type=float, help="seconds of a round (4, quick 1)")
+    parser.add_argument("--rounds", type=int, help="rounds of each contestant (5, quick 1)")
+    parser.add_argument("--seconds", type=float, help="seconds of a round (2, quick 0.5)")
     parser.add_argument("--pin", choices=("pods", "split", "none"), default="none", help="cores: see Pinning.named")
     parser.add_argument("--no-install", action="store_true", help="use what is installed, install nothing")
     parser.add_argument("--keep", action="store_true", help="leave configurations and logs behind and say where")
@@ -68,27 +69,36 @@ def main(argv: list[str]) -> int:
         report.write_page(*report.from_json(chosen.page.read_text()))
         return 0
     if os.geteuid() != 0:
-        print(
-            "bench: needs root (CAP_SYS_ADMIN, CAP_NET_ADMIN) to make network namespaces",
-            file=sys.stderr,
-        )
+        print("bench: needs root (CAP_SYS_ADMIN, CAP_NET_ADMIN) to make network namespaces", file=sys.stderr)
         return 1
     # A terminated run must unwind like an interrupted one, so that every pod is closed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    raise_file_limit()
     found = peers.prepare(install=not chosen.no_install)
     for line in found.missing():
         print(f"bench: missing: {line}", file=sys.stderr)
     if not (found.wrk and found.nginx):
         return 1
-    plan = QUICK if chosen.quick else FULL
-    plan = type(plan)(chosen.rounds or plan.rounds, chosen.seconds or plan.seconds, plan.warmup_s, plan.quick)
-    pinning = Pinning.named(chosen.pin)
-    raise_file_limit()
     try:
-        versions = {**found.versions, "pillion": pillion.build()}
+        facts, series = measure(chosen, found, {**found.versions, "pillion": pillion.build()})
     except StageError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
+    rows = results(series)
+    whole = not chosen.quick and not chosen.contestants and chosen.rows == ",".join(SCENARIOS)
+    report.publish(facts, rows, chosen.out or report.LATEST.with_name("latest.json" if whole else "quick.json"), page=whole)
+    failed = [one for one in series if one.failed_rounds]
+    for one in failed:
+        why = "; ".join(dict.fromkeys(one.notes))
+        print(f"bench: {one.row} {one.work} {one.contestant}: {one.failed_rounds} failed: {why}", file=sys.stderr)
+    return 1 if failed or not rows else 0
+
+
+def measure(chosen: argparse.Namespace, found: peers.Peers, versions: dict[str, str]) -> tuple[Facts, list[Series]]:
+    """Run the chosen rows; raises StageError for what no row can do without."""
+    plan = QUICK if chosen.quick else FULL
+    plan = replace(plan, rounds=chosen.rounds or plan.rounds, seconds=chosen.seconds or plan.seconds)
+    pinning = Pinning.named(chosen.pin)
     started = time.time()
     with contextlib.ExitStack() as stack:
         workdir = Path(tempfile.mkdtemp(prefix="pillion-bench-"))
@@ -103,7 +113,6 @@ def main(argv: list[str]) -> int:
             began = time.monotonic()
             SCENARIOS[row](bench)
             bench.say(f"{row} took {time.monotonic() - began:.0f} s")
-        series: list[Series] = bench.series
     facts = Facts(
         machine=peers.machine(),
         versions=versions,
@@ -116,16 +125,7 @@ def main(argv: list[str]) -> int:
         took_s=time.time() - started,
         tls=bench.tls,
     )
-    rows = results(series)
-    whole = not chosen.quick and not chosen.contestants and chosen.rows == ",".join(SCENARIOS)
-    report.publish(facts, rows, chosen.out or report.LATEST.with_name("latest.json" if whole else "quick.json"), page=whole)
-    failed = [one for one in series if one.failed_rounds]
-    for one in failed:
-        print(
-            f"bench: {one.row} {one.work} {one.contestant}: {one.failed_rounds} failed: {'; '.join(dict.fromkeys(one.notes))}",
-            file=sys.stderr,
-        )
-    return 1 if failed or not rows else 0
+    return facts, bench.series
 
 
 if __name__ == "__main__":

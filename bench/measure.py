@@ -128,7 +128,7 @@ def pss_bytes(pid: int) -> int:
     return own + sum(pss_bytes(child) for child in children(pid))
 
 
-def measured(run: Callable[[], Outcome], proxies: Sequence[int], load_pids: Sequence[int] = ()) -> tuple[Outcome, float]:
+def measured(run: Callable[[], Outcome], proxies: Sequence[int]) -> tuple[Outcome, float]:
     """Run a load and return what it did with the CPU seconds that the proxies used meanwhile."""
     before = cpu_seconds(proxies)
     outcome = run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 
@@ -74,6 +75,7 @@ def performance_page(facts: Facts, rows: Sequence[Result], notes: str = "") -> s
         parts += ["Not measured in this run:", lines]
     if notes:
         parts += ["### Where the remaining time goes, and what was tried", notes.strip()]
+        parts += _unexplained([one.target.row for one in behind], notes)
     parts += ["## Ahead", _verdict_table(ahead) if ahead else "Nothing yet."]
     if failed := [row for row in rows if row.failed]:
         parts += ["## Failed rounds", _failed(failed)]
@@ -92,6 +94,12 @@ def performance_page(facts: Facts, rows: Sequence[Result], notes: str = "") -> s
 
 def _has(rows: Sequence[Result], row: str, metric: str) -> bool:
     return any((one.row, one.metric) == (row, metric) and one.contestant != "none" for one in rows)
+
+
+def _unexplained(behind: Sequence[str], notes: str) -> list[str]:
+    """A sentence naming the rows behind that the notes do not speak of, when there are any."""
+    missing = sorted(set(behind) - set(re.findall(r"\bP\d+\b", notes)))
+    return [f"Not looked into yet: {', '.join(missing)}."] if missing else []
 
 
 def _where(facts: Facts) -> str:

@@ -43,7 +43,7 @@ class Plan:
 
 
 FULL = Plan(rounds=5, seconds=2, warmup_s=0.3, quick=False)
-QUICK = Plan(rounds=2, seconds=0.5, warmup_s=0, quick=True)
+QUICK = Plan(rounds=1, seconds=0.5, warmup_s=0, quick=True)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from bench.hop import p8
 from bench.limits import file_limit
 from bench.load import h2, h2load, wrk
 from bench.measure import Outcome, Series, interleaved, pss_bytes
+from bench.peers import Peers
 from bench.rig import (
     SIZES,
     Bench,
@@ -111,17 +112,17 @@ def p4(bench: Bench) -> None:
         with started(bench, "P4", list(works), Setup(app, BULK_RULES), server, no_check) as entries:
             for work, body in works.items():
                 size, _, way = body.rpartition(" ")
-                load = partial(_bulk_http2 if app == "http2" else _bulk, bench, SIZES[size], way == "up")
-                rounds(bench, entries[work], load, _per_byte, share=0.25)
+                load = partial(_bulk_http2, bench.context.peers) if app == "http2" else _bulk
+                rounds(bench, entries[work], partial(load, SIZES[size], way == "up"), _per_byte, share=0.25)
 
 
-def _bulk(bench: Bench, size: int, up: bool, entry: Entry, seconds: float) -> Outcome:
+def _bulk(size: int, up: bool, entry: Entry, seconds: float) -> Outcome:
     command = program("bulk", "load", *entry.running.dial, "up" if up else "down", size, 4, seconds)
     return _bulk_outcome(*entry.stage.client.output(command, seconds + 60))
 
 
-def _bulk_http2(bench: Bench, size: int, up: bool, entry: Entry, seconds: float) -> Outcome:
-    return h2load.run(entry.stage.client, bench.context.peers, entry.running.dial, size=size, up=up, seconds=seconds)
+def _bulk_http2(peers: Peers, size: int, up: bool, entry: Entry, seconds: float) -> Outcome:
+    return h2load.run(entry.stage.client, peers, entry.running.dial, size=size, up=up, seconds=seconds)
 
 
 def _bulk_outcome(code: int, out: str, err: str) -> Outcome:

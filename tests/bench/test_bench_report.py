@@ -130,3 +130,9 @@ def test_the_page_refers_to_the_charts_that_are_written(tmp_path: Path) -> None:
     written = sorted(path.name for path in (tmp_path / "performance").iterdir())
     assert written == ["P1-throughput.svg"]
     assert "](performance/P1-throughput.svg)" in page
+
+
+def test_the_page_names_rows_behind_that_nobody_has_explained() -> None:
+    rows = [*P1_BEHIND, row("pillion", "pss_idle", 29.0, name="P6")]
+    assert "Not looked into yet: P6." in performance_page(FACTS, rows, "**A request (P1)** costs, as one of P12 does.")
+    assert "Not looked into yet" not in performance_page(FACTS, rows, "**A request (P1)** and memory (P6).")
