@@ -29,7 +29,7 @@ TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 FIELD: Final = TOKEN + rb"++:[\t\x20-\x7e\x80-\xff]*+\r\n"
 # How the names of fields that decide something begin: host, connection, content-, transfer-encoding, upgrade, expect, keep-alive,
 # proxy-connection, te, and our own (pillion-). Letter by letter, so that some other names look like these, but never the other way round.
-_DECIDING: Final = rb"[CEHKPTUcehkptu][EIOPRXeioprx][AEGLNOPSaeglnops][ELNPRTXelnprtx]|[Tt][Ee]:"
+_DECIDING: Final = rb"[CEHKPTUcehkptu][EIOPRXeioprx](?:[AEGLNOPSaeglnops][ELNPRTXelnprtx]|:)"
 # Possessive repeats hold no choice, no group and no assertion here: Python before 3.11.5 gets those wrong.
 # The fourth group is the Host field where it comes first and is a plain name: nothing more to look at then. The fifth are the fields from
 # the first one on that may decide something. It begins with such a one or is not there, so that a head can be divided in one way only.
