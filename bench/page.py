@@ -34,22 +34,22 @@ METHOD = """\
   the hop between the proxies; both ends verify each other (Envoy and Pillion by SPIFFE URI, HAProxy 2.6, which cannot read one, by DNS
   name and common name). No session resumption for anybody.
 - Every inbound proxy allows six combinations of method and path prefix, to the client's identity only, and refuses the rest: before each
-  work an allowed request must be answered with 200 and another one with 403 or 404, or the contestant does not take part. Envoy normalises
+  row an allowed request must be answered with 200 and another one with 403 or 404, or the contestant does not take part. Envoy normalises
   paths, as its guide asks when paths decide. Statistics on, access logs off.
 - The configurations of the peers are in `bench/configs`, what fills them in `bench/contestants`. Envoy is the release build from PyPI:
   request ids and its own headers off, circuit breakers above any load, route and idle timeouts off, its default buffers and HTTP/2 windows.
   HAProxy is Debian's 2.6 on OpenSSL 3.0: `http-reuse always` with unlimited pools on both sides, its default buffers of 16 KiB, HTTP/2
   windows of 1 MiB, paths as they come, not normalised; newer releases, or a build with AWS-LC, need less for handshakes. Pillion runs with
-  the settings of an injected sidecar: reads of up to 256 KiB, HTTP/2 windows of 256 KiB a stream. All keep and reuse connections to the
-  peer and to the app, over all clients; none of them retries.
+  the settings of an injected sidecar: reads of up to 256 KiB, HTTP/2 windows of 256 KiB a stream. All keep connections to the peer and to
+  the app, and share them among clients.
 - In P12 the peers hold a policy (Envoy) or a line (HAProxy) for each rule, walked in order, as control planes write them. A map in
   HAProxy or a matcher tree in Envoy would grow less; only Pillion's growth is judged.
 - HTTP/1.1 load is wrk with `bench/load/varied.lua`: 50 paths with ids, 8 headers, of which 3 are different in every request. HTTP/2 load
   is `bench/load/h2.py`, because h2load can vary no header; large HTTP/2 bodies are h2load's. The answers come from nginx (HTTP/1.1),
   nghttpd (HTTP/2) and `bench/load/bulk.py` (large bodies).
 - All contestants of a row are started first, then their rounds run interleaved, in turn from both ends, after a warm-up that counts for
-  nothing. Rounds are shorter where a second or less holds thousands of requests or hundreds of megabytes: half of the length above for P3,
-  P5 and P12, a quarter for P4. A figure is the median of its rounds; spread is (largest - smallest) / median. A round with any failed
+  nothing. Rounds are shorter where a second or less holds thousands of requests or hundreds of megabytes: half of the length above for P2
+  and P12, a quarter for P3, P4 and P5. A figure is the median of its rounds; spread is (largest - smallest) / median. A round with any failed
   request is reported as failed and keeps no figure.
 - CPU is user and system time of the two proxies' processes, from `/proc/<pid>/stat`. Load, server and Pillion's control plane are not in
   it. Memory is the proportional set size.

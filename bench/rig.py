@@ -208,11 +208,21 @@ def start_one(bench: Bench, stack: contextlib.ExitStack, contestant: Contestant,
 
 def rounds(bench: Bench, entries: Sequence[Entry], load: Load, figures: Figures, share: float = 1.0) -> None:
     """Warm up, then run interleaved rounds; a round with any failed request keeps no figures. share: of a full round's time."""
-    if not bench.plan.quick:
-        for entry in entries:
-            load(entry, bench.plan.warmup_for(len(entry.stage.endpoints)))
-    for entry in interleaved(entries, bench.plan.rounds):
+    able = [entry for entry in entries if entry.running.warm or bench.plan.quick or _warmed_up(bench, entry, load)]
+    for entry in interleaved(able, bench.plan.rounds):
         one_round(bench, entry, partial(load, entry, bench.plan.seconds * share), figures)
+
+
+def _warmed_up(bench: Bench, entry: Entry, load: Load) -> bool:
+    """What a pair does for the first time is not measured. Once for all works of a pair."""
+    try:
+        load(entry, bench.plan.warmup_for(len(entry.stage.endpoints)))
+    except StageError as error:
+        entry.series.fail(str(error))
+        bench.say(f"{entry.label} {error}")
+        return False
+    entry.running.warm = True
+    return True
 
 
 def one_round(bench: Bench, entry: Entry, load: Callable[[], Outcome], figures: Figures) -> None:

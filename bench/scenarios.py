@@ -70,7 +70,7 @@ def p2(bench: Bench) -> None:
     """HTTP/1.1 through the pair, 1 connection."""
     work = "HTTP/1.1, 1 connection"
     with started(bench, "P2", [work], Setup(), nginx, check_http1) as entries:
-        rounds(bench, entries[work], _wrk(bench, 1), per_request)
+        rounds(bench, entries[work], _wrk(bench, 1), per_request, share=0.5)
 
 
 def p3(bench: Bench) -> None:
@@ -81,7 +81,7 @@ def p3(bench: Bench) -> None:
         server, check = partial(nghttpd, trailers=kind == "grpc"), partial(_check_http2, kind=kind)
         with started(bench, "P3", list(works), Setup("http2", rules), server, check) as entries:
             for work, (connections, streams) in works.items():
-                rounds(bench, entries[work], partial(_http2, kind, connections, streams), per_request, share=0.5)
+                rounds(bench, entries[work], partial(_http2, kind, connections, streams), per_request, share=0.25)
 
 
 def _http2(kind: str, connections: int, streams: int, entry: Entry, seconds: float) -> Outcome:
@@ -150,7 +150,7 @@ def p5(bench: Bench) -> None:
 
     work = "inbound, HTTP/1.1"
     with started(bench, "P5", [work], Setup(inbound_only=True), nginx, no_check) as entries:
-        rounds(bench, entries[work], to_inbound, figures, share=0.5)
+        rounds(bench, entries[work], to_inbound, figures, share=0.25)
 
     def through_pair(entry: Entry, seconds: float) -> Outcome:
         command = program("openloop", "--new", *entry.running.dial, 4, seconds)
@@ -158,7 +158,7 @@ def p5(bench: Bench) -> None:
 
     work = "pair, opaque TCP"
     with started(bench, "P5", [work], Setup("opaque"), nginx, no_check) as entries:
-        rounds(bench, entries[work], through_pair, figures, share=0.5)
+        rounds(bench, entries[work], through_pair, figures, share=0.25)
 
 
 def p6(bench: Bench) -> None:

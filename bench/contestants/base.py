@@ -86,13 +86,14 @@ class Running:
     """A started pair.
 
     dial: where the load goes. proxies: whose CPU and memory count, by role. ready_s: seconds from exec to ready, by role.
-    alpn: what a client that speaks mutual TLS to the inbound proxy offers for HTTP/1.1.
+    alpn: what a client that speaks mutual TLS to the inbound proxy offers for HTTP/1.1. warm: whether it has carried load.
     """
 
     dial: tuple[str, int]
     proxies: dict[str, Proc]
     ready_s: dict[str, float]
     alpn: str = "http/1.1"
+    warm: bool = False
 
 
 @dataclass(frozen=True)
