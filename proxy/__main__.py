@@ -6,12 +6,14 @@ import gc
 import os
 import sys
 
+from core.runtime import lean
 from proxy import hook
 
 if __name__ == "__main__":
     gc.disable()  # until everything is loaded: nothing of it is garbage, and looking for some takes a tenth of the start
     if not sys.argv[1:] and hook.is_wanted(os.environ):
         hook.listener()
+    lean.import_trio()
 
 import trio
 

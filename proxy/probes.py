@@ -7,17 +7,19 @@ taken from the caller. Called by proxy.app, which mounts `ProbeRunner.handle` un
 
 from __future__ import annotations
 
-import ssl
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import h11
 import trio
 
 from core.runtime.admin import Request, Response, text_response
 from proxy.protocol.grpc_health import HealthCheck, NotHealthy
+
+if TYPE_CHECKING:
+    import ssl
 
 PREFIX = "/pillion-probe/"
 
@@ -203,6 +205,8 @@ def _authority(probe: Probe, ip: str) -> str:
 
 def _unverified() -> ssl.SSLContext:
     """As the kubelet does: a probe's certificate is not checked, because it is addressed by IP and proves nothing but liveness."""
+    import ssl  # the system's OpenSSL, which nothing else of a sidecar needs (core.runtime.lean)
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
