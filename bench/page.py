@@ -48,9 +48,9 @@ METHOD = """\
   is `bench/load/h2.py`, because h2load can vary no header; large HTTP/2 bodies are h2load's. The answers come from nginx (HTTP/1.1),
   nghttpd (HTTP/2) and `bench/load/bulk.py` (large bodies).
 - All contestants of a row are started first, then their rounds run interleaved, in turn from both ends, after a warm-up that counts for
-  nothing. Rounds are shorter where a second or less holds thousands of requests or hundreds of megabytes: half of the length above for P2
-  and P12, a quarter for P3, P4 and P5. A figure is the median of its rounds; spread is (largest - smallest) / median. A round with any failed
-  request is reported as failed and keeps no figure.
+  nothing. Rounds are shorter where a second or less holds thousands of requests or hundreds of megabytes: half of the length above for
+  P2 and P12, a quarter for P3, P4 and P5. A figure is the median of its rounds; spread is (largest - smallest) / median. A round with any
+  failed request is reported as failed and keeps no figure.
 - CPU is user and system time of the two proxies' processes, from `/proc/<pid>/stat`. Load, server and Pillion's control plane are not in
   it. Memory is the proportional set size.
 - Load, proxies and server share the machine's cores, so that a throughput ratio is nearer to 1 than the ratio of what the proxies cost:
