@@ -9,6 +9,7 @@ from pathlib import Path
 from core.k8s.source import Refusal
 from ebpf.plan import NAMES
 from local import protocol, services
+from local.hints import hints
 from local.mesh import Mesh
 from local.pod import Pod
 
@@ -32,13 +33,14 @@ def report(
     for pod in mesh.pods.values():
         if why := why_not_ready(pod):
             reasons.append(f"pod {pod.plan.ref.namespace}/{pod.plan.ref.name}: {why}")
-    notes = ("images are ignored: every container is a process on this machine's file system", *([note] if note else []), *_limits(mesh))
+    notes = ["images are ignored: every container is a process on this machine's file system", *([note] if note else [])]
+    notes += [*_limits(mesh), *hints(mesh.manifests, mesh.known_services, mesh.facts())]
     return protocol.MeshStatus(
         name=name,
         ready=not reasons,
         settled=mesh.settled,
         reasons=tuple(reasons),
-        notes=notes,
+        notes=tuple(notes),
         pods=pods,
         services=tuple(_services(mesh)),
         control_plane=control_plane,
@@ -118,7 +120,7 @@ def _services(mesh: Mesh) -> list[protocol.ServiceStatus]:
             service.metadata.name,
             service.vips,
             tuple(port.port for port in service.spec.ports),
-            tuple(pod.addresses.v4 for pod in services.selected(service, facts) if pod.ready),
+            tuple(dict.fromkeys(end.pod.addresses.v4 for front in services.fronts([service], facts) for end in front.backends)),
         )
         for service in mesh.known_services
     ]
