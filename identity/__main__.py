@@ -10,6 +10,7 @@ import trio
 from core.env import InvalidSettings, describe, load
 from core.k8s.cluster import NoCluster
 from core.runtime import logs
+from core.runtime.secrecy import keep_memory_private
 from identity.app import run
 from identity.config import Config
 from identity.issuer import IssuerExpired, IssuerInvalid
@@ -31,6 +32,7 @@ def main(arguments: list[str]) -> int:
         print("ok")
         return 0
     logs.configure(config.log_level, config.log_format)
+    keep_memory_private()
     try:
         if config.source == "kubernetes":
             from identity.cluster.app import run_on_kubernetes

@@ -22,6 +22,7 @@ from core.runtime.admin import AdminServer, Routes, standard_routes
 from core.runtime.drain import Drain, drain_on_signals
 from core.runtime.listen import listen, trio_listener
 from core.runtime.process import most_files, read_process
+from core.runtime.secrecy import keep_memory_private
 from core.runtime.tls import HandshakeFailed
 from core.runtime.watch import Cell
 from identity.client import IdentitySettings, keep_certified
@@ -212,6 +213,7 @@ class Sidecar:
 
 async def run(config: Config) -> None:
     """Run the sidecar until it is told to end and has drained."""
+    keep_memory_private()
     async with trio.open_nursery() as nursery:
         sidecar = Sidecar(config, nursery)
         await nursery.start(drain_on_signals, sidecar.drain)
