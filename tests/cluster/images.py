@@ -15,6 +15,7 @@ from tools import image
 
 COREDNS_IMAGE = "localhost/coredns:1"
 APP_IMAGE = "localhost/pillion-app:1"
+CERT_MANAGER_IMAGE = f"localhost/cert-manager:v{kit.CERT_MANAGER}"
 APP = Path(__file__).parent / "app"
 
 
@@ -57,6 +58,11 @@ def app() -> Path:
         settings = {"Entrypoint": ["python3", "/app/app.py"], "Cmd": ["serve"], "User": "1000:1000"}
         image.derive(path, APP_IMAGE, image.layout(False), image.tar_of(Path(scratch)), settings)
     return path
+
+
+def cert_manager() -> Path:
+    """All three of its components; the environment variable ROLE says which."""
+    return _single(CERT_MANAGER_IMAGE, {kit.have("cert-manager") / "cert-manager": "cert-manager"}, ["/cert-manager"])
 
 
 def conformance() -> list[Path]:

@@ -1,15 +1,16 @@
 """The programs of a real Kubernetes, built from Go modules and cached by version: what the test cluster is made of.
 
 Parts: ``kubernetes`` (API server, controller manager, scheduler, kubelet, kube-proxy, kubectl), ``coredns``, ``pause``, ``gateway`` (the
-Gateway API's CRDs and its conformance suite) and ``echo`` (the application that the suite talks to). Each is built once into
-``~/.cache/pillion/kit/<part>-<version>`` (PILLION_CACHE changes the folder); from empty caches all take about seven minutes on two
-quiet cores, and 600 MB. Needs Go and a Go module proxy, nothing else.
+Gateway API's CRDs and its conformance suite), ``echo`` (the application that the suite talks to) and ``cert-manager`` (program and chart).
+Each is built once into ``~/.cache/pillion/kit/<part>-<version>`` (PILLION_CACHE changes the folder); from empty caches all take about nine
+minutes on two quiet cores, and 700 MB. Needs Go and a Go module proxy, nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -24,9 +25,11 @@ CACHE = Path(os.environ.get("PILLION_CACHE") or Path.home() / ".cache" / "pillio
 KUBERNETES = "1.34.4"
 COREDNS = "1.14.7"
 GATEWAY_API = "1.6.3"  # 1.7 wants Go 1.27
+CERT_MANAGER = "1.21.2"
 ECHO = "v0.0.0-20260827124520-eed52ebb66ad"
 """The conformance suite's echo-advanced is Istio's echo application; its client is what the suite executes inside pods."""
 
+_CERT_MANAGER_MAIN = Path(__file__).parent / "certmanager" / "main.go"
 _PAUSE = """package main
 
 import (
@@ -119,12 +122,24 @@ def _echo(work: Path, out: Path) -> None:
     _build(work, out, *(f"istio.io/istio/pkg/test/echo/cmd/{program}" for program in ("client", "server")))
 
 
+def _cert_manager(work: Path, out: Path) -> None:
+    module = "github.com/cert-manager/cert-manager"
+    _module(work, f"{module}/kit", "1.26.0")
+    shutil.copy(_CERT_MANAGER_MAIN, work)
+    _run("go", "get", f"{module}@v{CERT_MANAGER}", cwd=work)
+    _run("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", str(out / "cert-manager"), ".", cwd=work)
+    source = Path(_run("go", "list", "-m", "-f", "{{.Dir}}", module, cwd=work).strip())
+    shutil.copytree(source / "deploy" / "charts" / "cert-manager", out / "chart")
+    _run("chmod", "-R", "u+w", str(out), cwd=work)  # the module cache is read-only
+
+
 PARTS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "kubernetes": (KUBERNETES, _kubernetes),
     "coredns": (COREDNS, _coredns),
     "pause": ("1", _pause),
     "gateway": (GATEWAY_API, _gateway),
     "echo": (ECHO[-12:], _echo),
+    "cert-manager": (f"{CERT_MANAGER}-{hashlib.sha256(_CERT_MANAGER_MAIN.read_bytes()).hexdigest()[:8]}", _cert_manager),
 }
 
 
