@@ -133,6 +133,12 @@ def test_the_clients_leaf_has_one_name_and_the_servers_also_the_dns_name(certifi
     assert certificates.key("client").stat().st_mode & 0o077 == 0
 
 
+def test_what_the_benchmark_installs_is_on_the_list_of_what_make_installs() -> None:
+    listed = (peers.ROOT / "tools" / "debian-packages.txt").read_text().splitlines()
+    names = {line.partition("#")[0].strip() for line in listed}
+    assert {*peers.DEBIAN.values(), "python3-dev"} - names == set()
+
+
 def test_missing_peers_are_named_with_what_to_install() -> None:
     lines = peers.Peers(None, None, None, None, None, None).missing()
     assert any(line.startswith("envoy:") for line in lines)
