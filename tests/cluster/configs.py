@@ -60,6 +60,7 @@ evictionHard: {{memory.available: 100Mi, nodefs.available: "1%", imagefs.availab
 imageGCHighThresholdPercent: 100
 serializeImagePulls: false
 maxPods: 250
+syncFrequency: 10s
 volumePluginDir: {folder}/plugins
 podLogsDir: {folder}/pod-logs
 """

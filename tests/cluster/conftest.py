@@ -108,9 +108,9 @@ def mesh(ground: Ground) -> Space:
 _NUMBERS = itertools.count(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_space(kube: Kube, mesh: Space) -> Iterator[Callable[..., Space]]:
-    """Namespaces of this session: ``make_space("name", annotations, labels)``; deleted at its end without waiting."""
+    """Namespaces of one file: ``make_space("name", annotations, labels)``; deleted at its end, or their probes slow the rest."""
     made: list[str] = []
 
     def make(name: str, annotations: dict[str, str] | None = None, labels: dict[str, str] | None = None) -> Space:

@@ -27,15 +27,15 @@ def spread(ground: Ground, mesh: Space) -> Iterator[Space]:
         pytest.skip("needs two nodes")
     try:
         ground.kube.apply(ground.install("--ha", *(f"--set={name}.replicas=2" for name in COMPONENTS)))
-        mesh.rolled_out(*DEPLOYMENTS, seconds=180)
+        mesh.rolled_out(*DEPLOYMENTS)
         yield mesh
     finally:
         mesh.run("delete", "poddisruptionbudgets", "--all")
         mesh.run("delete", *DEPLOYMENTS)
         # a pod that parting ones keep away is looked at again after five minutes only
-        mesh.run("wait", "--for=delete", "pod", f"--selector=app.kubernetes.io/component in ({', '.join(COMPONENTS)})", "--timeout=60s")
+        mesh.run("wait", "--for=delete", "pod", f"--selector=app.kubernetes.io/component in ({', '.join(COMPONENTS)})", "--timeout=110s")
         ground.kube.apply(ground.install())
-        mesh.rolled_out(*DEPLOYMENTS, "daemonset/pillion-agent", seconds=180)
+        mesh.rolled_out(*DEPLOYMENTS, "daemonset/pillion-agent")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,6 @@ def test_replicas_are_on_different_nodes_and_one_at_a_time_may_be_evicted(spread
     until(
         "the budget has seen both",
         lambda: spread.json("get", "poddisruptionbudget", f"pillion-{component}")["status"]["disruptionsAllowed"] == 1,
-        30,
     )
 
 
@@ -77,10 +76,10 @@ def test_check_finds_nothing_wrong_with_it(spread: Space, kube: Kube) -> None:
 
 @pytest.mark.parametrize("component", ["identity", "policy"])
 def test_another_replica_leads_when_the_leader_dies(spread: Space, component: str) -> None:
-    leader = until("somebody leads", lambda: _leader(spread, component), 60)
+    leader = until("somebody leads", lambda: _leader(spread, component))
     assert leader in _replicas(spread, component)
     spread.run("delete", "pod", leader, "--grace-period=0", "--force")
-    heir = until("another one leads", lambda: (found := _leader(spread, component)) != leader and found, 60)
+    heir = until("another one leads", lambda: (found := _leader(spread, component)) != leader and found)
     assert heir.startswith(f"pillion-{component}-")
     spread.rolled_out(f"deployment/pillion-{component}")
 
@@ -88,7 +87,7 @@ def test_another_replica_leads_when_the_leader_dies(spread: Space, component: st
 def test_pods_join_while_one_of_each_is_lost_and_no_request_fails(spread: Space, shop: Space) -> None:
     """The webhook's failurePolicy is Fail with `--ha`: without an injector that answers no pod would be created at all."""
     for component in COMPONENTS:
-        until(f"both replicas of {component} are ready", lambda component=component: len(_replicas(spread, component)) == 2, 90)  # type: ignore[misc]
+        until(f"both replicas of {component} are ready", lambda component=component: len(_replicas(spread, component)) == 2)  # type: ignore[misc]
     with shop.load("client", "http://web/", "--fresh", "--pause=50") as load:
         lost = [sorted(_replicas(spread, component))[0] for component in COMPONENTS]
         spread.run("delete", "pod", *lost, "--wait=false")

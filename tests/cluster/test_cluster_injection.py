@@ -92,7 +92,7 @@ def test_a_classic_sidecar_is_ready_first_and_serves_while_the_app_ends(make_spa
     once = container("app", "call", "http://web/")
     classic = {"pillion.dev/inject": "enabled", PREFIX + "native-sidecar": "false"}
     space.apply(pod("once", pod_spec(once, restartPolicy="Never"), annotations=classic))
-    asked = until("the app to end", lambda: _ended(space, "once"), seconds=60)
+    asked = until("the app to end", lambda: _ended(space, "once"))
     assert asked["exitCode"] == 0, space.run("logs", "once", "-c", "app")
     answered = json.loads(space.run("logs", "once", "-c", "app"))
     assert answered["status"] == 200 and "pillion-client-id" in answered["body"]["headers"], "its very first call went through the mesh"
@@ -100,7 +100,7 @@ def test_a_classic_sidecar_is_ready_first_and_serves_while_the_app_ends(make_spa
     last = "trap 'python3 /app/app.py call http://web/last-words; exit 0' TERM; sleep 600 & wait"
     space.apply(pod("late", pod_spec(container("app", "-c", last, command=["sh"])), annotations=classic))
     space.ready("late")
-    space.run("delete", "pod", "late", timeout=60)
+    space.run("delete", "pod", "late")
     log = space.run("logs", "deployment/web", "-c", "pillion-proxy")
     (line,) = [line for line in log.splitlines() if "/last-words" in line]
     assert json.loads(line)["client_id"].endswith("/sa/default"), line
@@ -228,5 +228,5 @@ def test_a_serving_certificate_that_is_lost_is_made_again_and_known(space: Space
 
     before = bundle()
     mesh.run("patch", "secret", "pillion-injector-tls", "--type=json", "-p", '[{"op": "remove", "path": "/data"}]')
-    until("a new authority", lambda: bundle() != before, seconds=90, pause=1)
+    until("a new authority", lambda: bundle() != before, pause=1)
     until("the webhook to be asked again", lambda: names(created(space, client())) == ["pillion-proxy"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,6 +84,15 @@ def test_the_control_plane_would_be_let_into_a_restricted_namespace(kube: Kube, 
             kube.run("create", "--dry-run=server", "-f", "-", input=json.dumps(copy))
         finally:
             kube.run("label", "namespace", "default", "pod-security.kubernetes.io/enforce-")
+
+
+def test_sidecars_run_the_compiled_modules_that_the_images_of_users_have(ground: Ground, space: Space) -> None:
+    if ground.nodes is None or shutil.which("gcc") is None:
+        pytest.skip("the images were not made here, or by a machine without a compiler")
+    space.apply(client())
+    space.ready("client")
+    loaded = "import proxy.transport.relay; print(proxy.transport.relay.__file__)"
+    assert space.exec("client", "python", "-c", loaded, container="pillion-proxy").strip().endswith(".so")
 
 
 # --- check ---------------------------------------------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
-import yaml
 
 from tests.cluster.conftest import Ground
-from tests.cluster.kube import Kube, Load, Space, client, container, pod, pod_spec, service, until, workload
+from tests.cluster.kube import Load, Space, client, container, pod, pod_spec, service, until, workload
 from tests.cluster.nodes import Cluster
 from tests.cluster.test_cluster_workloads import caller, identity
+from tests.cluster.whole import no_api_server, restart_kubelet, whole
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -27,14 +27,19 @@ AWAY_S = float(os.environ.get("PILLION_AWAY", "30"))
 
 @pytest.fixture(scope="module")
 def life(make_space: Callable[..., Space]) -> Space:
-    """``web``, a replica on each node where there are two, and the client that loads it, on the first node."""
+    """``web``, a replica on each node where there are two, and the client that loads it, on the first node.
+
+    Those that end in a rolling restart do not count for the spread, nor does a node that is drained.
+    """
     made = make_space("life")
     spread = [
         {
             "maxSkew": 1,
             "topologyKey": "kubernetes.io/hostname",
-            "whenUnsatisfiable": "ScheduleAnyway",
+            "whenUnsatisfiable": "DoNotSchedule",
             "labelSelector": {"matchLabels": {"app": "web"}},
+            "matchLabelKeys": ["pod-template-hash"],
+            "nodeTaintsPolicy": "Honor",
         }
     ]
     serving = container("app", "serve", "--http", "8080", "--drain", "8", ports=[{"name": "http", "containerPort": 8080}])
@@ -80,7 +85,7 @@ def test_a_rolling_restart_of_the_server_fails_no_request(life: Space) -> None:
     with nothing_fails(life):
         life.run("rollout", "restart", "deployment/web")
         life.rolled_out("deployment/web")
-        until("the old pods are gone", lambda: len(life.json("get", "pods", "--selector=app=web")["items"]) == 2, 60)
+        until("the old pods are gone", lambda: len(life.json("get", "pods", "--selector=app=web")["items"]) == 2)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +108,10 @@ def test_the_loss_of_the_whole_control_plane_fails_no_request(life: Space, mesh:
     try:
         with nothing_fails(life):
             mesh.run("scale", "--replicas=0", *(f"deployment/pillion-{name}" for name in components))
-            until("it is gone", lambda: not mesh.pods("app.kubernetes.io/component in (identity, policy, injector)"), 60)
+            until(
+                "it is gone",
+                lambda: not mesh.json("get", "pods", "--selector=app.kubernetes.io/component in (identity, policy, injector)")["items"],
+            )
             time.sleep(5)
     finally:
         for name, count in replicas.items():
@@ -118,36 +126,24 @@ def machines(ground: Ground) -> Cluster:
     return ground.nodes
 
 
-def _ready(kube: Kube) -> bool:
-    nodes = kube.json("get", "nodes")["items"]
-    return all(each["status"] == "True" for node in nodes for each in node["status"]["conditions"] if each["type"] == "Ready")
+@pytest.fixture
+def recovered(life: Space, mesh: Space) -> Iterator[None]:
+    """The tests after this one find the cluster as this one did, also when it fails."""
+    yield
+    whole(life, mesh)
 
 
-def test_restarts_of_the_kubelets_one_after_the_other_fail_no_request(life: Space, machines: Cluster) -> None:
+def test_restarts_of_the_kubelets_one_after_the_other_fail_no_request(life: Space, machines: Cluster, recovered: None) -> None:
     """One after the other, because a kubelet of this version calls its pods not ready until it has probed them again."""
+    if len(machines.nodes) < 2:
+        pytest.skip("needs two nodes")
+    assert len({each["spec"]["nodeName"] for each in life.pods("app=web")}) == 2
     with nothing_fails(life):
-        for node in machines.nodes:
-            machines.stop(node, "kubelet", kill=True)
-            machines.again(node, "kubelet")
-            until("all pods have been ready again for a while", lambda: _stays_ready(life), 120)
-    until("the nodes are ready", lambda: _ready(life.kube), 60)
+        for number in range(len(machines.nodes)):
+            restart_kubelet(machines, number, life)
 
 
-def _stays_ready(space: Space) -> bool:
-    """For longer than a kubelet waits between two reports, so that what it says of its pods is no news from before its restart."""
-    for _ in range(15):
-        if not _all_ready(space):
-            return False
-        time.sleep(1)
-    return True
-
-
-def _all_ready(space: Space) -> bool:
-    conditions = [each for pod in space.pods("app=web") for each in pod["status"]["conditions"] if each["type"] == "Ready"]
-    return len(conditions) == 2 and all(each["status"] == "True" for each in conditions)
-
-
-def test_a_drained_node_fails_no_request(life: Space, mesh: Space, machines: Cluster) -> None:
+def test_a_drained_node_fails_no_request(life: Space, mesh: Space, machines: Cluster, recovered: None) -> None:
     if len(machines.nodes) < 2:
         pytest.skip("needs two nodes")
     node = "node2"
@@ -158,46 +154,14 @@ def test_a_drained_node_fails_no_request(life: Space, mesh: Space, machines: Clu
             life.rolled_out("deployment/web")
     finally:
         life.kube.run("uncordon", node)
-    mesh.rolled_out(*(f"deployment/pillion-{name}" for name in ("identity", "policy", "injector")))
 
 
-def test_an_absent_api_server_fails_no_request(life: Space, mesh: Space, machines: Cluster) -> None:
-    """Last in this file: the cluster's own controllers need a while to see the world again, and a scheduler may believe old news."""
-    first = machines.nodes[0]
-    # the load must not depend on `exec` through the API server: it runs by itself and writes its totals to its log
-    totals = ["load", "http://web/", f"--seconds={AWAY_S + 10}", "--workers=2"]
-    life.apply(pod("alone", pod_spec(container("app", *totals), restartPolicy="Never")))
-    until("the load runs", lambda: life.json("get", "pod", "alone")["status"]["phase"] == "Running")
-    time.sleep(2)
-    machines.stop(first, "apiserver")
-    try:
-        time.sleep(AWAY_S)
-    finally:
-        machines.again(first, "apiserver")
-    until("the API server is back", lambda: machines.kubectl("get", "--raw", "/readyz").returncode == 0, 60)
-    until("the load has ended", lambda: "failures" in life.run("logs", "alone", "-c", "app"), 60)
-    ended = Load()
-    ended.end(life.run("logs", "alone", "-c", "app"))
-    _check([ended])
-    until("the nodes are ready", lambda: _ready(life.kube), 90)
-    mesh.rolled_out(*(f"deployment/pillion-{name}" for name in ("identity", "policy", "injector")))
-    trial = yaml.safe_dump(client("trial"))
-    until(
-        "pods are injected again",
-        lambda: "pillion-proxy" in life.run("create", "--dry-run=server", "-o", "yaml", "-f", "-", input=trial),
-        60,
-    )
+def test_an_absent_api_server_fails_no_request(life: Space, mesh: Space, machines: Cluster, recovered: None) -> None:
+    """Neither while it is away nor while everybody learns that it is back."""
+    with nothing_fails(life):
+        with no_api_server(machines):
+            time.sleep(AWAY_S)
+        whole(life, mesh)
     life.apply(client("afterwards"))
-    life.ready("afterwards", seconds=180)  # kubelets, too, ask a server that was away at growing intervals
+    life.ready("afterwards")
     assert caller(life.call("afterwards", "http://web/")) == identity(life)
-    _settled(life)
-
-
-def _settled(space: Space) -> None:
-    """For the tests after this one: the cluster's own controllers and every node's kube-proxy lead new Services again."""
-    space.apply(service("fresh", selector={"app": "web"}, type="NodePort"))
-    port = space.json("get", "service", "fresh")["spec"]["ports"][0]["nodePort"]
-    for node in space.kube.json("get", "nodes")["items"]:
-        address = next(each["address"] for each in node["status"]["addresses"] if each["type"] == "InternalIP")
-        for url in ("http://fresh/", f"http://{address}:{port}/"):
-            until(f"{url} answers", lambda url=url: space.call("afterwards", url).get("status") == 200, 180)  # type: ignore[misc]

@@ -53,9 +53,13 @@ def test_a_service_answers_by_all_its_names(town: Space, host: str) -> None:
 
 
 def test_a_service_spreads_requests_over_its_pods(town: Space) -> None:
-    seen = town.app("client", "load", "http://web/", "--seconds=1", "--workers=2", "--pause=1")
-    assert seen["failed"] == 0, seen
-    assert len(seen["pods"]) == 2
+    def asked() -> bool:
+        seen = town.app("client", "load", "http://web/", "--seconds=1", "--workers=2", "--pause=1")
+        assert seen["failed"] == 0, seen
+        return len(seen["pods"]) == 2
+
+    town.answered("client", "http://web/")
+    until("both pods answer", asked)
 
 
 def test_a_headless_service_resolves_to_pods_which_are_dialled_meshed(town: Space) -> None:
@@ -92,8 +96,7 @@ def test_a_node_port_answers_from_inside_and_from_a_node(town: Space, ground: Gr
     for node in ground.kube.json("get", "nodes")["items"]:
         address = next(each["address"] for each in node["status"]["addresses"] if each["type"] == "InternalIP")
         for who in ("client", "stranger"):
-            answered = town.call(who, f"http://{address}:{port}/")
-            assert answered.get("status") == 200, (who, address, answered)
+            town.answered(who, f"http://{address}:{port}/")
 
 
 def test_a_destination_outside_of_the_mesh_answers_in_plaintext(town: Space) -> None:
@@ -124,5 +127,4 @@ def test_a_port_nobody_listens_on_is_refused_soon(town: Space) -> None:
 
 
 def test_a_caller_outside_of_the_mesh_reaches_a_meshed_service(town: Space) -> None:
-    answered = until("the stranger is answered", lambda: town.call("stranger", "http://web/"))
-    assert caller(answered) == ""
+    assert caller(town.answered("stranger", "http://web/")) == ""

@@ -118,7 +118,7 @@ def test_routes_stay_in_force_without_any_controller_and_two_take_over(clean: Sp
     becomes(clean, "/", (200, "v2"))
     try:
         mesh.run("scale", "deployment/pillion-policy", "--replicas=0")
-        until("no controller is left", lambda: not mesh.pods("app.kubernetes.io/component=policy"), 60)
+        until("no controller is left", lambda: not mesh.json("get", "pods", "--selector=app.kubernetes.io/component=policy")["items"])
         assert [ask(clean, "/") for _ in range(5)] == [(200, "v2")] * 5
     finally:
         mesh.run("scale", "deployment/pillion-policy", "--replicas=2")

@@ -11,6 +11,7 @@ import pytest
 
 from tests.cluster.conftest import Ground
 from tests.cluster.kube import Object, Space, client, until
+from tests.cluster.whole import whole
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -27,7 +28,7 @@ def no_agent(mesh: Space) -> Iterator[None]:
 
     select({"pillion.dev/nowhere": "true"})
     try:
-        until("no agent", lambda: not mesh.json("get", "pods", AGENTS)["items"], seconds=60)
+        until("no agent", lambda: not mesh.json("get", "pods", AGENTS)["items"])
         yield
     finally:
         select({"pillion.dev/nowhere": None})
@@ -55,7 +56,7 @@ def assert_app_never_started(space: Space) -> None:
 def test_without_an_agent_a_pod_waits_and_says_why_and_starts_once_there_is_one(mesh: Space, space: Space) -> None:
     with no_agent(mesh):
         space.apply(client())
-        until("the sidecar's reason", lambda: "not led to its sidecar" in why_it_ended(space), seconds=90)
+        until("the sidecar's reason", lambda: "not led to its sidecar" in why_it_ended(space))
         assert "a connection to 192.0.2.1 did not arrive" in why_it_ended(space)
         assert_app_never_started(space)
     space.ready("client")
@@ -70,12 +71,15 @@ def test_a_kubelet_that_is_restarted_before_capture_is_proven_does_not_start_the
         until("the sidecar's hook", lambda: hooks() or None)
         for node in ground.nodes.nodes:
             ground.nodes.stop(node, "kubelet", kill=True)
-        until("the hook to be gone", lambda: not hooks())
-        for node in ground.nodes.nodes:
-            ground.nodes.again(node, "kubelet")
-        until("the sidecar's reason", lambda: "postStart hook" in why_it_ended(space), seconds=60)
+        try:
+            until("the hook to be gone", lambda: not hooks())
+        finally:
+            for node in ground.nodes.nodes:
+                ground.nodes.again(node, "kubelet")
+        until("the sidecar's reason", lambda: "postStart hook" in why_it_ended(space))
         assert_app_never_started(space)
     space.ready("client")
+    whole(space, mesh)  # the new kubelets have called all their pods not ready
 
 
 def hooks() -> list[Path]:

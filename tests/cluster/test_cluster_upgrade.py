@@ -69,7 +69,7 @@ def test_an_upgrade_from_the_previous_commit_fails_no_request(
     try:
         ground.kube.apply(printed(old, previous))
         mesh.rolled_out(*CONTROL, "daemonset/pillion-agent")
-        until("only the old injector is there", lambda: _injectors(mesh) == {OLD}, 60)
+        until("only the old injector is there", lambda: _injectors(mesh) == {OLD})
         serving = container("app", "serve", "--http", "8080", "--drain", "8", ports=[{"name": "http", "containerPort": 8080}])
         serving["readinessProbe"] = {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1, "timeoutSeconds": 5}
         space.apply(workload("Deployment", "web", pod_spec(serving), replicas=2), service("web"), pod("client"))
@@ -83,7 +83,7 @@ def test_an_upgrade_from_the_previous_commit_fails_no_request(
             new = [*PILLION, "upgrade", "--image", ground.image, "--agent-image", ground.agent_image]
             ground.kube.apply(printed([*new, "--kubeconfig", ground.kube.kubeconfig], image.ROOT))
             mesh.rolled_out(*CONTROL, "daemonset/pillion-agent")
-            until("the old injector is gone", lambda: _injectors(mesh) == {ground.image}, 60)
+            until("the old injector is gone", lambda: _injectors(mesh) == {ground.image})
             space.run("rollout", "restart", "deployment/web")
             space.rolled_out("deployment/web")
         for load in (kept, fresh):

@@ -167,7 +167,7 @@ def test_an_opted_out_pod_and_a_pod_in_the_hosts_network_stay_outside(shop: Spac
     shop.ready("stranger", "hosted")
     assert not injected(shop.json("get", "pod", "stranger"))
     assert not injected(shop.json("get", "pod", "hosted"))
-    assert caller(shop.call("stranger", "http://web/")) == ""
+    assert caller(shop.answered("stranger", "http://web/")) == ""
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def everything_done(mesh: Space, make_space: Callable[..., Space]) -> None:
         meta = {"name": kind.lower()}
         space.apply({"apiVersion": "gateway.networking.k8s.io/v1", "kind": kind, "metadata": meta, "spec": {"parentRefs": [parent]}})
     for kind in [*specs, "HTTPRoute", "GRPCRoute"]:
-        until(f"a status of {kind}", lambda kind=kind: all(item.get("status") for item in space.json("get", kind.lower())["items"]), 60)  # type: ignore[misc]
+        until(f"a status of {kind}", lambda kind=kind: all(item.get("status") for item in space.json("get", kind.lower())["items"]))  # type: ignore[misc]
     # twice the same Event is one that is counted: the injector refuses the same pod again and again
     space.apply({"apiVersion": "apps/v1", "kind": "ReplicaSet", "metadata": {"name": "refused"}, "spec": {
         "selector": {"matchLabels": {"app": "refused"}}, "replicas": 2,
@@ -111,7 +111,6 @@ def everything_done(mesh: Space, make_space: Callable[..., Space]) -> None:
             for event in space.json("get", "events.events.k8s.io")["items"]
             if event["reason"] == "InjectionRefused" and (event.get("series") or {}).get("count", 0) > 1
         ],
-        90,
     )
 
 
@@ -123,7 +122,7 @@ def test_every_right_was_used_and_none_was_missing(audit_log: Path, everything_d
         return [q for q in asked if not seen(q, used) and (q.component, q.verb, q.resource) not in NEVER_LOGGED]
 
     with suppress(AssertionError):  # what is said below names them
-        until("every right used", lambda: not unused(), 45, 3)
+        until("every right used", lambda: not unused(), 90, 3)
     assert unused() == [], "rights that nobody used: the installation asks too much"
     # a test takes the policy controller's role away for a moment
     _, forbidden = audited(audit_log)
@@ -148,19 +147,27 @@ def left(kube: Kube) -> list[str]:
 def alone(ground: Ground, mesh: Space) -> Iterator[Kube]:
     """No pod has a sidecar any more; afterwards the mesh is installed again."""
     kube = ground.kube
-    for pod in kube.json("get", "pods", "-A")["items"]:
-        names = [each["name"] for each in pod["spec"].get("initContainers", []) + pod["spec"]["containers"]]
-        if "pillion-proxy" in names:
-            kube.run("delete", "namespace", pod["metadata"]["namespace"], "--wait=false", "--ignore-not-found")
-    until("no sidecar is left", lambda: "pillion-proxy" not in kube.run("get", "pods", "-A", "-o", "yaml"), 120, 2)
+    meshed = {
+        pod["metadata"]["namespace"]
+        for pod in kube.json("get", "pods", "-A")["items"]
+        if "pillion-proxy" in [each["name"] for each in pod["spec"].get("initContainers", []) + pod["spec"]["containers"]]
+    }
+    for name in meshed:
+        kube.run("delete", "namespace", name, "--wait=false", "--ignore-not-found")
+    # all that are on their way, or what is in them would still be named to be deleted and be gone by then
+    until("no namespace is being deleted", lambda: not parting(kube), 240, 1)
     yield kube
     try:
-        kube.run("delete", "namespace", "pillion", "--ignore-not-found", timeout=180)
+        kube.run("delete", "namespace", "pillion", "--ignore-not-found", timeout=240)
     finally:
         kube.apply(ground.install())
         mesh.rolled_out(
             "deployment/pillion-identity", "deployment/pillion-policy", "deployment/pillion-injector", "daemonset/pillion-agent"
         )
+
+
+def parting(kube: Kube) -> list[str]:
+    return [each["metadata"]["name"] for each in kube.json("get", "namespaces")["items"] if "deletionTimestamp" in each["metadata"]]
 
 
 def pillion(kube: Kube, *arguments: str) -> str:
@@ -181,7 +188,7 @@ def test_uninstalled_nothing_is_left_but_policies_and_helm_installs_the_same(gro
             "spec": server,
         }
     )
-    kube.run("delete", "-f", "-", "--timeout=120s", input=pillion(kube, "uninstall"), timeout=180)
+    kube.run("delete", "-f", "-", "--timeout=240s", input=pillion(kube, "uninstall"), timeout=300)
     crds = [name for name in left(kube) if name.startswith("customresourcedefinition")]
     assert len(crds) == 4
     assert [name for name in left(kube) if name not in crds] == []
@@ -204,7 +211,7 @@ def test_uninstalled_nothing_is_left_but_policies_and_helm_installs_the_same(gro
     images = ["--set", f"image={ground.image},agentImage={ground.agent_image}"]
     helm = [str(ensure()), "--kubeconfig", kube.kubeconfig, "--namespace", "pillion"]
     run = {"capture_output": True, "text": True, "timeout": 300, "check": False}
-    done = subprocess.run([*helm, "install", "pillion", chart, *images, "--wait", "--timeout=180s"], **run)  # type: ignore[call-overload]
+    done = subprocess.run([*helm, "install", "pillion", chart, *images, "--wait", "--timeout=280s"], **run)  # type: ignore[call-overload]
     assert done.returncode == 0, done.stderr
     issuer = kube.json("get", "secret", "pillion-issuer", "-n", "pillion")["data"]
     answer = json.loads(pillion(kube, "check", "-o", "json", "--wait", "60"))

@@ -205,10 +205,11 @@ def load(options: argparse.Namespace) -> int:
 
     def work() -> None:
         parts = urllib.parse.urlsplit(options.url)
-        kept = None if options.fresh else http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=5)
+        patience = 30  # a machine that stalls for seconds fails no request
+        kept = None if options.fresh else http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=patience)
         while time.monotonic() < end and not ENDING.is_set():
             began = time.time()
-            outcome = request(options.url, kept=kept)
+            outcome = request(options.url, timeout=patience, kept=kept)
             totals["calls"] += 1
             if outcome.get("status") == 200:
                 pods[(outcome.get("body") or {}).get("pod", "")] += 1

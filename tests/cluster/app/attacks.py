@@ -75,7 +75,7 @@ def tls(asked: dict[str, Any]) -> dict[str, Any]:
             context.wrap_socket(plain, server_hostname=asked["name"]) as made,
         ):
             made.sendall(asked["send"].encode())
-            made.settimeout(2)
+            made.settimeout(5)
             received = b""
             while len(received) < 1 << 16:  # until the other side ends, or says no more
                 try:
