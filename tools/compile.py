@@ -53,6 +53,7 @@ MODULES = (
     "proxy/transport/listener.py",
     "proxy/transport/relay.py",
     "proxy/transport/tls_bio.py",
+    "proxy/transport/tls_link.py",
     "proxy/transport/turn.py",
 )
 

@@ -28,9 +28,10 @@ import trio
 
 from core.runtime.memory import give_back
 from proxy.protocol.sides import Receiver
-from proxy.transport.link import DISCARD, NEVER, Link, TlsLink
+from proxy.transport.link import DISCARD, NEVER, Link
 from proxy.transport.listener import Listener
 from proxy.transport.tls_bio import Records
+from proxy.transport.tls_link import TlsLink
 from proxy.transport.turn import Turn, turns
 
 _MANY_CLOSED: Final = 200  # connections: some 8 MB; fewer are not worth the milliseconds

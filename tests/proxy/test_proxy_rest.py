@@ -13,9 +13,10 @@ from OpenSSL import SSL
 
 from core.names import parse_workload_id
 from core.runtime.tls import Handshake, client_context, server_context
-from proxy.transport.link import DISCARD, TlsLink
+from proxy.transport.link import DISCARD
 from proxy.transport.relay import Quiet, Relay
 from proxy.transport.tls_bio import RECEIVE_BUFFER, PortableRecords, Records, records
+from proxy.transport.tls_link import TlsLink
 from tests.certs import Authority
 
 WEB = parse_workload_id("spiffe://cluster.local/ns/shop/sa/web")
