@@ -118,8 +118,7 @@ def _redirect(pid: int, ruleset: str) -> None:
 
 def _validate(pid: int) -> None:
     """Prove capture from inside, as a user like the app's, before anything of the pod runs; raises SetupFailed."""
-    with namespaces.namespace_fds(pid, ["net"]) as (fd,):
-        namespaces.setns(fd)
+    namespaces.enter(pid, ("net", "mnt"))  # the mounts too: that user may be able to reach interpreter and checkout only there
     # the file itself and no site: it imports nothing of ours, and a pod's start waits for it
     words = unprivileged([sys.executable, "-P", "-S", "-E", validator.__file__], APP_UID, APP_UID)
     env = {"PATH": os.environ.get("PATH", os.defpath), "PILLION_VALIDATE_WITHIN_S": str(_VALIDATE_WITHIN_S), "PYTHONDONTWRITEBYTECODE": "1"}
