@@ -25,7 +25,6 @@ PREFIX = "/pillion-probe/"
 
 _REDIRECTS_MAX = 10  # kubelet's
 _HEAD_BYTES_MAX = 64 << 10
-_AT_ONCE = 2  # for each probe: a kubelet asks one at a time, anybody else waits
 _TIMEOUT_S = (0.1, 300.0)
 _AGAIN_S = (0.02, 0.1)  # the first pause, and the longest
 
@@ -99,24 +98,48 @@ def _read_probe(path: str, spec: object) -> Probe:
     return probe
 
 
+class _Attempt:
+    """A probe that is being performed, for all who ask meanwhile. answer: None when whoever began it was cut."""
+
+    def __init__(self) -> None:
+        self.over = trio.Event()
+        self.answer: Response | None = None
+
+
 class ProbeRunner:
-    """Performs the declared probes against one address of the pod. ip: the pod's own, which apps listen on; never loopback."""
+    """Performs the declared probes against one address of the pod. ip: the pod's own, which apps listen on; never loopback.
+
+    The admin port answers every pod: whoever asks while a probe is performed gets its result, so that strangers cost the app no more than
+    the kubelet alone, and do not stand in a queue before it.
+    """
 
     def __init__(self, probes: Mapping[str, Probe], ip: str) -> None:
         self._probes = dict(probes)
         self._ip = ip
-        self._limits = {path: trio.CapacityLimiter(_AT_ONCE) for path in probes}
+        self._attempts: dict[str, _Attempt] = {}
 
     async def handle(self, request: Request) -> Response:
         """200 ``ok``, or 503 with the reason; 404 for a path that no probe was declared for."""
         probe = self._probes.get(request.path)
         if probe is None:
             return text_response("no such probe", 404)
-        async with self._limits[request.path]:
-            try:
-                await perform(probe, self._ip)
-            except ProbeFailed as failure:
-                return text_response(f"failed: {failure}", 503)
+        while (other := self._attempts.get(request.path)) is not None:
+            await other.over.wait()
+            if other.answer is not None:
+                return other.answer
+        attempt = self._attempts[request.path] = _Attempt()
+        try:
+            attempt.answer = await self._asked(probe)
+            return attempt.answer
+        finally:
+            del self._attempts[request.path]
+            attempt.over.set()
+
+    async def _asked(self, probe: Probe) -> Response:
+        try:
+            await perform(probe, self._ip)
+        except ProbeFailed as failure:
+            return text_response(f"failed: {failure}", 503)
         return text_response("ok")
 
 

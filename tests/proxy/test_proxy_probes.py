@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent import futures
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from core.runtime.admin import Request
 from proxy.probes import InvalidProbe, ProbeRunner, read_probes
@@ -161,6 +162,67 @@ async def test_the_timeout_is_the_probes_own(autojump_clock: MockClock) -> None:
     began = trio.current_time()
     assert await against(silent, {"httpGet": {}, "timeoutSeconds": 3}) == (503, "failed: no result within 3 s")
     assert trio.current_time() - began == pytest.approx(3)
+
+
+class SlowApp:
+    """Counts requests, and answers all of them once it may. ask: one caller of its probe."""
+
+    def __init__(self) -> None:
+        self.asked, self.may_answer = 0, trio.Event()
+        self.runner: ProbeRunner
+        self.statuses: list[int] = []
+
+    async def __call__(self, stream: trio.SocketStream) -> None:
+        self.asked += 1
+        await self.may_answer.wait()
+        await stream.send_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+
+    async def ask(self) -> None:
+        self.statuses.append((await self.runner.handle(Request("GET", PATH))).status)
+
+    async def was_asked(self, times: int) -> None:
+        with trio.fail_after(30):
+            while self.asked < times:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+
+
+@asynccontextmanager
+async def slow_app() -> AsyncIterator[SlowApp]:
+    app = SlowApp()
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        await nursery.start(trio.serve_listeners, app, [listener])
+        spec = {"httpGet": {"port": listener.socket.getsockname()[1]}, "timeoutSeconds": 60}
+        app.runner = ProbeRunner(read_probes({PATH: spec}), "127.0.0.1")
+        yield app
+        nursery.cancel_scope.cancel()
+
+
+async def test_all_who_ask_at_once_get_the_result_of_one_attempt() -> None:
+    """A stranger who asks sixty times must not have the kubelet wait for sixty answers of a slow app, nor the app give them."""
+    async with slow_app() as app:
+        async with trio.open_nursery() as callers:
+            for _ in range(61):
+                callers.start_soon(app.ask)
+            await app.was_asked(1)
+            app.may_answer.set()
+        assert app.statuses == [200] * 61 and app.asked == 1
+        await app.ask()
+        assert app.asked == 2, "the next one asks anew"
+
+
+async def test_who_waits_for_an_attempt_that_is_cut_makes_its_own() -> None:
+    async with slow_app() as app, trio.open_nursery() as others:
+        async with trio.open_nursery() as first:
+            first.start_soon(app.ask)
+            await app.was_asked(1)
+            for _ in range(3):
+                others.start_soon(app.ask)
+            await wait_all_tasks_blocked()
+            first.cancel_scope.cancel()
+        await app.was_asked(2)
+        app.may_answer.set()
+    assert app.statuses == [200] * 3 and app.asked == 2
 
 
 async def test_only_declared_paths_are_probed() -> None:
