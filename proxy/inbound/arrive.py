@@ -15,7 +15,8 @@ import trio
 
 from core.runtime.tls import Handshake, HandshakeFailed
 from proxy.discover import PortState
-from proxy.inbound.serve import HTTP, Authenticated, Inbound
+from proxy.inbound.serve import Authenticated, Inbound
+from proxy.protocol.detect import HTTP
 from proxy.rescue import Failure
 from proxy.transport.accept import Accepted
 from proxy.transport.sniff import classify

@@ -30,7 +30,7 @@ from proxy.inbound.forward import Forwarder
 from proxy.inbound.gate import InboundGate, forwarded_fields
 from proxy.inbound.refuse import RefusingGate
 from proxy.live import Live
-from proxy.protocol.detect import Detected, FirstLine
+from proxy.protocol.detect import DECLARED, HTTP, Detected, FirstLine
 from proxy.protocol.http1 import Http1Client, Http1Limits
 from proxy.protocol.http2 import Http2Client, Http2Limits
 from proxy.rescue import Cause, Failure
@@ -46,10 +46,6 @@ from proxy.transport.tls_bio import Records, records
 
 _BETWEEN_SIDECARS = frozenset(alpn.BETWEEN_SIDECARS)
 _INSIDE = {alpn.HTTP1: Detected.HTTP1, alpn.HTTP2: Detected.HTTP2, alpn.OPAQUE: Detected.OPAQUE}
-_DECLARED = {"http1": Detected.HTTP1, "http2": Detected.HTTP2, "grpc": Detected.HTTP2, "opaque": Detected.OPAQUE, "tls": Detected.OPAQUE}
-HTTP = (Detected.HTTP1, Detected.HTTP2)
-"""What the relay carries request by request; everything else is opaque."""
-
 _SILENT = Sniffed(b"", Detected.OPAQUE)
 
 
@@ -297,7 +293,7 @@ async def _say_no(accepted: Accepted, records: Records | None) -> None:
 def _declared(port: PortState) -> Detected | None:
     """The protocol that the policy declares for the port, None when it is to be detected."""
     assert port.authorizer is not None
-    return _DECLARED.get(port.authorizer.policy.protocol)
+    return DECLARED.get(port.authorizer.policy.protocol)
 
 
 def _plain_protocol(sniffed: Sniffed, declared: Detected | None) -> Detected:

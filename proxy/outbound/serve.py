@@ -23,7 +23,7 @@ from proxy.config import Config
 from proxy.discover import DestinationState, Discovery
 from proxy.live import Live
 from proxy.outbound.gate import Http1Gate, Http2Gate, Services
-from proxy.protocol.detect import Detected
+from proxy.protocol.detect import DECLARED, HTTP, Detected
 from proxy.protocol.http1 import Http1Client, Http1Limits
 from proxy.protocol.http2 import Http2Client, Http2Limits
 from proxy.rescue import Cause, Failure
@@ -33,8 +33,6 @@ from proxy.transport.connect import Dialled
 from proxy.transport.join import NOBODY, begin, join, who_speaks_first
 from proxy.transport.sniff import Sniffed, sniff
 
-_DECLARED = {"http1": Detected.HTTP1, "http2": Detected.HTTP2, "grpc": Detected.HTTP2, "opaque": Detected.OPAQUE, "tls": Detected.OPAQUE}
-_HTTP = (Detected.HTTP1, Detected.HTTP2)
 _UNKNOWN = Sniffed(b"", Detected.OPAQUE)
 
 
@@ -90,7 +88,7 @@ class Outbound:
         sniffed = await self._listen(accepted, destination)
         if sniffed.protocol is None:
             chosen, sniffed = await self._break_silence(accepted, state, destination, record)
-        if sniffed.protocol not in _HTTP:
+        if sniffed.protocol not in HTTP:
             return chosen or await self._connect_opaque(state, destination, accepted, record), sniffed
         if chosen is not None:
             _discard(chosen)  # it speaks HTTP after all
@@ -111,7 +109,7 @@ class Outbound:
 
     async def _listen(self, accepted: Accepted, destination: Destination) -> Sniffed:
         """The protocol: as declared, opaque beyond the mesh, else by the client's first bytes."""
-        declared = Detected.OPAQUE if destination.kind == "external" else _DECLARED.get(destination.protocol)
+        declared = Detected.OPAQUE if destination.kind == "external" else DECLARED.get(destination.protocol)
         if declared is Detected.OPAQUE:
             return _UNKNOWN
         return await sniff(accepted.stream, self.config.detect_silence_s, self.config.detect_timeout_s)
@@ -124,8 +122,8 @@ class Outbound:
         An endpoint whose policy has routes lets nothing opaque in and cuts this connection. Then the client is either no HTTP client,
         and would be cut as well, or one that has not sent its request yet, and must not suffer: it gets the time to make itself clear.
         """
-        declared = _DECLARED.get(destination.protocol)
-        chosen = None if declared in _HTTP else await self._connect_opaque(state, destination, accepted, record)
+        declared = DECLARED.get(destination.protocol)
+        chosen = None if declared in HTTP else await self._connect_opaque(state, destination, accepted, record)
         patience_s = self.config.idle_timeout_s
         try:
             if chosen is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Mapping
 from typing import Final
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -32,6 +33,19 @@ class Detected(enum.Enum):
     HTTP2 = "http2"
     TLS = "tls"
     OPAQUE = "opaque"
+
+
+HTTP: Final = (Detected.HTTP1, Detected.HTTP2)
+"""What is carried request by request; everything else is opaque."""
+
+DECLARED: Final[Mapping[str, Detected]] = {
+    "http1": Detected.HTTP1,
+    "http2": Detected.HTTP2,
+    "grpc": Detected.HTTP2,
+    "opaque": Detected.OPAQUE,
+    "tls": Detected.OPAQUE,
+}
+"""What policy and discovery name a port's protocol; any other name leaves it to the first bytes."""
 
 
 def detect_untrusted(data: bytes, ended: bool = False) -> Detected | None:
