@@ -10,7 +10,7 @@ from typing import Any
 import click
 import yaml
 
-from cli.output import CommandFailed
+from cli.output import CommandFailed, say
 from core.k8s.manifests import InvalidManifest, read_manifests
 from injector.decide import Refuse, Skip
 from injector.mark import mark, unmark, wish_of
@@ -49,7 +49,7 @@ def inject(file: str, manual: bool, mesh_file: str | None) -> None:
     for document, keys in _workloads(documents):
         pod = _pod(document, keys)
         if wish_of(pod) == "disabled":
-            click.echo(f"{_name(document)}: left as it is: it is disabled by its annotation", err=True)
+            say(f"{_name(document)}: left as it is: it is disabled by its annotation", err=True)
             continue
         if wish_of(pod) != "enabled":
             try:
@@ -72,7 +72,7 @@ def uninject(file: str) -> None:
         found = unmark(taken_out(pod))
         if found != pod:
             what = "the sidecar is taken out" if is_injected(pod) else "the annotation is taken away"
-            click.echo(f"{_name(document)}: {what}", err=True)
+            say(f"{_name(document)}: {what}", err=True)
             _replace(document, keys, found)
     _write(documents)
 
@@ -82,7 +82,7 @@ def _with_sidecar(document: Mapping[str, Any], pod: Mapping[str, Any], namespace
     if isinstance(decision, Refuse):
         raise CommandFailed(f"{_name(document)}: {decision.sentence}")
     if isinstance(decision, Skip):
-        click.echo(f"{_name(document)}: left as it is: {decision.sentence}", err=True)
+        say(f"{_name(document)}: left as it is: {decision.sentence}", err=True)
     return apply_patch(pod, patch)
 
 

@@ -405,6 +405,12 @@ def test_inject_annotates_workloads_and_uninject_takes_it_back() -> None:
     assert list(yaml.safe_load_all(run("uninject", "-", stdin=injected.stdout).stdout)) == original
 
 
+def test_a_manifest_cannot_steer_the_terminal() -> None:
+    manifest = {"kind": "Pod", "metadata": {"name": "a\x1b]0;b\x07", "annotations": {"pillion.dev/inject": "disabled"}}, "spec": {}}
+    told = run("inject", "-", stdin=json.dumps(manifest)).stderr
+    assert "left as it is" in told and all(line.isprintable() for line in told.split("\n"))
+
+
 def test_manual_injection_writes_the_sidecar_and_uninject_takes_it_out_again() -> None:
     import yaml
 
