@@ -4,10 +4,12 @@ Two endpoints are drawn at random and the one with the smaller cost wins (linker
 jumps up at once with a slow answer and decays over time, so that a stalled endpoint loses its traffic within one answer and gets
 another chance later. Pure: randomness and time are arguments.
 
-Of very many endpoints only some are in play at a time, others as time goes on: a sidecar with little traffic would otherwise keep a
-connection to each of a thousand pods, each of which costs memory at both ends and is cold in every cache when its turn comes (Finagle
-calls this an aperture). Each balancer has an order of its own, so that those of many sidecars spread over all; and one whose endpoints in
-play are busy, dear or failing draws from all of them.
+Of very many endpoints only some are in play at a time, others as time goes on: a sidecar would otherwise keep a connection to each of a
+thousand pods, each of which costs memory at both ends and is cold in every cache when its turn comes (Finagle calls this an aperture).
+How many they are follows from how much there is to do: more join while those in play have two requests each to answer, and leave when
+they have less. Fewer would cost less per request, but then some pods get much and others nothing at any one time; the least number, the
+turns and an order of its own for each balancer keep that within bounds, and spread many sidecars over all. A balancer whose endpoints in
+play are dear or failing draws from all of them.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from policy.wire import Endpoint
 
 DEFAULT_RTT_S = 0.030  # Linkerd's default_rtt: what an endpoint is assumed to cost before it answered once
 DECAY_S = 10.0  # Linkerd's decay: an average loses 63 % of its distance to newer samples in this time
-IN_PLAY = 32  # endpoints at a time; with no more than these, all
+LEAST_IN_PLAY = 16  # endpoints at a time; with no more than these, all
+EACH = 2  # exchanges in flight at each of those in play, on average, before another one joins them
 TURN_S = 1.0  # then one of them makes room for the next
-BUSY = 3  # exchanges in flight at the better of two: there is more to do than those in play should do
 DEAR_S = 1.0  # what the better of two costs when those in play had better not be relied on
 FAILURE_COST_S = 5.0  # what a failed connection counts as, so that the next picks go elsewhere
 
@@ -63,6 +65,7 @@ class Balancer:
         self._random = random
         self._loads: list[EndpointLoad] = []
         self._start = 0  # the first of those in play
+        self._width = LEAST_IN_PLAY  # how many are
         self._turned = 0.0
 
     def __len__(self) -> int:
@@ -72,7 +75,7 @@ class Balancer:
         """From now on choose among these. An endpoint whose identity changed is another endpoint."""
         known = {load.endpoint: load for load in self._loads}
         wanted = dict.fromkeys(endpoints)
-        if len(wanted) <= IN_PLAY:
+        if len(wanted) <= LEAST_IN_PLAY:
             self._loads = [known.get(endpoint) or EndpointLoad(endpoint, now) for endpoint in wanted]
         else:
             self._loads = self._mixed(wanted, known, now)
@@ -98,14 +101,36 @@ class Balancer:
         count = len(loads)
         if count < 2:
             return loads[0] if loads else None
-        if count > IN_PLAY and not avoid:
+        if count > LEAST_IN_PLAY and not avoid:
             if now - self._turned >= TURN_S:
-                self._start = (self._start + int((now - self._turned) / TURN_S)) % count
-                self._turned = now
-            chosen = self._better(loads, self._start, IN_PLAY, now)
-            if chosen.active < BUSY and chosen.cost(now) < DEAR_S:
-                return chosen
+                self._turn(now)
+            chosen = self._better(loads, self._start, min(self._width, count), now)
+            if chosen.cost(now) < DEAR_S:
+                return chosen if chosen.active <= EACH else self._joined(chosen, now)
         return self._better(loads, 0, count, now)
+
+    def _turn(self, now: float) -> None:
+        """The next endpoint takes the place of the first one; those that are not needed leave, one at a time."""
+        turns = int((now - self._turned) / TURN_S)
+        self._turned = now
+        self._start = (self._start + turns) % len(self._loads)
+        if self._width > LEAST_IN_PLAY:
+            needed = self._in_flight() // EACH + 1
+            self._width = max(LEAST_IN_PLAY, min(self._width, max(needed, self._width - turns)))
+
+    def _joined(self, chosen: EndpointLoad, now: float) -> EndpointLoad:
+        """The endpoint that joins those in play if all of them are busy, not only the one that was chosen; that one otherwise."""
+        width, count = self._width, len(self._loads)
+        if width >= count or self._in_flight() < EACH * width:
+            return chosen
+        self._width = width + 1
+        next_one = self._loads[(self._start + width) % count]
+        return next_one if next_one.cost(now) < DEAR_S else chosen
+
+    def _in_flight(self) -> int:
+        """Exchanges at the endpoints in play."""
+        loads = self._loads
+        return sum(loads[(self._start + at) % len(loads)].active for at in range(min(self._width, len(loads))))
 
     def _better(self, loads: list[EndpointLoad], start: int, count: int, now: float) -> EndpointLoad:
         """Of two among ``count`` endpoints from ``start`` on, around the end of the list."""

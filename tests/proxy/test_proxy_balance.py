@@ -90,7 +90,7 @@ MANY = [Endpoint(f"10.1.{n // 250}.{n % 250}:80") for n in range(1000)]
 
 
 def test_of_very_many_endpoints_only_some_are_in_play_at_a_time():
-    assert len(shares(balancer(MANY))) == balance.IN_PLAY
+    assert len(shares(balancer(MANY))) == balance.LEAST_IN_PLAY
 
 
 def test_in_the_course_of_time_every_endpoint_gets_its_share():
@@ -106,16 +106,34 @@ def test_two_sidecars_have_different_endpoints_in_play():
     one, other = Balancer(random.Random(1).random), Balancer(random.Random(2).random)
     for made in (one, other):
         made.replace(MANY, 0.0)
-    assert len(set(shares(one)) & set(shares(other))) < balance.IN_PLAY / 2
+    assert len(set(shares(one)) & set(shares(other))) < balance.LEAST_IN_PLAY / 2
 
 
 def test_with_more_to_do_than_those_in_play_should_do_all_are():
     made = balancer(MANY)
     for _ in range(500):
         made.choose(0.0).active += 1
-    busy = [load for load in made._loads if load.active]
-    assert len(busy) > 2 * balance.IN_PLAY
-    assert max(load.active for load in busy) <= balance.BUSY + 1
+    busy = [load.active for load in made._loads if load.active]
+    assert len(busy) >= 500 / (balance.EACH + 1)
+    assert max(busy) <= balance.EACH + 2
+
+
+def test_those_who_joined_leave_again_when_there_is_less_to_do():
+    made = balancer(MANY)
+    for load in [made.choose(100.0) for _ in range(100)]:
+        load.active += 1
+    assert len(set(shares(made, 100.5))) > balance.LEAST_IN_PLAY
+    for load in made._loads:
+        load.active = 0
+    widths = [len(set(shares(made, now))) for now in range(101, 200)]
+    assert widths[0] > widths[5] and widths[-1] == balance.LEAST_IN_PLAY
+
+
+def test_two_that_are_busy_among_idle_ones_bring_nobody_into_play():
+    made = balancer(MANY)
+    for _ in range(2):
+        made.choose(0.0).active += balance.EACH + 1
+    assert len(shares(made)) == balance.LEAST_IN_PLAY
 
 
 def test_when_those_in_play_fail_others_are_found():
@@ -134,4 +152,4 @@ def test_replaced_endpoints_do_not_change_whose_turn_it_is():
         before = set(shares(made, now))
         gone = sorted(before)[0]
         made.replace([one for one in MANY if one.addr != gone] + [Endpoint(f"10.2.0.{now}:80")], now)
-        assert len(set(shares(made, now + 0.5)) & before) >= balance.IN_PLAY - 3
+        assert len(set(shares(made, now + 0.5)) & before) >= balance.LEAST_IN_PLAY - 3
