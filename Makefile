@@ -47,13 +47,13 @@ lint: venv ## ruff, mypy --strict, import contracts, architecture page against t
 
 check: lint test-compiled test ## lint, then test both ways
 
-bench: venv ## the full measurements (minutes; needs a quiet machine)
+bench: venv ## the full measurements (twenty minutes; needs a quiet machine)
 	$(BIN)/python -m bench
 
 bench-scale: venv ## one policy controller, a simulated cluster of 10,000 pods and 2,000 sidecars (a minute; needs a quiet machine)
 	$(BIN)/python -m bench.scale --out bench/results/scale.json
 
-bench-quick: venv ## the same in seconds, to see that nothing fell over
+bench-quick: venv ## one short round of every row (two to three minutes), to see that every contestant answers
 	$(BIN)/python -m bench --quick
 
 architecture: venv ## write the list of modules in ARCHITECTURE.md anew
