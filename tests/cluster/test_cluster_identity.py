@@ -163,7 +163,7 @@ def pillion(ground: Ground, *words: str) -> str:
 
 def tried(ground: Ground, *words: str) -> subprocess.CompletedProcess[str]:
     command = [*PILLION, *words, "--kubeconfig", ground.kube.kubeconfig]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
 def leader(mesh: Space) -> str:
@@ -176,7 +176,7 @@ def test_the_trust_anchor_is_rotated_under_load_over_three_replicas(ground: Grou
     space.ready("client")
     before, old = bundle(space), set(issuers(ground, space))
     with space.load("client", "http://web/", "--fresh") as load:
-        rotated = tried(ground, "identity", "rotate", "--through", "--wait", "120", "--ignore-absent")
+        rotated = tried(ground, "identity", "rotate", "--through", "--wait", "240", "--ignore-absent")
     assert rotated.returncode == 0, rotated.stderr
     assert [line.partition(":")[0] for line in rotated.stderr.splitlines()] == ["add", "switch", "drop"]
     assert load.calls > 100
