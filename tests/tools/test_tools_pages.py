@@ -10,11 +10,14 @@ import click
 import pytest
 
 from cli.main import cli
+from core.k8s.manifests import read_manifests
+from policy.admission import parse_object
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split())
 FENCED = re.compile(r"^( *)```.*?^\1```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+MANIFESTS = re.compile(r"^```yaml\n(.*?)^```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"(?:^ *|[`(] ?|\$ |\.venv/bin/)pillion ([^`|#\n)>;]+)", re.MULTILINE)
 
 pytestmark = pytest.mark.skipif(not PAGES, reason="this is no checkout: git knows of no pages")
@@ -41,6 +44,14 @@ def test_links_lead_to_files_and_headings_that_exist(name: str) -> None:
         if "://" not in link and not (target.exists() and (not fragment or fragment in anchors(target))):
             broken.append(link)
     assert not broken
+
+
+def test_manifests_on_pages_are_taken() -> None:
+    texts = [text for name in PAGES for text in MANIFESTS.findall((ROOT / name).read_text(encoding="utf-8"))]
+    manifests = [manifest for text in texts for manifest in read_manifests(text.encode(), is_json=False) if "apiVersion" in manifest]
+    assert len(manifests) > 20
+    for manifest in manifests:
+        parse_object(manifest)  # raises InvalidObject
 
 
 def words_of_commands(page: str) -> list[list[str]]:
