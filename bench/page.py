@@ -44,6 +44,8 @@ METHOD = """\
   the app, and share them among clients.
 - In P12 the peers hold a policy (Envoy) or a line (HAProxy) for each rule, walked in order, as control planes write them. A map in
   HAProxy or a matcher tree in Envoy would grow less; only Pillion's growth is judged.
+- P7 opens 10,000 connections, or as many as the limit on open files lets a sidecar take: each is two descriptors, and an eighth of all is
+  kept for the app's own calls.
 - HTTP/1.1 load is wrk with `bench/load/varied.lua`: 50 paths with ids, 8 headers, of which 3 are different in every request. HTTP/2 load
   is `bench/load/h2.py`, because h2load can vary no header; large HTTP/2 bodies are h2load's. The answers come from nginx (HTTP/1.1),
   nghttpd (HTTP/2) and `bench/load/bulk.py` (large bodies).
@@ -110,8 +112,8 @@ def _where(facts: Facts) -> str:
     return (
         f"Commit {facts.commit}, {day}, {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
         f"Linux {machine['kernel']}, "
-        f"Python {machine['python']} ({machine['python_build']}); {versions}. {facts.rounds} interleaved rounds of {facts.seconds:g} s; "
-        f"{facts.pinning}.{quick}"
+        f"Python {machine['python']} ({machine['python_build']}); {versions}. {facts.rounds} interleaved rounds of {facts.seconds:g} s, "
+        f"{facts.took_s / 60:.0f} minutes in all; {facts.pinning}.{quick}"
     )
 
 
