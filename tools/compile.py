@@ -29,6 +29,7 @@ MODULES = (
     "proxy/inbound/authorize.py",
     "proxy/inbound/gate.py",
     "proxy/outbound/gate.py",
+    "proxy/outbound/pool.py",
     "proxy/protocol/http1/body.py",
     "proxy/protocol/http1/client.py",
     "proxy/protocol/http1/connection.py",
