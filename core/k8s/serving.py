@@ -56,9 +56,9 @@ class SharedSecret:
     webhooks: (plural, name) of webhook configurations, such as ``("mutatingwebhookconfigurations", "pillion-injector")``. The Secret must
     exist, empty at first: the right to create Secrets in this namespace would include tokens of every service account in it.
 
-    Where cert-manager keeps the Secret, it is only read. Its cainjector is not asked to write caBundle: that replaces the earlier authority
-    at once, while for some seconds every replica still serves what only that one vouches for. So here too the new one is added first, and
-    the earlier is dropped after an hour.
+    Where cert-manager keeps the Secret, it is only read. Its cainjector is not asked to write caBundle: before 1.19 that replaces the
+    earlier authority at once, while every replica still serves what only that one vouches for; since then it keeps each until it expires.
+    So here too the new one is added first, and the earlier is dropped after an hour.
     """
 
     def __init__(
