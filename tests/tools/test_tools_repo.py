@@ -149,7 +149,7 @@ def test_a_module_without_docstring_and_an_empty_promise_are_refused(
 @pytest.mark.slow
 def test_what_a_machine_lacks_skips_on_a_laptop_and_fails_in_ci(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     pytester.makeconftest((ROOT / "tests/conftest.py").read_text(encoding="utf-8"))
-    pytester.makeini("[pytest]\nmarkers =\n    needs(program): x\n")
+    pytester.makeini(f"[pytest]\npythonpath = {ROOT}\nmarkers =\n    needs(program): x\n")  # it imports tests.traces
     pytester.makepyfile("import pytest\n@pytest.mark.needs('no-such-program')\ndef test_x():\n    pass\n")
     monkeypatch.delenv("CI", raising=False)
     laptop = pytester.runpytest_subprocess("-rs", "-p", "no:cacheprovider")
