@@ -101,7 +101,8 @@ def _run(show: Show, example: Path, name: str, keep: bool) -> None:
         capture = stack.enter_context(Capture(runner, folder / "packets.pcap"))
         status = client.wait_ready(name, _READY_WITHIN_S)
         if not status.ready:
-            raise CommandFailed("; ".join(status.reasons), f"pillion local status --name {name}")
+            # the demo's own mesh ends with this error, logs and all
+            raise CommandFailed("; ".join(status.reasons), f"pillion local up -f {example} --detach, which leaves it as it is to look into")
         shop = Shop(LocalMesh(name))
         idle = acts.memory(shop)
         note = f"note-{secrets.token_hex(8)}"
