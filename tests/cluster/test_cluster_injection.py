@@ -227,6 +227,7 @@ def test_a_serving_certificate_that_is_lost_is_made_again_and_known(space: Space
         return str(found["webhooks"][0]["clientConfig"]["caBundle"])
 
     before = bundle()
-    mesh.run("patch", "secret", "pillion-injector-tls", "--type=json", "-p", '[{"op": "remove", "path": "/data"}]')
+    lost = dict.fromkeys(("tls.crt", "tls.key", "ca.crt"), "")  # empty, because a Secret that cert-manager made must have the first two
+    mesh.run("patch", "secret", "pillion-injector-tls", "--type=merge", "-p", json.dumps({"data": lost}))
     until("a new authority", lambda: bundle() != before, pause=1)
     until("the webhook to be asked again", lambda: names(created(space, client())) == ["pillion-proxy"])
