@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from core.runtime import memory
+from core.runtime.private_socket import listen_privately
 from ebpf import attach, layout, metrics, nft
 from ebpf.maps import PinnedPrograms
 from ebpf.plan import CONNECT, NFT_SOCKMAP, REFUSED, Ability, choose
@@ -256,7 +257,8 @@ def run(options: Options) -> None:
     """Until SIGTERM, SIGINT or a Remove; raises CannotRun."""
     held = lock(options.state)
     agent = Agent(options)
-    listeners = [(_unix_listener(options.socket), False)]
+    options.socket.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    listeners = [(listen_privately(options.socket, 16), False)]  # one of an agent that was killed may lie there; the lock is ours
     if options.admin:
         listeners.append((_admin_listener(options.admin), True))
     agent.server = server = Server(agent, listeners)
@@ -279,19 +281,6 @@ def run(options: Options) -> None:
             sock.close()
         options.socket.unlink(missing_ok=True)
         held.close()
-
-
-def _unix_listener(path: Path) -> socket.socket:
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # of an agent that was killed; the lock is ours
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(before)
-    listener.listen(16)
-    return listener
 
 
 def _admin_listener(text: str) -> socket.socket:

@@ -5,8 +5,6 @@ One JSON request a line, one JSON answer a line. Moves them to the authority; it
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import msgspec
 import trio
 
 from core.runtime import logs
+from core.runtime.private_socket import listen_privately
 from identity.admin_wire import AnchorStatus, Answer, Ask, Status, WorkloadStatus
 from identity.authority import Authority
 from identity.bundle import ABSENT_AFTER_S, Refusal, Step, due_step
@@ -93,20 +92,7 @@ def answer(authority: Authority, line: bytes) -> Answer:
 
 def listen_admin(path: Path) -> trio.SocketListener:
     """The listening socket, 0600 from the moment it exists; replaces one that a dead service left. Raises OSError."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        if path.is_socket():
-            path.unlink()
-        before = os.umask(0o177)
-        try:
-            sock.bind(str(path))
-        finally:
-            os.umask(before)
-        sock.listen(16)
-    except OSError:
-        sock.close()
-        raise
-    return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+    return trio.SocketListener(trio.socket.from_stdlib_socket(listen_privately(path, 16)))
 
 
 async def serve_admin(respond: Callable[[bytes], Awaitable[Answer]], listener: trio.SocketListener) -> None:

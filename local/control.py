@@ -15,6 +15,7 @@ import trio
 
 from core.k8s.fields import InvalidObject
 from core.k8s.manifests import InvalidManifest, read_manifests
+from core.runtime.private_socket import listen_privately
 from local import protocol, workloads
 from local.mesh import Mesh
 from local.objects import Manifest, read_manifest
@@ -33,25 +34,13 @@ async def serve(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """For ever: accept on ``path``. down: begins the end of the runner."""
-    listener = trio.socket.from_stdlib_socket(_listen(path))
+    listener = trio.socket.from_stdlib_socket(listen_privately(path, 64))
     task_status.started()
     control = _Control(mesh, report, down)
     async with trio.open_nursery() as nursery:
         while True:
             connection, _ = await listener.accept()
             nursery.start_soon(control.converse, connection)
-
-
-def _listen(path: Path) -> socket.socket:
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(before)
-    listener.listen(64)
-    return listener
 
 
 class _Control:

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from local import client, control, protocol, volumes
+from local import client, protocol, volumes
 from local.commands import local
 from local.exposure import closed_folders
 from local.probing import Tally, check
@@ -202,16 +202,6 @@ def test_a_state_folder_too_long_for_sockets_is_refused_before_anything_starts(t
     with pytest.raises(client.CannotStart, match="shorter --name"):
         client.prepare_state(tmp_path / ("x" * 100))
     client.prepare_state(tmp_path / "short")
-
-
-def test_the_control_socket_is_never_anybody_elses(tmp_path: Path) -> None:
-    before = os.umask(0)
-    try:
-        with control._listen(tmp_path / "control.sock"):
-            assert (tmp_path / "control.sock").stat().st_mode & 0o777 == 0o600
-            assert os.umask(0) == 0
-    finally:
-        os.umask(before)
 
 
 def test_a_file_written_for_another_user_never_goes_where_his_links_lead(tmp_path: Path) -> None:
