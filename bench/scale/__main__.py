@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import resource
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from core.credentials import Credentials
 from core.names import WorkloadId
 from tests.certs import Authority
 from tests.core.fake_apiserver import FakeApiServer, running
+from tests.ports import unused_port
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -69,13 +69,6 @@ class Row:
 def percentile(values: list[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 class Bench:
@@ -163,7 +156,7 @@ async def run(size: Size, out: Path | None, hold: bool) -> None:
     gc.freeze()  # a collection over all of this would stop us, and be measured as the controller's
     with tempfile.TemporaryDirectory() as folder:
         async with running(server), trio.open_nursery() as nursery:
-            port, admin = free_port(), free_port()
+            port, admin = unused_port(), unused_port()
             began = trio.current_time()
             process = start(Path(folder), authority.credentials(CONTROLLER), server.port, port, admin)
             try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from core.addrs import Addr
+from tests.ports import unused_port
 from tests.scenarios.mesh import mesh
 from tests.scenarios.peers import program, run
 
@@ -68,8 +68,7 @@ async def _failed(h2spec: str, server: Addr, report: Path) -> tuple[int, set[Cas
 
 async def test_the_sidecars_fail_no_case_that_the_server_passes(h2spec: str, tmp_path: Path):
     (tmp_path / "index.html").write_text("hello")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        server = Addr(*probe.getsockname())
+    server = Addr("127.0.0.1", unused_port())
     nghttpd = shutil.which("nghttpd") or "nghttpd"
     async with program(nghttpd, "--no-tls", "-a", server.ip, "-d", str(tmp_path), str(server.port), ready=server):
         total, alone = await _failed(h2spec, server, tmp_path / "alone.xml")

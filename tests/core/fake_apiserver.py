@@ -18,6 +18,7 @@ import h11
 import trio
 
 from core.k8s.http import Access
+from tests.ports import unused_port
 
 Raw = dict[str, Any]
 Name = tuple[str, str, str]  # collection ("/apis/apps/v1/deployments"), namespace, name
@@ -63,7 +64,7 @@ class FakeApiServer:
     failures: list[int] = field(default_factory=list)
     token: str = ""
     page: int = 0  # the largest page that is given, 0: what was asked for
-    port: int = 0
+    port: int = field(default_factory=unused_port)  # the same when it comes back
     version: int = 100
     _history: list[tuple[int, str, str, Raw]] = field(default_factory=list)
     _compacted: int = 0
@@ -168,7 +169,6 @@ class FakeApiServer:
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         listeners = await trio.open_tcp_listeners(self.port, host="127.0.0.1")
-        self.port = listeners[0].socket.getsockname()[1]
         task_status.started()
         await trio.serve_listeners(self._connection, listeners)
 

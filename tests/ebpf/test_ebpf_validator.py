@@ -11,15 +11,14 @@ import time
 import pytest
 
 from ebpf import validator
+from tests.ports import unused_port
 
 
 @pytest.fixture
 def port(monkeypatch):
     """A port for the sidecar's; addresses of nobody become ones of this machine, where nothing is captured."""
     monkeypatch.setattr(validator, "NOBODY", {socket.AF_INET: "127.0.0.2", socket.AF_INET6: "::1"})
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    return unused_port()
 
 
 def test_a_connection_that_arrives_is_the_proof(port, monkeypatch):

@@ -17,6 +17,7 @@ from identity.client import IdentitySettings, keep_certified
 from identity.local_tokens import LocalReviewer, LocalSigner
 from identity.serve import ServingCertificate, listen, serve_https
 from identity.service import IdentityService
+from tests.ports import unused_port
 
 TRUST_DOMAIN = "cluster.local"
 SERVICE = WorkloadId(TRUST_DOMAIN, "pillion", "pillion-identity")
@@ -63,7 +64,7 @@ class Lab:
         self.signer = LocalSigner.generate()
         self.anchors_file = directory / "anchors.pem"
         self.anchors_file.write_bytes(authority.trust.value.bundle_pem)
-        self.port = 0
+        self.port = unused_port()
         self.service: IdentityService | None = None
 
     @asynccontextmanager
@@ -73,7 +74,6 @@ class Lab:
         self.service = service
         certificate = ServingCertificate(self.authority, SERVICE)
         sockets = listen("127.0.0.1", self.port)
-        self.port = sockets[0].getsockname()[1]
         stop = trio.Event()
         async with trio.open_nursery() as nursery:
             await nursery.start(serve_https, service.application(), certificate.context, sockets, stop.wait)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from identity.snapshot import read_secret
 from identity.wire import bundle_untrusted
 from tests.identity.identity_api import Mesh, data, mesh
 from tests.identity.identity_lab import Workload, kept_certified, wait_until
+from tests.ports import unused_port
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +36,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def port() -> Iterator[int]:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", 0))
-        yield int(probe.getsockname()[1])  # stays bound on 127.0.0.1: nobody else gets it, and replicas listen on other addresses
+def port() -> int:
+    return unused_port()
 
 
 async def test_the_leader_makes_the_authority_and_every_replica_serves_it(tmp_path: Path, port: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from identity.authority import Authority
 from identity.local_tokens import LocalSigner
 from identity.tokens import Subject
 from tests.identity.identity_lab import SERVICE, TRUST_DOMAIN
+from tests.ports import unused_port
 
 SIGNER = LocalSigner.generate()
 
@@ -39,17 +39,11 @@ def environment(directory: Path, **settings: str) -> dict[str, str]:
         "PATH": os.environ["PATH"],
         "PILLION_CA_DIR": str(directory / "ca"),
         "PILLION_TOKEN_REVIEW": f"local:{directory / 'token.pub'}",
-        "PILLION_IDENTITY_LISTEN": f"127.0.0.1:{free_port()}",
-        "PILLION_ADMIN_LISTEN": f"127.0.0.1:{free_port()}",
+        "PILLION_IDENTITY_LISTEN": f"127.0.0.1:{unused_port()}",
+        "PILLION_ADMIN_LISTEN": f"127.0.0.1:{unused_port()}",
         "PILLION_IDENTITY_ADMIN_SOCKET": str(directory / "admin.sock"),
         "PILLION_BUNDLE_FILE": str(directory / "bundle.pem"),
     } | settings
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def identity(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

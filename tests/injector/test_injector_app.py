@@ -19,24 +19,16 @@ import trio
 import yaml
 from injector_lab import post, review_of
 
-from core.addrs import ListenAddr, parse_addr
-from core.runtime.listen import listen
 from injector.__main__ import main
 from injector.app import MeshFile
 from injector.cluster import regarding
 from injector.metrics import Metrics
 from injector.patch import apply_patch
 from tests.core.fake_apiserver import KINDS, FakeApiServer, running
+from tests.ports import unused_port
 
 POD = {"metadata": {"name": "a"}, "spec": {"containers": [{"name": "app"}]}}
 EVENTS = "/apis/events.k8s.io/v1/events"
-
-
-def free_port() -> int:
-    sock = listen(ListenAddr(parse_addr("127.0.0.1:0")))
-    port: int = sock.getsockname()[1]
-    sock.close()
-    return port
 
 
 def settings(tmp_path: Path, server: FakeApiServer, **more: str) -> dict[str, str]:
@@ -53,8 +45,8 @@ def settings(tmp_path: Path, server: FakeApiServer, **more: str) -> dict[str, st
     return {
         "PILLION_KUBECONFIG": str(tmp_path / "kubeconfig"),
         "PILLION_MESH_FILE": str(tmp_path / "mesh.yaml"),
-        "PILLION_INJECTOR_LISTEN": f"127.0.0.1:{free_port()}",
-        "PILLION_ADMIN_LISTEN": f"127.0.0.1:{free_port()}",
+        "PILLION_INJECTOR_LISTEN": f"127.0.0.1:{unused_port()}",
+        "PILLION_ADMIN_LISTEN": f"127.0.0.1:{unused_port()}",
         **more,
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from policy.index import Index
 from policy.server import Counters
 from policy.wire import Hello, InboundPolicy
 from tests.core.fake_apiserver import FakeApiServer, running
+from tests.ports import unused_port
 
 CONTROLLER = WorkloadId("cluster.local", "pillion", "pillion-policy")
 
@@ -48,13 +48,6 @@ class _Pause:
 
     def reset(self) -> None:
         pass
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def config(pod: str, port: int) -> Config:
@@ -126,7 +119,7 @@ async def until_status(server: FakeApiServer, kind: str, name: str) -> dict[str,
 
 async def test_a_sidecar_is_told_a_status_is_written_and_controllers_may_go() -> None:
     async with cluster() as (server, authority, nursery):
-        port = free_port()
+        port = unused_port()
         first = Replica(server, authority, "policy-a", port)
         nursery.start_soon(first.run)
         cell = Cell[Credentials | None](authority.credentials(CART))
@@ -154,7 +147,7 @@ async def test_a_sidecar_is_told_a_status_is_written_and_controllers_may_go() ->
 @pytest.mark.slow
 async def test_of_two_replicas_one_writes_and_the_other_takes_over() -> None:
     async with cluster() as (server, authority, nursery):
-        replicas = [Replica(server, authority, f"policy-{name}", free_port()) for name in "ab"]
+        replicas = [Replica(server, authority, f"policy-{name}", unused_port()) for name in "ab"]
         for replica in replicas:
             nursery.start_soon(replica.run)
         server.put(created(lab.server()))
@@ -174,7 +167,7 @@ async def test_of_two_replicas_one_writes_and_the_other_takes_over() -> None:
 
 async def test_an_entry_that_somebody_adds_meanwhile_is_never_lost() -> None:
     async with cluster() as (server, authority, nursery):
-        nursery.start_soon(Replica(server, authority, "policy-a", free_port()).run)
+        nursery.start_soon(Replica(server, authority, "policy-a", unused_port()).run)
         server.put(created(lab.server()))
         await until_status(server, "Server", "cart")
         foreign = {"parentRef": {"name": "gateway"}, "controllerName": "example.com/gateway", "conditions": []}
@@ -190,7 +183,7 @@ async def test_it_is_not_ready_before_every_kind_was_listed() -> None:
     async with running() as server:
         del server.kinds["/apis/policy.pillion.dev/v1alpha1/servers"]
         api = Api(server.access)
-        beside = Beside(config("policy-a", free_port()), api)
+        beside = Beside(config("policy-a", unused_port()), api)
         assert len(beside.source.waiting) == len(RESOURCES)
         await api.close()
 
@@ -206,7 +199,7 @@ def test_annotations_that_nobody_reads_are_not_kept() -> None:
 
 async def test_every_metric_is_documented() -> None:
     async with cluster() as (server, authority, nursery):
-        replica = Replica(server, authority, "policy-a", free_port())
+        replica = Replica(server, authority, "policy-a", unused_port())
         nursery.start_soon(replica.run)
         server.put(created(lab.server()))
         await until_status(server, "Server", "cart")

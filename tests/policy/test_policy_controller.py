@@ -28,6 +28,7 @@ from policy.controller import Controller, run
 from policy.diagnostics import exposition, listen_unix, routes
 from policy.index import IndexSettings
 from policy.wire import Hello
+from tests.ports import unused_port
 
 REQUIRED = {
     "PILLION_POLICY_SOURCE": "folder:/x",
@@ -145,9 +146,7 @@ async def test_the_whole_controller_serves_a_folder_live_and_only_once_it_is_syn
     folder = tmp_path / "state"
     folder.mkdir()
     (folder / "pod.json").write_text(json.dumps(lab.pod(ip="127.0.0.1")))
-    with trio.socket.socket() as free:
-        await free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = unused_port()
     config = _config(sockets, PILLION_POLICY_LISTEN=f"127.0.0.1:{port}")
 
     async def certify(cell: Cell[Credentials | None]) -> None:

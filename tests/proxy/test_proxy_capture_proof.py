@@ -18,6 +18,7 @@ from proxy import capture_proof
 from proxy.capture_proof import CaptureProof, NotCaptured, NoWayOut
 from proxy.rescue import Failure
 from proxy.transport.accept import Accepted
+from tests.ports import unused_port
 
 LOOPBACK = ("127.0.0.1", "::1")
 
@@ -36,9 +37,8 @@ Led = Callable[[Accepted], Accepted]
 @asynccontextmanager
 async def sidecar(led: Led = lambda accepted: accepted, *families: socket.AddressFamily) -> AsyncIterator[CaptureProof]:
     """The outbound listeners of a sidecar. led: what the kernel says about a connection that arrives."""
-    first = socket.create_server(("127.0.0.1", 0))
-    port = first.getsockname()[1]
-    listeners = [first]
+    port = unused_port()
+    listeners = [socket.create_server(("127.0.0.1", port))]
     if socket.AF_INET6 in families:
         listeners.append(socket.create_server(("::1", port), family=socket.AF_INET6))
     proof = CaptureProof(port)
@@ -110,8 +110,7 @@ async def test_somebody_who_answers_for_the_address_proves_nothing() -> None:
 
 
 async def test_a_refusal_proves_nothing() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        proof = CaptureProof(closed.getsockname()[1])
+    proof = CaptureProof(unused_port())
     with pytest.raises(NotCaptured, match="did not arrive"):
         await proof.attempt(meant(proof))
 

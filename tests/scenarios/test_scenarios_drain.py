@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from core.addrs import Addr, ClientAddr, OriginalDst
 from core.runtime.admin import Request, Response
 from proxy.app import Sidecar, accept_both, admin_routes, finish
 from proxy.transport.listener import Listener
+from tests.ports import unused_port
 from tests.scenarios.h2_peers import H2, H2App
 from tests.scenarios.mesh import ANYONE, VIP, WEB, Mesh, inbound_policy, mesh, only
 from tests.scenarios.peers import PATIENCE_S, Exchange, H11App, Http1, read_all
@@ -25,10 +25,8 @@ OTHER = OriginalDst(Addr("10.96.0.77", 80))
 
 
 def _free_ports() -> dict[str, str]:
-    """Listen addresses of a sidecar that nobody else uses now."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
-        ports = one.getsockname()[1], two.getsockname()[1]
-    return {"PILLION_INBOUND_LISTEN": f"127.0.0.1:{ports[0]}", "PILLION_OUTBOUND_LISTEN": f"127.0.0.1:{ports[1]}"}
+    """Listen addresses of a sidecar that nobody else uses."""
+    return {name: f"127.0.0.1:{unused_port()}" for name in ("PILLION_INBOUND_LISTEN", "PILLION_OUTBOUND_LISTEN")}
 
 
 class Ending:

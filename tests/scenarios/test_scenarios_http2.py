@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import trio
 import trio.lowlevel
 
 from core.addrs import Addr
+from tests.ports import unused_port
 from tests.scenarios.h2_peers import H2, H2App
 from tests.scenarios.mesh import CART, WEB, Mesh, inbound_policy, mesh, only
 from tests.scenarios.peers import MIB, PATIENCE_S, curl, program, run
@@ -26,8 +26,7 @@ H2Code = h2.errors.ErrorCodes
 
 @asynccontextmanager
 async def nghttpd(folder: Path, *options: str) -> AsyncIterator[Addr]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        addr = Addr(*probe.getsockname())
+    addr = Addr("127.0.0.1", unused_port())
     async with program("nghttpd", "--no-tls", "-a", addr.ip, "-d", str(folder), *options, str(addr.port), ready=addr):
         yield addr
 

@@ -15,6 +15,7 @@ from cryptography import x509
 from core.addrs import Addr, OriginalDst
 from policy.wire import Destination, Endpoint, HttpMatch, InboundPolicy, PathMatch, Route, Rule
 from tests.certs import Authority
+from tests.ports import unused_port
 from tests.scenarios.h2_peers import H2
 from tests.scenarios.mesh import ANYONE, CART, FOR_CART, WEB, inbound_policy, mesh, only
 from tests.scenarios.peers import MIB, PATIENCE_S, H11App, program, read_all, read_until, run
@@ -345,8 +346,7 @@ async def test_the_tls_of_an_app_passes_through_untouched(tmp_path: Path, option
     (tmp_path / "cert").write_bytes(credentials.chain_pem)
     (tmp_path / "key").write_bytes(credentials.key_pem)
     (tmp_path / "anchor").write_bytes(authority.bundle_pem)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        app = Addr(*probe.getsockname())
+    app = Addr("127.0.0.1", unused_port())
     serve = (
         "openssl",
         "s_server",
