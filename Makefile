@@ -5,6 +5,8 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+# Half an hour of real kernels, clusters and peers: four failures are tried once more, shown and counted in the closing line (CONTRIBUTING.md)
+AGAIN := --reruns 1 --max-suite-reruns 4 --rerun-show-tracebacks
 
 demo: venv ## three workloads on this machine: mTLS, authorization, live policy, rotation under load; cleans up
 	$(BIN)/pillion demo
@@ -13,8 +15,8 @@ demo-keep: venv ## the demo, left running to look around in (ends with: .venv/bi
 	$(BIN)/pillion demo --keep
 
 test: venv ## every test this machine can run; says which it skips and why. The cluster comes last, when nothing else wants the processors
-	$(PYTEST) --ignore=tests/cluster
-	$(PYTEST) tests/cluster
+	$(PYTEST) $(AGAIN) --ignore=tests/cluster
+	$(PYTEST) $(AGAIN) tests/cluster
 
 test-unit: venv ## tests without root, namespaces or a cluster
 	$(PYTEST) -m "not netns and not kernel and not cluster and not slow"
@@ -23,7 +25,7 @@ test-netns: venv ## tests in network namespaces (root)
 	$(PYTEST) -m netns
 
 test-compiled: venv ## the data path's tests once more, with its hottest modules compiled by mypyc (needs gcc and python3-dev)
-	tools/test-compiled.sh
+	tools/test-compiled.sh $(AGAIN)
 
 test-cluster: venv ## tests on a Kubernetes made here (root, Go), or on the one that KUBECONFIG names: docs/cluster.md
 	$(PYTEST) tests/cluster $(ARGS)
