@@ -93,7 +93,14 @@ class Pod:
         meta, spec = self.raw["metadata"], self.raw["spec"]
         ports = named_ports([*(spec.get("initContainers") or []), *spec["containers"]])
         return PodFacts(
-            self.plan.ref, meta.get("labels") or {}, self.addresses, self.ready, ports, hostname_of(self.raw), spec.get("subdomain") or ""
+            self.plan.ref,
+            meta.get("labels") or {},
+            self.addresses,
+            self.ready,
+            ports,
+            hostname_of(self.raw),
+            spec.get("subdomain") or "",
+            meshed=bool(self.capture),
         )
 
     @property

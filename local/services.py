@@ -17,7 +17,7 @@ from local.network import CLUSTER_DOMAIN, Addresses
 
 @dataclass(frozen=True)
 class PodFacts:
-    """What Services need to know of a running pod. ports: name -> number of declared ports."""
+    """What Services need to know of a running pod. ports: name -> number of declared ports. meshed: has a sidecar."""
 
     ref: Ref
     labels: Mapping[str, str]
@@ -26,6 +26,7 @@ class PodFacts:
     ports: Mapping[str, int]
     hostname: str = ""
     subdomain: str = ""
+    meshed: bool = False
 
 
 @dataclass(frozen=True)

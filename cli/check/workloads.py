@@ -13,8 +13,10 @@ from cli.check.model import Category, Check, Failed, Skipped
 from core.k8s.errors import ApiError
 from core.k8s.fields import InvalidObject
 from injector.decide import SIDECAR_NAME, Inject, Refuse, Skip, decide, wants
+from injector.misspelt import misspelt
 from policy.admission import parse_object
 from policy.index import Index, IndexSettings
+from policy.index.destinations import meshed
 from policy.index.report import problems
 
 _KINDS = (
@@ -58,12 +60,28 @@ async def policies_understood(cluster: Cluster) -> str:
     return f"{len(index.store.objects)} objects"
 
 
+def _some_lines(found: list[str], most: int = 20) -> str:
+    return "\n".join(found[:most]) + (f"\nand {len(found) - most} more" if len(found) > most else "")
+
+
 async def policies_act(cluster: Cluster) -> None:
     """None is without effect, or in conflict with another."""
     index, _ = await _index(cluster)
     found = [f"{problem.ref}: {problem.message}" for problem in problems(index)]
     if found:
-        raise Failed("\n".join(found[:20]) + (f"\nand {len(found) - 20} more" if len(found) > 20 else ""))
+        raise Failed(_some_lines(found))
+
+
+async def policies_enforced(cluster: Cluster) -> None:
+    """No Server is for a pod without a sidecar: nobody would ask it."""
+    index, _ = await _index(cluster)
+    plain = [pod for of in index.store.pods.values() for pod in of.values() if not (meshed(pod) or pod.finished)]
+    found = []
+    for pod in plain:
+        servers = index.store.servers.get(pod.metadata.namespace, {}).values()
+        found += [f"{server.ref}: {pod.ref} has no sidecar" for server in servers if server.pod_selector.matches(pod.metadata.labels)]
+    if found:
+        raise Failed(_some_lines(found))
 
 
 # --- injection -----------------------------------------------------------------------------------------------------------------------
@@ -106,6 +124,16 @@ async def events_of_injector(cluster: Cluster) -> None:
             told.append(f"{about.get('kind')} {about.get('namespace')}/{about.get('name')}: {event.get('note')}")
     if told:
         raise Failed("\n".join(sorted(set(told))[:20]))
+
+
+async def annotations_read(cluster: Cluster) -> None:
+    """None that looks like ours is read by nobody."""
+    found = []
+    for kind, items in (("namespace", await cluster.objects("", "v1", "namespaces")), ("pod", await cluster.pods())):
+        for item in items:
+            found += [f"{kind} {name_of(item)}: {sentence}" for sentence in misspelt(item["metadata"].get("annotations") or {})]
+    if found:
+        raise Failed(_some_lines(found))
 
 
 # --- sidecars ------------------------------------------------------------------------------------------------------------------------
@@ -179,6 +207,7 @@ POLICY = Category(
     (
         Check("policy-understood", "every policy is understood", "error", policies_understood),
         Check("policy-effective", "every policy has the effect it was meant to have", "warning", policies_act),
+        Check("policy-enforced", "every pod that a Server is for has a sidecar", "warning", policies_enforced),
     ),
 )
 INJECTION = Category(
@@ -186,6 +215,7 @@ INJECTION = Category(
     "Injection",
     (
         Check("injected", "every pod that asked for a sidecar has one", "warning", injected),
+        Check("annotations-read", "every annotation that looks like ours is one", "warning", annotations_read),
         Check("injection-refused", "no pod was refused lately", "warning", events_of_injector),
     ),
 )

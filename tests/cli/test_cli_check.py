@@ -367,6 +367,18 @@ def idle_policy(api: FakeApi) -> None:
     api.put({"apiVersion": "policy.pillion.dev/v1alpha1", "kind": "AuthorizationPolicy", "metadata": meta, "spec": spec})
 
 
+def unmeshed_server(api: FakeApi) -> None:
+    api.find("Namespace", "shop")["metadata"]["annotations"] = {}
+    api.put(pod("stock-1", labels={"app": "stock"}))
+    spec = {"podSelector": {"matchLabels": {"app": "stock"}}, "port": 80}
+    meta = {"name": "stock", "namespace": "shop"}
+    api.put({"apiVersion": "policy.pillion.dev/v1alpha1", "kind": "Server", "metadata": meta, "spec": spec})
+
+
+def misspelt_annotation(api: FakeApi) -> None:
+    api.find("Namespace", "shop")["metadata"]["annotations"] = {"pillion.dev/injct": "enabled"}
+
+
 def plain_pod(api: FakeApi) -> None:
     api.put(pod("plain"))
 
@@ -434,6 +446,12 @@ FAULTS = [
     (low_level, "capture-level", "node node1 (kernel 5.4): nftables. connect: no getsockopt hook"),
     (refused_policy, "policy-understood", "MeshTLSAuthentication shop/odd: "),
     (idle_policy, "policy-effective", "does not exist, so the policy has no effect"),
+    (unmeshed_server, "policy-enforced", "server shop/stock: pod shop/stock-1 has no sidecar"),
+    (
+        misspelt_annotation,
+        "annotations-read",
+        "namespace shop: annotation pillion.dev/injct is read by nobody; there is pillion.dev/inject",
+    ),
     (plain_pod, "injected", "shop/plain: was created before it was asked for"),
     (node_pod, "injected", "shop/on-node: the pod uses the network of its node"),
     (refusal_told, "injection-refused", "ReplicaSet shop/cart: log-level is loud"),

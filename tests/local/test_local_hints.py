@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from local.network import Addresses
 from local.objects import Manifest, read_manifest
 from local.services import PodFacts
 
-POD = PodFacts(Ref("", "Pod", "shop", "web-1"), {"app": "web"}, Addresses("10.142.0.10", ""), False, {"http": 8080, "admin": 9000})
+POD = PodFacts(
+    Ref("", "Pod", "shop", "web-1"), {"app": "web"}, Addresses("10.142.0.10", ""), False, {"http": 8080, "admin": 9000}, meshed=True
+)
 POLICY = "policy.pillion.dev/v1alpha1"
 
 
@@ -72,3 +75,20 @@ def test_a_policy_names_the_target_and_the_authentication_that_are_missing() -> 
 def test_a_policy_whose_names_are_there_is_no_matter() -> None:
     clients = manifest(POLICY, "MeshTLSAuthentication", {"identities": ["*"]})
     assert told(policy("x", "x"), server("http"), clients) == []
+
+
+def test_a_server_for_pods_without_a_sidecar_names_them() -> None:
+    plain = replace(POD, ref=Ref("", "Pod", "shop", "web-2"), meshed=False)
+    assert told(server("http"), pods=(POD, plain)) == ["server shop/x: nobody enforces it on pods without a sidecar: web-2"]
+
+
+def test_an_annotation_that_nobody_reads_is_told_where_it_stands() -> None:
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop", "annotations": {"pillion.dev/injct": "enabled"}}}
+    annotations = {"pillion.dev/inject": "enabled", "config.pillion.dev/log-levl": "debug"}
+    template = {"metadata": {"labels": {"app": "x"}, "annotations": annotations}, "spec": {"containers": [{"name": "x", "command": ["x"]}]}}
+    deployment = manifest("apps/v1", "Deployment", {"selector": {"matchLabels": {"app": "x"}}, "template": template})
+    found = [read_manifest(namespace), deployment]
+    assert told(*(one for one in found if one is not None)) == [
+        "namespace shop: annotation pillion.dev/injct is read by nobody; there is pillion.dev/inject",
+        "deployment shop/x: annotation config.pillion.dev/log-levl is read by nobody; there is config.pillion.dev/log-level",
+    ]

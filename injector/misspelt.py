@@ -1,0 +1,27 @@
+"""Annotations that look like ours and that nobody reads: ``pillion.dev/injct`` leaves a namespace out of the mesh without a word. Pure.
+
+They are told and not refused: an older injector must start pods that have an annotation which only a newer one knows. Called by
+local.hints and cli.check.workloads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+
+from injector.fixed import BEFORE, INJECT, STATUS
+from injector.options import NAMES, PREFIX
+
+_READ = (INJECT, STATUS, BEFORE, *(PREFIX + name for name in NAMES))
+_DOMAINS = tuple(dict.fromkeys(key.partition("/")[0] for key in _READ))
+_BY_NAME = {key.partition("/")[2]: key for key in _READ}
+_ALIKE = 0.9  # of domains: pilion.dev is told (0.95); config.linkerd.io (0.63) is somebody else's
+
+
+def misspelt(annotations: Iterable[str]) -> Iterator[str]:
+    """A sentence for each key in our domains, or nearly so, that is none of our annotations, with the one of the nearest name."""
+    for key in sorted(set(annotations).difference(_READ)):
+        domain, _, name = key.partition("/")
+        near = get_close_matches(name, _BY_NAME, 1)
+        if domain in _DOMAINS or (near and get_close_matches(domain, _DOMAINS, 1, _ALIKE)):
+            yield f"annotation {key} is read by nobody" + (f"; there is {_BY_NAME[near[0]]}" if near else "")
