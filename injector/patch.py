@@ -15,11 +15,17 @@ from injector import sidecar
 from injector.decide import Decision, Inject, Refuse, Skip, decide, declared_ports
 from injector.fixed import BEFORE, DEFAULT_CONTAINER, INJECTED, SIDECAR_NAME, STATUS
 from injector.mesh import DEFAULT_MESH, Mesh
-from injector.options import InvalidOption, Options, read_options
+from injector.options import PREFIX, InvalidOption, Options, read_options
 from injector.probes import Rewritten, UnknownPort, rewrite_probes
 from injector.shape import checked
 
 Operation = Mapping[str, Any]
+
+
+_HOST_USERS = (
+    "the pod has a user namespace of its own (hostUsers: false), where the node's agent does not know the sidecar by its uid: "
+    f"expected annotation {PREFIX}capture: init beside it"
+)
 
 
 class PatchFailed(ValueError):
@@ -35,6 +41,8 @@ def review(pod: Mapping[str, Any], namespace_annotations: Mapping[str, str], mes
     decision = decide(found, namespace_annotations, mesh.defaults)
     try:
         if isinstance(decision, Inject):
+            if found["spec"].get("hostUsers") is False and sidecar.captured_by(decision.options, mesh) == "agent":
+                return Refuse("host-users", _HOST_USERS), []
             return decision, build_patch(found, decision.options, mesh, pod)
         if isinstance(decision, Skip) and decision.reason == "already-injected":
             annotations = (found.get("metadata") or {}).get("annotations") or {}

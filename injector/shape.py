@@ -72,6 +72,7 @@ class _Spec(_Shape, frozen=True):
     init_containers: Annotated[list[_Container], msgspec.Meta(max_length=_CONTAINERS_MAX)] = []
     volumes: list[dict[str, Any]] = []
     host_network: bool = False
+    host_users: bool = True
     os: _Os | None = None
     termination_grace_period_seconds: _Seconds | None = None
     security_context: _Security | None = None

@@ -164,6 +164,19 @@ def test_with_the_agent_the_pod_passes_the_restricted_level(native: bool) -> Non
     assert after.keys() <= {"initContainers", "containers", "volumes"}
 
 
+def test_a_pod_in_a_user_namespace_of_its_own_is_refused_where_the_agent_would_capture() -> None:
+    found = pod()
+    found["spec"]["hostUsers"] = False
+    agent = Mesh(capture="agent")
+    refused, patch = review(found, ENABLED, agent)
+    assert isinstance(refused, Refuse) and refused.reason == "host-users" and not patch
+    assert "hostUsers: false" in refused.sentence and "config.pillion.dev/capture: init" in refused.sentence
+    by_init = {**ENABLED, "config.pillion.dev/capture": "init"}
+    assert isinstance(review(found, by_init, agent)[0], Inject)
+    found["spec"]["hostUsers"] = True
+    assert isinstance(review(found, ENABLED, agent)[0], Inject)
+
+
 def test_with_the_agent_a_native_sidecar_proves_capture_and_holds_the_others_until_it_has() -> None:
     """Its hook is what the kubelet waits for; a startup probe would cost two more of the kubelet's looks, a second each."""
     (proxy,) = meshed(pod(), Mesh(capture="agent"))["spec"]["initContainers"]
