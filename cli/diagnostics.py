@@ -23,7 +23,10 @@ def diagnostics() -> None:
 @where_options
 @output_option
 def proxy_metrics(workload: str, namespace: str, where: Where, output: str) -> None:
-    """Print the metrics of every sidecar of WORKLOAD (table: Prometheus' text format)."""
+    """Print the metrics of a workload's sidecars.
+
+    As a table: in Prometheus' text format.
+    """
     running = Asked(where)
     found = {f"{pod.namespace}/{pod.name}": running.sidecar(pod, "/metrics").decode() for pod in running.pods(namespace, workload)}
     if output == "json":
@@ -47,7 +50,10 @@ def _samples(text: str) -> list[dict[str, Any]]:
 @where_options
 @output_option
 def policy(workload: str, port: int | None, namespace: str, where: Where, output: str) -> None:
-    """Show the policy of WORKLOAD's ports: with -p how the controller came to it, without what the sidecar holds."""
+    """Show the policy of a workload's ports.
+
+    With -p how the controller came to it, without what the sidecar holds.
+    """
     running = Asked(where)
     pod = running.pods(namespace, workload)[0]
     if port is not None:
@@ -94,7 +100,10 @@ def _grant_row(grant: dict[str, Any]) -> tuple[str, ...]:
 @where_options
 @output_option
 def endpoints(address: str | None, workload: str | None, namespace: str, where: Where, output: str) -> None:
-    """Show what stands behind ADDRESS (IP:PORT) for the controller, or (--of) every address a workload's sidecar has dialled."""
+    """Show what stands behind ADDRESS (IP:PORT).
+
+    For the controller, or with --of for a workload's sidecar: then without ADDRESS every one that it has dialled.
+    """
     if address:
         _check_address(address, where)
     running = Asked(where)
@@ -136,7 +145,10 @@ def _destination_rows(addr: str, found: dict[str, Any] | None) -> list[tuple[obj
 @where_options
 @output_option
 def config(workload: str, namespace: str, where: Where, output: str) -> None:
-    """Show the settings that the first sidecar of WORKLOAD runs with."""
+    """Show the settings a workload's sidecar runs with.
+
+    Of several pods, the first one's.
+    """
     running = Asked(where)
     pod = running.pods(namespace, workload)[0]
     settings = msgspec.json.decode(running.sidecar(pod, "/config"))

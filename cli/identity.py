@@ -43,7 +43,10 @@ def _certificates(where: Where, namespace: str, workload: str) -> dict[str, Any]
 @where_options
 @output_option
 def show(workload: str, namespace: str, where: Where, output: str) -> None:
-    """Show the certificates and trust anchors of every pod of WORKLOAD."""
+    """Show what every pod of WORKLOAD proves itself with.
+
+    Its certificate, and the trust anchors by which it believes others.
+    """
     found = _certificates(where, namespace, workload)
     if output == "json":
         print_json(found)
@@ -68,7 +71,10 @@ def _row(name: str, certs: dict[str, Any] | None) -> tuple[str, ...]:
 @where_options
 @output_option
 def status(where: Where, output: str) -> None:
-    """Show trust anchors, issuer, the step of a rotation that is due, and who has picked up what."""
+    """Show trust anchors, issuer and rotation.
+
+    Which step is due, and which workload has picked up what.
+    """
     with _asking(where):
         found = where.admin().status()
     _print_status(found, output)
@@ -83,9 +89,9 @@ def status(where: Where, output: str) -> None:
 @where_options
 @output_option
 def rotate(step: str | None, through: bool, wait_s: float, ignore_absent: bool, force: bool, where: Where, output: str) -> None:
-    """Rotate the trust anchor: add the new one, switch the issuer, drop the old one.
+    """Replace the trust anchor, one step a call.
 
-    Each call does one step. A step that would break a workload that has not picked up the last one is refused.
+    Add the new one, switch the issuer, drop the old one. A step that would break a workload that has not picked up the last one is refused.
     """
     if through and (step or force):
         raise click.UsageError("--through does every step in turn and forces none: leave out --step and --force")
@@ -105,7 +111,7 @@ def _asking(where: Where) -> Iterator[None]:
     try:
         yield
     except AdminRefused as refused:
-        blocking = "".join(f"\n  waits for {who}" for who in refused.blocking)
+        blocking = "".join(f"\n  not yet: {who}" for who in refused.blocking)
         raise CommandFailed(refused.sentence + blocking, "pillion identity status") from None
     except OSError as error:
         text = f"the identity service of {where} does not answer ({error.strerror or error})"
@@ -134,7 +140,7 @@ def _print_status(found: Status, output: str) -> None:
     ]
     print_table(("POD", "IDENTITY", "GENERATION", "ISSUER", "VALID UNTIL", "HEARD"), rows, "no workload holds a certificate")
     for who in found.blocking:
-        click.echo(f"the next step waits for {who}")
+        click.echo(f"the next step waits: {who}")
 
 
 def _time(seconds: float) -> str:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import yaml
 
 from cli.output import CommandFailed
 from cli.render.chart import as_yaml, load_chart, render
 from cli.render.values import InvalidValues, assigned, merged
+from core.k8s.manifests import InvalidManifest, read_manifests
 
 F = TypeVar("F", bound=Callable[..., Any])
+_SETTINGS = "settings and their meaning: manifests/helm/values.yaml"
 
 
 def settings_options(command: F) -> F:
@@ -41,13 +42,7 @@ def read_settings(assignments: tuple[str, ...], files: tuple[str, ...], image: s
     """One mapping from all the options, later ones over earlier ones; raises CommandFailed."""
     settings: dict[str, Any] = {}
     for file in files:
-        try:
-            found = yaml.safe_load(Path(file).read_bytes()) or {}
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise CommandFailed(f"{file}: {error}") from None
-        if not isinstance(found, dict):
-            raise CommandFailed(f"{file}: expected settings as an object, as in manifests/helm/values.yaml")
-        settings = merged(settings, found)
+        settings = merged(settings, _read_values(file))
     try:
         settings = merged(settings, assigned(assignments))
     except InvalidValues as error:
@@ -56,12 +51,23 @@ def read_settings(assignments: tuple[str, ...], files: tuple[str, ...], image: s
     return {**settings, **{name: value for name, value in images.items() if value}}
 
 
+def _read_values(file: str) -> dict[str, Any]:
+    """The settings of one file, none of an empty one; raises CommandFailed."""
+    try:
+        documents = read_manifests(Path(file).read_bytes(), is_json=file.endswith(".json"))
+    except (OSError, InvalidManifest) as error:
+        raise CommandFailed(f"{file}: {error}", _SETTINGS) from None
+    if len(documents) > 1:
+        raise CommandFailed(f"{file}: expected one document, found {len(documents)}", _SETTINGS)
+    return documents[0] if documents else {}
+
+
 def rendered(settings: dict[str, Any], *, ha: bool) -> list[dict[str, Any]]:
     """The objects of an installation; raises CommandFailed for a setting that means nothing."""
     try:
         return render(load_chart(), {"createNamespace": True, **settings}, ha=ha)
     except InvalidValues as error:
-        raise CommandFailed(str(error), "settings and their meaning: manifests/helm/values.yaml") from None
+        raise CommandFailed(str(error), _SETTINGS) from None
 
 
 @click.command()

@@ -158,7 +158,8 @@ class ClusterMesh:
         except ApiException as error:
             raise CommandFailed(f"the API server refuses: {_told(error)}", "kubectl auth can-i --list") from None
         except HTTPError as error:
-            raise CommandFailed(f"the API server does not answer: {error}", "kubectl cluster-info") from None
+            host = self._core.api_client.configuration.host
+            raise CommandFailed(f"the API server at {host} does not answer: {_root(error)}", "kubectl cluster-info") from None
 
 
 def _means(pod: Any, kind: str, name: str) -> bool:
@@ -178,6 +179,16 @@ def _means(pod: Any, kind: str, name: str) -> bool:
 def _sidecar(pod: Any) -> bool:
     containers = [*(pod.spec.containers or ()), *(pod.spec.init_containers or ())]
     return any(container.name == SIDECAR for container in containers)
+
+
+def _root(error: BaseException) -> str:
+    """What began it, without what urllib3 wraps around it: ``Connection refused``."""
+    for _ in range(10):
+        inner = getattr(error, "reason", None) or error.__cause__ or next(iter(error.args), None)
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _told(error: Any) -> str:

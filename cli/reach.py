@@ -37,21 +37,22 @@ sys.stdout.buffer.write(b"%d\\n" % response.status + response.read())
 
 
 class LocalMesh:
-    """A mesh that `pillion local up` runs. name: its ``--name``."""
+    """A mesh that `pillion local up` runs. name: its ``--name``. instead: what else may have been meant, when it does not run."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, instead: str = "") -> None:
         try:
             self.state: Path = state_folder(name)
         except BadName as error:
             raise CommandFailed(str(error)) from None
         self.name = name
+        self._instead = instead
 
     def ask(self, request: protocol.Request, fds: tuple[int, ...] = ()) -> protocol.Answer:
         """One request to the runner; raises CommandFailed with the runner's own reasons."""
         try:
             answer = client.ask(self.name, request, fds)
         except client.NotRunning as error:
-            raise CommandFailed(str(error), error.next_step) from None
+            raise CommandFailed(str(error), error.next_step + self._instead) from None
         except protocol.BadMessage as error:
             raise CommandFailed(f"the runner of mesh {self.name!r} speaks another version ({error})", "pillion local down") from None
         if isinstance(answer, protocol.Failed):

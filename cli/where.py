@@ -52,7 +52,9 @@ class Where:
 
     def mesh_asked(self) -> LocalMesh | ClusterMesh:
         """What answers questions about pods, sidecars and policy; raises CommandFailed when it cannot be reached."""
-        return LocalMesh(self.mesh or _DEFAULT) if self.local else ClusterMesh(self.kubeconfig, self.context, self.control)
+        if not self.local:
+            return ClusterMesh(self.kubeconfig, self.context, self.control)
+        return LocalMesh(self.mesh) if self.mesh else LocalMesh(_DEFAULT, "; for a cluster: --kubeconfig FILE, or set KUBECONFIG")
 
     def admin(self) -> IdentityAdmin:
         """The operator's way to the identity service."""

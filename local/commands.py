@@ -100,7 +100,10 @@ def _attend(name: str, timeout_s: float) -> None:
 @local.command()
 @_output
 def check(output: str) -> None:
-    """Say what this machine lacks for running a mesh; exit code 1 when something is missing."""
+    """Say what this machine lacks for running a mesh.
+
+    Exit code 1 when something is missing.
+    """
     from local.check import check as check_machine
     from local.check import is_fatal
 
@@ -136,7 +139,10 @@ def down(name: str) -> None:
 @click.argument("pod")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def exec_(namespace: str, container: str | None, name: str, pod: str, command: tuple[str, ...]) -> None:
-    """Run a command in a pod as its app's user; POD may be the name of a Deployment. The exit code is the command's."""
+    """Run a command in a pod as its app's user.
+
+    POD may be the name of a Deployment. The exit code is the command's.
+    """
     container, command = _late_options(container, command)
     if not command:
         raise click.UsageError("name a command after POD: pillion local exec POD -- CMD...")
@@ -193,7 +199,10 @@ def _print_from(path: str, position: int, prefix: str) -> int:
 @_output
 @_name
 def status(output: str, name: str) -> None:
-    """Show pods, services and what is wrong; exit code 1 when not everything is ready."""
+    """Show pods, services and what is wrong.
+
+    Exit code 1 when not everything is ready.
+    """
     answer = _ask(name, protocol.Status())
     assert isinstance(answer, protocol.MeshStatus)
     if output == "json":
@@ -251,7 +260,10 @@ _files = click.option("-f", "--file", "files", required=True, multiple=True, typ
 @_files
 @_name
 def apply(files: tuple[str, ...], name: str) -> None:
-    """Create or change the objects of a manifest, beside those of the folder."""
+    """Create or change the objects of a manifest.
+
+    The folder stays as it is.
+    """
     _change(protocol.ApplyText, files, name)
 
 

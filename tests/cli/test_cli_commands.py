@@ -22,6 +22,7 @@ from cli.main import cli
 from cli.reach import match_pods
 from identity.admin_wire import AnchorStatus, Answer, Ask, Status, WorkloadStatus
 from local import client, protocol
+from tests.ports import unused_port
 
 CERTS = {
     "identity": "spiffe://cluster.local/ns/shop/sa/cart",
@@ -265,6 +266,33 @@ def test_no_mesh_running_says_how_to_start_one(mesh: FakeMesh, monkeypatch: pyte
     )
 
 
+def test_neither_a_mesh_here_nor_a_kubeconfig_says_how_to_name_either(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nobody(name: str, *_: object) -> protocol.Answer:
+        raise client.NotRunning(name)
+
+    monkeypatch.setattr(client, "ask", nobody)
+    monkeypatch.setattr(client, "running", list)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    result = run("authz", "cart")
+    step = "pillion local up -f DIR --name default --detach; for a cluster: --kubeconfig FILE, or set KUBECONFIG"
+    assert result.stderr == f"error: no mesh named 'default' is running here\n  try: {step}\n"
+
+
+def test_an_api_server_that_is_away_is_named_with_the_cause_alone(tmp_path: Path) -> None:
+    port = unused_port()
+    config = {
+        "clusters": [{"name": "a", "cluster": {"server": f"https://127.0.0.1:{port}"}}],
+        "users": [{"name": "a", "user": {"token": "x"}}],
+        "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}],
+        "current-context": "a",
+    }
+    (tmp_path / "config").write_text(json.dumps(config), "utf-8")
+    result = run("authz", "cart", "--kubeconfig", str(tmp_path / "config"))
+    told = f"error: the API server at https://127.0.0.1:{port} does not answer: Connection refused\n  try: kubectl cluster-info\n"
+    assert result.stderr.endswith(told)
+
+
 def test_no_mesh_of_that_name_says_which_ones_run(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "running", lambda: ["demo", "shop"])
     result = run("authz", "cart", "--name", "other")
@@ -360,7 +388,7 @@ def test_diagnostics_policy_of_a_port_explains_itself(mesh: FakeMesh, controller
 def test_identity_status_and_a_step_of_a_rotation(identity_service: list[Answer]) -> None:
     identity_service += [Answer(status=STATUS), Answer(done="add", status=STATUS)]
     shown = run("identity", "status").stdout
-    assert "next step of a rotation: switch" in shown and "shop/cart-1" in shown and "waits for shop/cart-1" in shown
+    assert "next step of a rotation: switch" in shown and "shop/cart-1" in shown and "the next step waits: shop/cart-1" in shown
     result = run("identity", "rotate", "-o", "json")
     assert result.exit_code == 0
     assert result.stderr == "add: done; next step: switch\n"
@@ -371,7 +399,7 @@ def test_a_refused_step_names_who_it_waits_for(identity_service: list[Answer]) -
     identity_service.append(Answer(error="the step would break 1 workload", blocking=["shop/cart-1"]))
     result = run("identity", "rotate", "--step", "drop")
     assert result.exit_code == 1
-    assert result.stderr == "error: the step would break 1 workload\n  waits for shop/cart-1\n  try: pillion identity status\n"
+    assert result.stderr == "error: the step would break 1 workload\n  not yet: shop/cart-1\n  try: pillion identity status\n"
 
 
 def test_rotating_through_neither_forces_nor_picks_a_step() -> None:

@@ -306,8 +306,25 @@ def test_install_of_a_wrong_setting_says_which(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["install", "--set", "polcy.replicas=2"])
     assert result.exit_code == 1
     assert "polcy" in result.output
-    (tmp_path / "list.yaml").write_text("- a\n", "utf-8")
-    assert "expected settings as an object" in CliRunner().invoke(cli, ["install", "-f", str(tmp_path / "list.yaml")]).output
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("- a\n", "document 1: expected an object, found list"),
+        ("logLevel: info\n---\nlogLevel: debug\n", "expected one document, found 2"),
+        ("logLevel: info\nlogLevel: debug\n", "the key 'logLevel' twice"),
+        ("a:\n  b\n c: [", "line 3"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_refused_in_a_line_with_the_next_step(tmp_path: Path, text: str, told: str) -> None:
+    file = tmp_path / "values.yaml"
+    file.write_text(text, "utf-8")
+    lines = CliRunner().invoke(cli, ["install", "-f", str(file)]).output.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(f"error: {file}: ")
+    assert told in lines[0]
+    assert lines[1] == "  try: settings and their meaning: manifests/helm/values.yaml"
 
 
 def test_crds_alone() -> None:
