@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cli.demo import evidence
 from local import client, protocol
 from tests import traces
 
@@ -60,22 +61,21 @@ class LocalMesh:
         return Path("/run/pillion") / self.name
 
     def runner_pid(self) -> int:
-        """The runner's pid on this machine."""
-        found = [pid for pid, words in processes() if "local.supervisor" in words and f'"name": "{self.name}"' in words]
-        assert len(found) == 1, found
-        return found[0]
+        """The runner's pid on this machine: who listens, for what the runner starts has its command line until it executes its own."""
+        return evidence.runner_pid(self.name)
 
     def parts(self, name: str) -> list[int]:
         """The process of ``identity`` or ``policy``, none while it is away."""
         return [pid for pid in self.members() if command_line(pid)[-2:] == ["-m", name]]
 
     def members(self) -> list[int]:
-        """Every process of the mesh: the runner and all its descendants."""
+        """Every process of the mesh: the runner and all its descendants. Some may be gone already: probes come and go."""
         pids = [self.runner_pid()]
         for pid in pids:
-            for task in Path(f"/proc/{pid}/task").glob("*"):
-                with suppress(FileNotFoundError, ProcessLookupError):  # a thread of the runner's pool may end meanwhile
-                    pids += [int(child) for child in (task / "children").read_text().split()]
+            with suppress(FileNotFoundError):
+                for task in os.listdir(f"/proc/{pid}/task"):
+                    with suppress(FileNotFoundError, ProcessLookupError):  # a thread of the runner's pool may end meanwhile
+                        pids += [int(child) for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
         return pids
 
 
@@ -99,9 +99,23 @@ def processes() -> list[tuple[int, str]]:
     return found
 
 
-def network_namespaces(pids: Sequence[int]) -> set[str]:
-    """The network namespaces of these processes."""
-    return {os.readlink(f"/proc/{pid}/ns/net") for pid in pids}
+def namespaces(pids: Sequence[int], *kinds: str) -> set[str]:
+    """The namespaces of these kinds that those of the processes which still run are in, as the kernel names them."""
+    found = set()
+    for pid in pids:
+        for kind in kinds:
+            with suppress(FileNotFoundError):
+                found.add(os.readlink(f"/proc/{pid}/ns/{kind}"))
+    return found
+
+
+def descriptors(pids: Sequence[int]) -> list[int]:
+    """A descriptor of each process that still runs, which says when it ends."""
+    found = []
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            found.append(os.pidfd_open(pid))
+    return found
 
 
 def mounts() -> list[str]:

@@ -18,6 +18,7 @@ from agent_lab import AGENT_CAPABILITIES, APP_PORT, APP_UID, RELAY, Lab, Load, p
 from ebpf import bpfsys
 from ebpf.plan import CONNECT, NFT, NFT_SOCKMAP, REFUSED
 from ebpf.wire import Register, Remove, Status, Unregister
+from tests.traces import pinned
 
 pytestmark = [pytest.mark.netns, pytest.mark.kernel]
 
@@ -208,14 +209,14 @@ def test_an_agent_with_other_programs_replaces_them_under_load(lab: Lab) -> None
     lab.start()
     one, two = lab.meshed()
     load = Load(one, two.ips[1])
-    links = bpfsys.ids("link")
+    links = pinned(lab.pins)["link"]
     lab.kill(signal.SIGTERM)
     state = json.loads((lab.folder / "agent.json").read_text())
     (lab.folder / "agent.json").write_text(json.dumps(state | {"fingerprint": "of other programs"}))
     programs = bpfsys.ids("prog")
     assert lab.start()["level"] == CONNECT
     assert len(bpfsys.ids("prog") - programs) >= 9, "new programs were loaded"
-    assert links <= bpfsys.ids("link"), "into the same links"
+    assert links and pinned(lab.pins)["link"] == links, "into the same links"
     connections, failed, held = load.stop()
     assert connections > 20 and not failed and held
     assert one.call(two.ips[1])[0]["error"] == ""

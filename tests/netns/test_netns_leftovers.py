@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from local_lab import PATIENCE_S, LocalMesh, mounts, wait_until
+from local_lab import PATIENCE_S, LocalMesh, descriptors, mounts, namespaces, wait_until
 
 pytestmark = [pytest.mark.netns, pytest.mark.slow, pytest.mark.needs("lsns")]
 
@@ -34,13 +34,8 @@ def machine() -> dict[str, object]:
 
 def namespaces_of(pids: list[int]) -> set[str]:
     """Namespaces of any kind that these processes are in and we are not."""
-    found = set()
-    for pid in pids:
-        for kind in ("net", "mnt", "uts", "ipc", "pid"):
-            link = os.readlink(f"/proc/{pid}/ns/{kind}")
-            if link != os.readlink(f"/proc/self/ns/{kind}"):
-                found.add(link.partition("[")[2].rstrip("]"))
-    return found
+    kinds = ("net", "mnt", "uts", "ipc", "pid")
+    return {link.partition("[")[2].rstrip("]") for link in namespaces(pids, *kinds) - namespaces([os.getpid()], *kinds)}
 
 
 def alive(until: float = math.inf) -> set[str]:
@@ -75,7 +70,7 @@ def test_nothing_of_a_meshed_mesh_is_left(how: str, tmp_path: Path, request: pyt
     members = mesh.members()
     held = namespaces_of(members)
     assert len(held) > 15 and held <= alive()
-    fds, ends = [os.pidfd_open(pid) for pid in members], time.clock_gettime(time.CLOCK_BOOTTIME)
+    fds, ends = descriptors(members), time.clock_gettime(time.CLOCK_BOOTTIME)
     if how == "down":
         assert mesh.run("down").returncode == 0
     elif how == "kill the runner":

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_lab import COMMAND, LocalMesh, wait_until
+from local_lab import COMMAND, LocalMesh, command_line, wait_until
 
 from ebpf.redirect import capture
 
@@ -105,11 +105,8 @@ def test_a_token_is_replaced_before_it_expires(mesh: HelloMesh) -> None:
 
 
 def test_processes_have_users_of_their_own(mesh: HelloMesh) -> None:
-    users = {
-        Path(f"/proc/{pid}").stat().st_uid
-        for pid in mesh.members()
-        if any(word in Path(f"/proc/{pid}/cmdline").read_text() for word in ("identity", "policy", "proxy"))
-    }
+    programs = [pid for pid in mesh.members() if command_line(pid)[-1:] in (["identity"], ["policy"], ["proxy"])]
+    users = {Path(f"/proc/{pid}").stat().st_uid for pid in programs}
     assert users == {2102, 2103, 2104}
 
 

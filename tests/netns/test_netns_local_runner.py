@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_lab import COMMAND, PATIENCE_S, LocalMesh, network_namespaces, wait_until
+from local_lab import COMMAND, PATIENCE_S, LocalMesh, descriptors, namespaces, wait_until
 
 pytestmark = [pytest.mark.netns, pytest.mark.needs("curl", "setpriv")]
 
@@ -218,7 +218,7 @@ def test_an_edited_template_is_rolled_out_and_an_edited_count_scales(mesh: Local
         now = {name: pod for name, pod in mesh.pods().items() if name.startswith("web-")}
         return not before & set(now) and len(now) == 3 and all(pod["ready"] for pod in now.values())
 
-    wait_until(rolled, "three new pods, no old one")
+    wait_until(rolled, "three new pods, no old one", 3 * PATIENCE_S)
     assert mesh.sh("web", "echo $NEW").stdout == "1\n"
     file.write_text(file.read_text().replace("replicas: 3", "replicas: 2"))
     wait_until(lambda: len([name for name in mesh.pods() if name.startswith("web-")]) == 2, "one pod goes")
@@ -313,8 +313,8 @@ def test_nothing_is_left_after_down_or_a_killed_runner(how: str, tmp_path: Path,
     request.addfinalizer(lambda: mesh.run("down"))
     assert mesh.up().returncode == 0
     members = mesh.members()
-    assert len(network_namespaces(members)) == 5, "the node and four pods; the job has ended"
-    fds = [os.pidfd_open(pid) for pid in members]
+    assert len(namespaces(members, "net")) == 5, "the node and four pods; the job has ended"
+    fds = descriptors(members)
     if how == "kill":
         os.kill(mesh.runner_pid(), signal.SIGKILL)
     else:
