@@ -13,6 +13,7 @@ from core.k8s.cluster import in_cluster_access
 from core.runtime import logs
 from core.runtime.admin import AdminServer, standard_routes
 from core.runtime.drain import Drain, drain_on_signals
+from core.runtime.listen import listen, trio_listener
 from identity.admin import answer, listen_admin, serve_admin
 from identity.admin_wire import Answer
 from identity.authority import Authority
@@ -20,7 +21,7 @@ from identity.config import Config
 from identity.given import GivenFiles, follow_files
 from identity.local_tokens import LocalReviewer
 from identity.metrics import exposition
-from identity.serve import ServingCertificate, listen, serve_https
+from identity.serve import ServingCertificate, serve_https
 from identity.service import IdentityService
 from identity.store import Store, replace_file
 from identity.tokens import KubernetesReviewer, TokenReviewer
@@ -71,10 +72,10 @@ async def run(config: Config) -> None:
         not_ready=lambda: _not_ready(authority, drain), metrics=lambda: exposition(authority, service, serving), shutdown=drain.start
     )
     admin = AdminServer(routes)
-    sockets, admin_sockets = listen(*config.listen), listen(*config.admin_listen)
+    sock, admin_sock = listen(config.listen), listen(config.admin_listen)
     async with trio.open_nursery() as nursery:
         await nursery.start(drain_on_signals, drain)
-        await nursery.start(admin.serve, [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in admin_sockets])
+        await nursery.start(admin.serve, [trio_listener(admin_sock)])
         if config.admin_socket is not None:
             nursery.start_soon(serve_admin, partial(_answer, authority, config.pods_file), listen_admin(config.admin_socket))
         if files is not None:
@@ -85,7 +86,7 @@ async def run(config: Config) -> None:
         nursery.start_soon(tend, authority)
         trust = authority.trust.value
         log.info("serving", listen=str(config.listen), identity=config.identity.uri, generation=trust.generation, issuer=trust.issuer.id)
-        await serve_https(service.application(), serving.context, sockets, drain.wait_started)
+        await serve_https(service.application(), serving.context, [sock], drain.wait_started)
         nursery.cancel_scope.cancel()
     if config.admin_socket is not None:
         config.admin_socket.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The HTTPS front of the identity service: listening sockets, the serving certificate and its renewal, hypercorn.
+"""The HTTPS front of the identity service: the serving certificate and its renewal, hypercorn.
 
 Keeps one TLS context for the life of the process and loads each new certificate into it: connections that are made later present it,
 those that exist go on. Called by `__main__`.
@@ -26,7 +26,6 @@ from identity.issuer import IssuerExpired
 from identity.schedule import renew_after_s, retry_after_s
 from identity.wire import POLL_S
 
-_BACKLOG = 1024
 _CONNECTIONS_MAX = 24_000  # every sidecar's poll, and those that come to be certified
 _OF_ONE_CLIENT_MAX = 1024  # a pod needs two; behind an address translation stand all pods of a node. Each costs some 50 KB
 _LOOK_S = 30.0  # the wall clock may jump: look again at least this often
@@ -78,14 +77,9 @@ class ServingCertificate:
 
 
 def _context() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
-    context.num_tickets = 0  # no resumption: every connection verifies the chain in force
+    context = https.server_context()  # callers show no certificate: they have a token, and before their first certificate nothing else
     # Clients order the suites (AES-128-GCM first); the ssl module cannot order those of TLS 1.3 itself.
     context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
-    context.verify_mode = ssl.CERT_NONE  # callers have a token, and before their first certificate nothing else
-    context.set_alpn_protocols(["http/1.1"])
     return context
 
 
@@ -102,32 +96,6 @@ class _Config(Config):
         self.ssl_handshake_timeout = 5.0
         self.graceful_timeout = 2.0
         self.websocket_max_message_size = 1024
-
-
-def listen(host: str, port: int) -> list[socket.socket]:
-    """A listening socket; ``::`` takes IPv4 as well. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    if host == "::" and not socket.has_ipv6:
-        family, host = socket.AF_INET, "0.0.0.0"
-    try:
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    except OSError:
-        if host != "::":
-            raise
-        family, host = socket.AF_INET, "0.0.0.0"  # a kernel without IPv6
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if family == socket.AF_INET6 and host == "::":
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.bind((host, port))
-        sock.listen(_BACKLOG)
-        sock.setblocking(False)
-    except OSError:
-        sock.close()
-        raise
-    return [sock]
 
 
 async def serve_https(

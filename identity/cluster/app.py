@@ -16,6 +16,7 @@ from core.k8s.lease import Election, Elector, Leases
 from core.runtime import logs
 from core.runtime.admin import AdminServer, standard_routes
 from core.runtime.drain import Drain, drain_on_signals
+from core.runtime.listen import listen, trio_listener
 from identity.admin import listen_admin, serve_admin
 from identity.admin_wire import Answer
 from identity.authority import Authority
@@ -26,7 +27,7 @@ from identity.cluster.shared import Shared, Superseded
 from identity.config import SERVICE_ACCOUNT, Config
 from identity.issuer import IssuerExpired
 from identity.metrics import cluster_exposition, exposition
-from identity.serve import ServingCertificate, listen, serve_https
+from identity.serve import ServingCertificate, serve_https
 from identity.service import IdentityService
 from identity.tokens import KubernetesReviewer, Subject
 from identity.wire import Known
@@ -70,10 +71,9 @@ class Replica:
     async def run(self) -> None:
         """Serve until the drain."""
         config, nursery = self.config, self.nursery
-        sockets = listen(*config.admin_listen)
+        admin_sock = listen(config.admin_listen)
         routes = standard_routes(not_ready=self.not_ready, metrics=self.metrics, shutdown=self.drain.start)
-        listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]
-        await nursery.start(AdminServer(routes).serve, listeners)
+        await nursery.start(AdminServer(routes).serve, [trio_listener(admin_sock)])
         for task in (self.shared.follow, self.events.run, self.elector.run, self.begin, self.lead, self.serve):
             nursery.start_soon(task)
         if config.admin_socket is not None:
@@ -97,7 +97,7 @@ class Replica:
         config = self.config
         authority = await self.shared.authority.wait_for(lambda value: value is not None)
         assert authority is not None
-        sockets = listen(*config.listen)
+        sock = listen(config.listen)
         try:
             self.serving = await self.first_certificate(authority)
             self.service = IdentityService(
@@ -110,11 +110,10 @@ class Replica:
             log.info(
                 "serving", listen=str(config.listen), identity=config.identity.uri, generation=trust.generation, issuer=trust.issuer.id
             )
-            await serve_https(self.service.application(), self.serving.context, sockets, self.drain.wait_started)
+            await serve_https(self.service.application(), self.serving.context, [sock], self.drain.wait_started)
         finally:
             self.served.set()
-            for sock in sockets:
-                sock.close()
+            sock.close()
 
     async def first_certificate(self, authority: Authority) -> ServingCertificate:
         """Ours; waits for a renewed issuer when the one in force has expired."""

@@ -251,6 +251,12 @@ async def test_curl_gets_an_answer_over_ipv4_and_ipv6_from_one_listener() -> Non
         nursery.cancel_scope.cancel()
 
 
+async def test_one_socket_takes_ipv4_and_ipv6() -> None:
+    with listen(ListenAddr(parse_addr("[::]:0"))) as sock:
+        for host in ("127.0.0.1", "::1"):
+            await trio.aclose_forcefully(await trio.open_tcp_stream(host, sock.getsockname()[1]))
+
+
 def test_a_taken_port_is_named() -> None:
     with listen(ListenAddr(parse_addr("127.0.0.1:0"))) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"

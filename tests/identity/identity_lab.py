@@ -9,13 +9,15 @@ from pathlib import Path
 
 import trio
 
+from core.addrs import Addr, ListenAddr
 from core.credentials import Credentials
 from core.names import WorkloadId
+from core.runtime.listen import listen
 from core.runtime.watch import Cell
 from identity.authority import Authority
 from identity.client import IdentitySettings, keep_certified
 from identity.local_tokens import LocalReviewer, LocalSigner
-from identity.serve import ServingCertificate, listen, serve_https
+from identity.serve import ServingCertificate, serve_https
 from identity.service import IdentityService
 from tests.ports import unused_port
 
@@ -73,7 +75,7 @@ class Lab:
         service = IdentityService(self.authority, LocalReviewer(self.signer.public_pem, TRUST_DOMAIN))
         self.service = service
         certificate = ServingCertificate(self.authority, SERVICE)
-        sockets = listen("127.0.0.1", self.port)
+        sockets = [listen(ListenAddr(Addr("127.0.0.1", self.port)))]
         stop = trio.Event()
         async with trio.open_nursery() as nursery:
             await nursery.start(serve_https, service.application(), certificate.context, sockets, stop.wait)
@@ -106,7 +108,7 @@ async def kept_certified(*workloads: Workload) -> AsyncIterator[None]:
         nursery.cancel_scope.cancel()
 
 
-async def wait_until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+async def wait_until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
     """Poll a condition of another task; fails the test after ``within_s``."""
     with trio.fail_after(within_s):
         while not condition():  # noqa: ASYNC110 - the condition belongs to code that has no event for it

@@ -26,7 +26,7 @@ from identity.bundle import Step
 from identity.csr import make_csr
 from identity.exchange import exchange
 from identity.metrics import exposition
-from identity.serve import ServingCertificate, listen
+from identity.serve import ServingCertificate
 from identity.store import Store
 from tests.identity.identity_lab import SERVICE, TRUST_DOMAIN, Lab, Workload, kept_certified, wait_until
 
@@ -136,13 +136,6 @@ async def test_a_poll_that_reports_nonsense_is_refused(tmp_path: Path, query: st
     assert (status, "expected the" in str(answer["error"])) == (400, True)
 
 
-async def test_one_socket_takes_ipv4_and_ipv6() -> None:
-    [sock] = listen("::", 0)
-    with sock:
-        for host in ("127.0.0.1", "::1"):
-            await trio.aclose_forcefully(await trio.open_tcp_stream(host, sock.getsockname()[1]))
-
-
 async def test_a_poll_needs_a_token_too(tmp_path: Path) -> None:
     lab = new_lab(tmp_path)
     async with lab.serving():
@@ -225,7 +218,7 @@ async def test_strangers_cannot_write_the_log(tmp_path: Path, monkeypatch: pytes
 async def stream_out(stream: trio.SSLStream[trio.SocketStream], data: bytes) -> None:
     """Say this and hear everything until the end."""
     await stream.send_all(data)
-    with trio.fail_after(10), contextlib.suppress(trio.BrokenResourceError):
+    with trio.fail_after(30), contextlib.suppress(trio.BrokenResourceError):
         while await stream.receive_some(4096):
             pass
     await trio.aclose_forcefully(stream)
