@@ -23,11 +23,11 @@ from core.k8s.https import server_context
 from core.k8s.serving_pair import InvalidPair, Pair, Replace, plan, read_pair, trusts, unfit, with_earlier
 from core.runtime import logs
 
-_LOOK_S = 30.0  # how soon a renewal by another replica, or a caBundle that somebody emptied, is noticed
+_LOOK_S = 10.0  # how soon a renewal by another replica, or a caBundle that somebody emptied, is noticed; costs two reads
 _RETRY_S = 2.0
 _SETTLE_S = 5.0  # until every API server has seen a changed caBundle; they watch it, so it is milliseconds
 _TRIES = 5
-_OVERLAP_S = 3600.0  # replicas look every 30 s: after that none serves what an earlier issuer signed
+_OVERLAP_S = 3600.0  # replicas look every 10 s: after that none serves what an earlier issuer signed
 _CERT_MANAGER = "cert-manager.io/certificate-name"
 
 log = logs.logger("serving")

@@ -35,7 +35,7 @@ _HOOKS = {"injector": "mutatingwebhookconfiguration", "policy": "validatingwebho
 _DEPLOYMENTS = [f"deployment/pillion-{component}" for component in _HOOKS]
 _SECRETS = [f"pillion-{component}-tls" for component in _HOOKS]
 _CERTIFICATES = [f"pillion-{component}" for component in _HOOKS]
-_RENEWED_WITHIN_S = 180.0  # components look every 30 s; the rest is for a machine that has much else to do
+_RENEWED_WITHIN_S = 180.0  # components look every 10 s; the rest is for a machine that has much else to do
 
 
 def documented(*, authority: bool = False) -> list[Object]:
