@@ -19,7 +19,6 @@ class Addr(NamedTuple):
 
 ClientAddr = NewType("ClientAddr", Addr)  # who connected to us, as the kernel saw it
 OriginalDst = NewType("OriginalDst", Addr)  # what the client dialled before the redirect
-ServerAddr = NewType("ServerAddr", Addr)  # what we dial
 ListenAddr = NewType("ListenAddr", Addr)  # where we accept
 
 

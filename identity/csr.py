@@ -34,20 +34,12 @@ def make_csr(key: ec.EllipticCurvePrivateKey, identity: WorkloadId) -> bytes:
     return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
-def check_csr_untrusted(der_or_pem: bytes, expect: WorkloadId) -> ec.EllipticCurvePublicKey:
-    """The public key to certify for ``expect``; raises CsrRefused naming the first rule that is broken.
+def read_csr_untrusted(der_or_pem: bytes) -> tuple[ec.EllipticCurvePublicKey, WorkloadId]:
+    """The public key to certify, and for whom the request is; raises CsrRefused naming the first rule that is broken.
 
     The rules: PKCS#10 (RFC 2986) of bounded size and nothing beside it; a P-256 key; a valid ECDSA-SHA256 signature made with that
-    key; no subject; no attribute but the extension request, no extension but one SAN, in it one name, the URI of ``expect``.
+    key; no subject; no attribute but the extension request, no extension but one SAN, in it one name, the URI of a workload.
     """
-    key, named = read_csr_untrusted(der_or_pem)
-    if named != expect:
-        raise CsrRefused(f"the request is for {named.uri}, the caller is {expect.uri}")
-    return key
-
-
-def read_csr_untrusted(der_or_pem: bytes) -> tuple[ec.EllipticCurvePublicKey, WorkloadId]:
-    """As `check_csr_untrusted`, but tells whose request it is instead of comparing."""
     csr = _parsed(_der(der_or_pem))
     key = _checked_key(csr)
     if len(list(csr.subject)):
