@@ -17,6 +17,7 @@ import msgspec
 
 from cli.output import CommandFailed
 from cli.reach import ADMIN_PORT, SIDECAR
+from core.k8s.kinds import kind_meant
 from identity.admin_client import IdentityAdmin
 
 CONTROL_NAMESPACE = "pillion"
@@ -163,8 +164,7 @@ class ClusterMesh:
 
 
 def _means(pod: Any, kind: str, name: str) -> bool:
-    short = {"deploy": "deployment", "sts": "statefulset", "ds": "daemonset", "rs": "replicaset", "po": "pod"}
-    kind = short.get(kind.lower(), kind.lower()).removesuffix("s")
+    kind = kind_meant(kind)
     if pod.metadata.name == name and kind in ("", "pod"):
         return True
     owner = next((owner for owner in pod.metadata.owner_references or () if owner.controller), None)

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from cli.output import CommandFailed
+from core.k8s.kinds import kind_meant
 from identity.admin_client import IdentityAdmin
 from local import client, protocol
 from local.state import BadName, state_folder
@@ -116,10 +117,8 @@ class LocalMesh:
 
 def match_pods(pods: tuple[protocol.PodStatus, ...], namespace: str, workload: str) -> list[protocol.PodStatus]:
     """Pods by pod name, owner's name, or ``kind/name`` with kubectl's short kinds."""
-    short = {"deploy": "deployment", "sts": "statefulset", "ds": "daemonset", "rs": "replicaset", "po": "pod"}
     kind, slash, name = workload.rpartition("/")
-    kind = short.get(kind.lower(), kind.lower())
-    kind = kind if kind in short.values() else kind.removesuffix("s")
+    kind = kind_meant(kind)
     mine = [pod for pod in pods if pod.namespace == namespace]
     exact = [pod for pod in mine if pod.name == name and kind in ("", "pod")]
     owned = [pod for pod in mine if pod.owner.lower() == f"{kind}/{name}" or (not slash and pod.owner.partition("/")[2] == name)]

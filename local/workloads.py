@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.k8s.fields import InvalidObject, shown
+from core.k8s.kinds import kind_meant
 from core.refs import Ref
 from local.objects import Manifest, pod_template
 
@@ -48,15 +49,6 @@ def digest_of(value: object) -> str:
         number, digit = divmod(number, len(_ALPHABET))
         letters += _ALPHABET[digit]
     return letters
-
-
-def plan_pods(manifests: Iterable[Manifest]) -> dict[Ref, PodPlan]:
-    """Every pod that the workload objects ask for; raises nothing: objects were checked when they were read."""
-    planned: dict[Ref, PodPlan] = {}
-    for manifest in manifests:
-        for pod in pods_of(manifest):
-            planned.setdefault(pod.ref, pod)
-    return planned
 
 
 def pods_of(manifest: Manifest) -> list[PodPlan]:
@@ -132,8 +124,7 @@ def match_workload(pods: Iterable[PodPlan], namespace: str, name: str) -> list[P
     mine = [pod for pod in pods if pod.ref.namespace == namespace]
     kind, slash, short = name.partition("/")
     if slash:
-        kinds = {"deploy": "deployment", "sts": "statefulset", "ds": "daemonset", "rs": "replicaset", "po": "pod"}
-        kind, name = kinds.get(kind.lower(), kind.lower()).rstrip("s"), short
+        kind, name = kind_meant(kind), short
         mine = [pod for pod in mine if pod.owner.kind.lower() == kind or kind == "pod"]
     exact = [pod for pod in mine if pod.ref.name == name]
     return exact or sorted((pod for pod in mine if pod.owner.name == name), key=lambda pod: pod.ref.name)
