@@ -18,11 +18,12 @@ from typing import Any, Protocol
 
 import trio
 
-from core.k8s.api import Api, Watch, object_path
+from core.k8s.api import Api, object_path
 from core.k8s.errors import ApiError, Forbidden, Gone, NotFound, Unavailable
 from core.k8s.fields import InvalidObject
 from core.k8s.objects import Object
 from core.k8s.source import Apply, Delete, Event, Parse, Refusal, Reset, Started
+from core.k8s.watch import Watch
 from core.refs import Ref
 from core.runtime import logs
 from core.runtime.backoff import Backoff

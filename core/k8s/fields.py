@@ -74,6 +74,14 @@ def without_nulls(raw: object) -> object:
     return raw
 
 
+def without_managed_fields(object_: dict[str, Any]) -> dict[str, Any]:
+    """The same object without metadata.managedFields, which nobody here reads and which is half of many; a PUT without them keeps them."""
+    metadata = object_.get("metadata")
+    if isinstance(metadata, dict):
+        metadata.pop("managedFields", None)
+    return object_
+
+
 def _refusal(raw: object, base: str, message: str) -> InvalidObject:
     match = _WHERE.fullmatch(message)
     what, inner = (match["what"], match["path"] or "") if match else (message, "")

@@ -1,6 +1,6 @@
 """One HTTP/1.1 connection to the API server over trio: request out, response head and body chunks in, all of it bounded.
 
-Knows TLS and framing, nothing of Kubernetes. Used by core.k8s.api only; everything that goes wrong is `Broken` with a sentence.
+Knows TLS and framing, nothing of Kubernetes. Used by core.k8s.client and core.k8s.watch; what goes wrong is `Broken` with a sentence.
 """
 
 from __future__ import annotations

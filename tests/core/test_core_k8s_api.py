@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import trio
 
-from core.k8s.api import Api, Watch, object_path
+from core.k8s.api import Api, object_path
 from core.k8s.errors import AlreadyExists, Conflict, Forbidden, Gone, NotFound, Unauthorized, Unavailable
 from core.k8s.http import Access
+from core.k8s.watch import Watch
 from tests.core.fake_apiserver import FakeApiServer, running
 
 PODS = "/api/v1/pods"
