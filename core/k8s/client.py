@@ -20,7 +20,7 @@ _RESPONSE_BYTES = 128 << 20
 
 
 class Client:
-    """Whoever asks one API server. load: finds out how to reach the API server; asked again (in a thread) when it does not know us or we do not trust it."""
+    """Asks one API server. load: finds out how to reach it; asked again (in a thread) when it does not know us or we do not trust it."""
 
     def __init__(self, load: Callable[[], Access], user_agent: str) -> None:
         self._load = load
