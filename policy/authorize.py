@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from core.refs import Ref, default_ref
-from policy.match import SEVERAL, Found, MixedKinds, RouteTable, host_untrusted, joined, respelled
+from core.spelling import Spellings
+from policy.match import SEVERAL, Found, MixedKinds, RouteTable, host_untrusted, joined
 from policy.paths import AmbiguousPath, lenient_target_untrusted, normal_target_untrusted, query_values, readings
 from policy.patterns import InvalidPattern
 from policy.wire import Anyone, Authorization, InboundPolicy, Meshed, Network
@@ -173,8 +174,8 @@ class _Answers:
 class PortAuthorizer:
     """The policy of one port, compiled; make a new one for every new policy. Never raises on what the controller sent.
 
-    header_names: lower-case names whose values `ClientAuthorizer.request` wants, in this order: those that rules look at, then other
-    spellings of them, which nobody may send.
+    header_names: lower-case names that rules look at, whose values `ClientAuthorizer.request` wants in this order. spellings: other
+    spellings of them, which nobody may send: such a request is answered `respelled`. None where any may be sent.
     """
 
     def __init__(self, policy: InboundPolicy, trust_domain: str) -> None:
@@ -187,8 +188,10 @@ class PortAuthorizer:
         except (InvalidPattern, MixedKinds) as error:
             self._table = self._folded = RouteTable(())
             self.broken = str(error)[: _REASON_MAX_CHARS // 2]
-        self._watched = len(self._table.header_names)
-        self.header_names = self._table.header_names + (respelled(self._table.header_names) if policy.check_paths else ())
+        self._methods = frozenset(method.encode() for method in self._table.methods)
+        self.header_names = self._table.header_names
+        self.spellings = Spellings(self.header_names) if self.header_names and policy.check_paths else None
+        self.respelled = BadTarget(policy.server, reason="a header field that rules look at is there with other separators in its name")
         self._grants: list[_Grant] = []
         self._positions: dict[Authorization, int] = {}
         self._networks: dict[tuple[Network, ...], _Networks] = {}
@@ -248,14 +251,15 @@ class PortAuthorizer:
 
     def decide(self, answers: _Answers, method: bytes, target: bytes, authority: bytes, headers: Sequence[bytes | None]) -> Decision:
         """Decide about a request on a port with routes, without a memo."""
-        watched = headers[: self._watched]
-        if self.policy.check_paths and any(value is not None and SEVERAL in value for value in watched):
-            # Of several fields servers take the first, the last, or all: a rule would hold for one of these.
-            return BadTarget(self.policy.server, reason="a header field that rules look at is there more than once")
-        if any(value is not None for value in headers[self._watched :]):
-            return BadTarget(self.policy.server, reason="a header field that rules look at is there with - and _ exchanged in its name")
+        if self.policy.check_paths:
+            if any(value is not None and SEVERAL in value for value in headers):
+                # Of several fields servers take the first, the last, or all: a rule would hold for one of these.
+                return BadTarget(self.policy.server, reason="a header field that rules look at is there more than once")
+            if method not in self._methods and method.upper() in self._methods:
+                # Methods are case-sensitive (RFC 9110 section 9.1), but frameworks write them in capitals before they look.
+                return BadTarget(self.policy.server, reason="a method that rules look at is not written in capitals")
         try:
-            found = self._find(method, target, authority, watched)
+            found = self._find(method, target, authority, headers)
         except AmbiguousPath as error:
             return BadTarget(self.policy.server, reason=f"the request target has two readings: {error.reason}")
         if found is None:
@@ -307,12 +311,19 @@ class PortAuthorizer:
 
 
 class ClientAuthorizer:
-    """The decisions of one port about one client. Cheap to keep; shared by connections."""
+    """The decisions of one port about one client. Cheap to keep; shared by connections.
 
-    __slots__ = ("_absence", "_answers", "_constant", "_explained", "_host", "_identity", "_memo", "_method", "_port", "_query", "_server")
+    respelled: about a request with another spelling of a name (`PortAuthorizer.spellings`), whoever the client is.
+    """
+
+    __slots__ = (
+        "_absence", "_answers", "_constant", "_explained", "_host", "_identity", "_memo", "_method", "_port", "_query", "_server",
+        "respelled",
+    )  # fmt: skip
 
     def __init__(self, port: PortAuthorizer, answers: _Answers, identity: str | None, absence: str) -> None:
         self._port = port
+        self.respelled = port.respelled
         self._answers = answers
         self._memo = answers.memo
         self._identity = identity

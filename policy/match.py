@@ -24,8 +24,6 @@ Called by policy.authorize. Must not decide who may do what, nor whether a path 
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -38,7 +36,6 @@ K = TypeVar("K")
 Headers = Sequence[bytes | None]
 Query = Mapping[str, str]
 
-_RESPELLED_MAX = 4  # separators of a header name that are exchanged: 15 other spellings
 _MAX_HOST_CHARS = 253  # longer ones are no DNS names and match no hostname
 
 
@@ -236,9 +233,9 @@ class _GrpcLevel:
 class RouteTable:
     """The routes of a port, compiled. Immutable. Raises InvalidPattern or MixedKinds, which mean: do not let anything pass.
 
-    header_names: what `find` wants the values of, lower case. query_names: the parameters that some rule looks at. reads_host,
-    reads_method, reads_query: whether some rule looks at those; what is not looked at may be passed empty. escapes_matter: some path
-    value holds an escape that `policy.paths.fold` decodes.
+    header_names: what `find` wants the values of, lower case. query_names: the parameters that some rule looks at. methods: those that
+    some rule names. reads_host, reads_method, reads_query: whether some rule looks at those; what is not looked at may be passed empty.
+    escapes_matter: some path value holds an escape that `policy.paths.fold` decodes.
     """
 
     def __init__(self, routes: Sequence[Route], *, fold_paths: bool = False) -> None:
@@ -265,7 +262,8 @@ class RouteTable:
         http = [match for match in matches if isinstance(match, HttpMatch)]
         self.header_names = tuple(names)
         self.reads_host = bool(compiled)
-        self.reads_method = "grpc" in kinds or any(match.method is not None for match in http)
+        self.methods = frozenset(match.method for match in http if match.method is not None)
+        self.reads_method = "grpc" in kinds or bool(self.methods)
         self.query_names = frozenset(one.name for match in http for one in match.query)
         self.reads_query = bool(self.query_names)
         self.escapes_matter = any(match.path.type != "RegularExpression" and fold(match.path.value) != match.path.value for match in http)
@@ -304,16 +302,6 @@ SEVERAL = b"\n"
 def joined(value: bytes) -> bytes:
     """One value of several fields (RFC 9110 section 5.3), without padding."""
     return value.strip(b" \t") if SEVERAL not in value else b", ".join(one.strip(b" \t") for one in value.split(SEVERAL))
-
-
-def respelled(names: Sequence[bytes]) -> tuple[bytes, ...]:
-    """The other names that servers which turn names into variables (CGI, WSGI) take for one of these: ``x_user`` for ``x-user``."""
-    found: dict[bytes, None] = {}
-    for name in names:
-        words = re.split(rb"[-_]", name, maxsplit=_RESPELLED_MAX)
-        for between in itertools.product((b"-", b"_"), repeat=len(words) - 1):
-            found[b"".join(itertools.chain.from_iterable(zip(words, (*between, b""), strict=True)))] = None
-    return tuple(name for name in found if name not in names)
 
 
 def host_untrusted(authority: bytes) -> str:

@@ -128,7 +128,7 @@ def query_values(query: str, *, strict: bool, watched: frozenset[str] = frozense
 
     strict: raises AmbiguousPath for broken escapes and octets that are not UTF-8; otherwise these become U+FFFD or stay as they are.
     watched: names that rules look at. Strictly, each has one value or none, however a server reads the query: some take the last value,
-    and some take ``;`` for ``&``, as HTML once recommended.
+    some take ``;`` for ``&``, as HTML once recommended, and some file a parameter under another name (`_filed_as`).
     """
     values = _form_values(query, strict, watched)
     if strict and watched and ";" in query:
@@ -143,13 +143,22 @@ def _form_values(query: str, strict: bool, watched: frozenset[str]) -> dict[str,
     if strict and _BROKEN_ESCAPE.search(raw):
         raise AmbiguousPath("a broken percent-escape in the query")
     values: dict[str, str] = {}
+    filed = {_filed_as(name) for name in watched if "[" not in name} if strict else set()
     for pair in raw.split(b"&"):
         name, _, value = pair.partition(b"=")
         if pair:
             key, text = _form_text(name, strict), _form_text(value, strict)
             if values.setdefault(key, text) != text and strict and key in watched:
                 raise AmbiguousPath("two values of a query parameter that rules look at")
+            if filed and key not in watched and _filed_as(key) in filed:
+                raise AmbiguousPath("another spelling of a query parameter that rules look at")
     return values
+
+
+def _filed_as(name: str) -> str:
+    """Where servers look for a parameter of this name, each of them by some of this: PHP takes ``. `` for ``_``, no blanks in front, and
+    nothing from NUL on; ``name[]`` is a list there, in Ruby and in Node; ASP.NET asks for no case."""
+    return re.split(r"[\[\0]", name.lstrip(" "), maxsplit=1)[0].replace(".", "_").replace(" ", "_").lower()
 
 
 def _form_text(raw: bytes, strict: bool) -> str:

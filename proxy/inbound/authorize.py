@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from core.spelling import Spellings
 from policy.authorize import BadTarget, Client, ClientAuthorizer, Denied, NoRoute, Permit, PortAuthorizer
 from proxy.protocol.requests import RequestHead
 from proxy.rescue import Cause
@@ -24,9 +25,12 @@ class PolicyOfPort(Protocol):
 
 
 class Authorization:
-    """The standing question of one connection: may this client do this now?"""
+    """The standing question of one connection: may this client do this now?
 
-    __slots__ = ("_client", "_made_from", "_names", "_port", "_view")
+    spellings: of the names that decided about the last request, if it may not have them in another spelling.
+    """
+
+    __slots__ = ("_client", "_made_from", "_names", "_port", "_view", "spellings")
 
     def __init__(self, port: PolicyOfPort, client: Client) -> None:
         self._port = port
@@ -34,6 +38,7 @@ class Authorization:
         self._made_from: PortAuthorizer | None = None
         self._view: ClientAuthorizer | None = None
         self._names: tuple[bytes, ...] = ()
+        self.spellings: Spellings | None = None
 
     def _current(self) -> ClientAuthorizer:
         authorizer = self._port.authorizer
@@ -42,13 +47,16 @@ class Authorization:
                 raise RuntimeError("a connection was admitted before the policy of its port was known")
             self._made_from = authorizer
             self._names = authorizer.header_names
+            self.spellings = authorizer.spellings
             self._view = authorizer.for_client(self._client)
         return self._view
 
     def request(self, head: RequestHead) -> Permit | Denied | NoRoute | BadTarget:
         """Decide about one request under the policy of this moment."""
         view = self._view if self._port.authorizer is self._made_from and self._view is not None else self._current()
-        names = self._names
+        names, spellings = self._names, self.spellings
+        if spellings is not None and head.respelled(spellings):
+            return view.respelled
         return view.request(head.method, head.target, head.authority, head.values(names) if names else ())
 
     def connection(self) -> Permit | Denied:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import trio
 
 from core.runtime.sockets import Connecting
+from core.spelling import Spellings
 from policy.authorize import Permit
 from proxy.inbound.authorize import Authorization, cause_of
 from proxy.inbound.forward import Forwarder
@@ -51,6 +52,7 @@ class InboundGate:
         self.explain = identity is not None
         added = ((CLIENT_ID, identity.encode()),) if identity is not None else ()
         self._edit = HeadEdit(strip=(CLIENT_ID,), add=(*added, *forwarded))
+        self._guarded: Spellings | None = None  # what `_edit` keeps from trailers
         self._upstream: Http1Upstream | Http2Upstream | None = None
         self._waiting: dict[int, Note] = {}
         self._connecting = False
@@ -63,6 +65,8 @@ class InboundGate:
         exchange = self._record.begin(decision, head)
         if not isinstance(decision, Permit):
             return Answer(cause_of(decision), self.explain, exchange)
+        if self._authorization.spellings is not self._guarded:
+            self._guard_trailers()
         return self._forward(decision, exchange, token)
 
     def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
@@ -114,6 +118,11 @@ class InboundGate:
             upstream.close()
         elif upstream is not None:
             upstream.drain()
+
+    def _guard_trailers(self) -> None:
+        """Other names than before decide."""
+        self._guarded = spellings = self._authorization.spellings
+        self._edit = self._edit._replace(trailers=spellings.names if spellings is not None else ())
 
     # --- the upstream --------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Protocol
 
+from core.spelling import Spellings
 from proxy.rescue import Cause, Redirect
 
 
@@ -30,6 +31,10 @@ class RequestHead(Protocol):
         rules that looked at the first one only could be walked around where the app acts on another. Cookies are one value anyway."""
         ...
 
+    def respelled(self, names: Spellings) -> bool:
+        """Whether a field has another spelling of one of these names."""
+        ...
+
 
 class AnswerRule(NamedTuple):
     """What is changed in the head of an answer, and which answers are not wanted. Trailers and interim answers (1xx) are left alone.
@@ -48,7 +53,8 @@ class HeadEdit(NamedTuple):
 
     strip: lower-case names whose fields are removed wherever they occur. add: fields appended, lower-case name and value. host: what
     Host or :authority becomes, empty when it stays. retarget: makes the target to send of the received one (origin-form), None when it
-    stays; both are for requests with a path. answer: what becomes of the answer, None when it goes on as it is.
+    stays; both are for requests with a path. answer: what becomes of the answer, None when it goes on as it is. trailers: names that
+    decided about the request: a receiver that merges trailers into the head must not find one there. Names have all their spellings.
     """
 
     strip: tuple[bytes, ...] = ()
@@ -56,6 +62,7 @@ class HeadEdit(NamedTuple):
     host: bytes = b""
     retarget: Callable[[bytes], bytes] | None = None
     answer: AnswerRule | None = None
+    trailers: tuple[bytes, ...] = ()
 
 
 class Forward:

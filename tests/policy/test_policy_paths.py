@@ -226,6 +226,25 @@ def test_a_watched_parameter_with_two_readings_is_refused_where_it_is_strict(que
     assert query_values(query, strict=True) == query_values(query, strict=False)
 
 
+@pytest.mark.parametrize("name", ["+role", "%20role", "role[]", "role%5b0%5d", "role%00x", "ROLE", "Role[]"])
+def test_a_parameter_that_servers_file_under_a_watched_name_is_refused_where_it_is_strict(name: str) -> None:
+    with pytest.raises(AmbiguousPath):
+        query_values(f"role=user&{name}=admin", strict=True, watched=frozenset(("role",)))
+    assert query_values(f"{name}=admin", strict=True, watched=frozenset(("ro", "roles"))) == query_values(f"{name}=admin", strict=False)
+
+
+def test_separators_of_a_watched_parameter_are_those_of_php() -> None:
+    for name in ("my.role", "my+role", "my_role[]"):
+        with pytest.raises(AmbiguousPath):
+            query_values(f"{name}=admin", strict=True, watched=frozenset(("my_role",)))
+    assert query_values("my-role=1&my_role=2", strict=True, watched=frozenset(("my_role",))) == {"my-role": "1", "my_role": "2"}
+
+
+def test_a_rule_about_one_member_of_a_list_leaves_the_others_alone() -> None:
+    watched = frozenset(("filter[role]",))
+    assert query_values("filter[role]=a&filter[x]=b", strict=True, watched=watched) == {"filter[role]": "a", "filter[x]": "b"}
+
+
 @pytest.mark.parametrize("query", ["", "role=user", "role=user&role=user", "role=user&x=1&x=2", "role=user&x=1;y=2", "role=a%3Bb", "x=1;y"])
 def test_a_watched_parameter_with_one_reading_is_not_refused(query: str) -> None:
     assert query_values(query, strict=True, watched=frozenset(("role",))) == query_values(query, strict=False)

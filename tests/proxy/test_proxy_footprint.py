@@ -11,7 +11,7 @@ HEAVY = (
     "asyncio", "bcc", "click", "grpc", "h2", "hypercorn", "jwt", "kubernetes", "prometheus_client", "pyroute2", "rich", "starlette", "yaml",
 )  # fmt: skip
 OURS = {
-    "core": {"addrs", "alpn", "capture", "credentials", "env", "names", "refs", "runtime"},
+    "core": {"addrs", "alpn", "capture", "credentials", "env", "names", "refs", "runtime", "spelling"},
     "identity": {"bundle", "client", "csr", "exchange", "ledger", "schedule", "wire"},
     "policy": {"authorize", "client", "lines", "match", "paths", "patterns", "wire"},
 }

@@ -181,10 +181,11 @@ def test_a_chunk_that_breaks_later_cuts_the_upstream_and_is_answered_with_400() 
     assert pair.gate.log == [("finished", 1, 400, Cause.BAD_REQUEST)]
 
 
-def test_a_forbidden_trailer_is_refused_although_the_gate_forwards_it() -> None:
+@pytest.mark.parametrize("name", [b"Pillion-Client-Id", b"X-Role", b"x_role"])
+def test_a_forbidden_trailer_is_refused_although_the_gate_forwards_it(name: bytes) -> None:
     pair = Pair()
-    pair.gate.edit = HeadEdit((b"pillion-client-id",), ())
-    pair.client.received(CHUNKED + b"0\r\nPillion-Client-Id: evil\r\n\r\n")
+    pair.gate.edit = HeadEdit((b"pillion-client-id",), (), trailers=(b"x-role",))
+    pair.client.received(CHUNKED + b"0\r\n" + name + b": evil\r\n\r\n")
     assert pair.up.out == b"" and pair.idle == [pair.upstream]
     assert pair.down.out.startswith(b"HTTP/1.1 400 ") and pair.gate.log == [("finished", 1, 400, Cause.BAD_REQUEST)]
 

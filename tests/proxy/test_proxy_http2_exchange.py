@@ -5,6 +5,8 @@ from __future__ import annotations
 import h2.events
 import pytest
 
+from core.spelling import Spellings
+from proxy.protocol.http1.heads import Http1Limits, request_untrusted
 from proxy.protocol.requests import HeadEdit
 from tests.proxy.http2_fakes import GRPC, OK, Chain
 
@@ -45,6 +47,28 @@ def test_several_fields_of_a_name_are_all_given_to_decisions() -> None:
     [head] = chain.gate.seen
     assert head.values((b"x-role", b"cookie", b"x-b", b"x-c")) == (b"user\nadmin", b"a=1; b=2", b"3", None)
     assert head.values((b"x-b",)) == (b"3",)
+
+
+def test_names_that_decided_do_not_pass_in_trailers_however_they_are_spelled() -> None:
+    chain = Chain()
+    chain.gate.edit = HeadEdit((b"pillion-client-id",), (), trailers=(b"x-role",))
+    stream = chain.ask([*GRPC, ("x-role", "user")], b"x", end=False)
+    assert ("x-role", "user") in chain.server.of(h2.events.RequestReceived, 1)[0].headers
+    chain.client.h2.send_headers(stream, [("x_role", "admin"), ("x-role", "admin"), ("x-sum", "2")], end_stream=True)
+    chain.run()
+    assert chain.server.headers(1, h2.events.TrailersReceived) == {"x-sum": "2"}
+
+
+@pytest.mark.parametrize("name", ["x-user", "x_user", "x-us_er", "x-users"])
+def test_both_engines_find_other_spellings_of_a_name(name: str) -> None:
+    names = Spellings((b"x-user",))
+    chain = Chain()
+    chain.ask([(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "a.test"), (name, "1")])
+    [head] = chain.gate.seen
+    other = request_untrusted(f"GET / HTTP/1.1\r\nHost: a.test\r\n{name.title()}: 1\r\n\r\n".encode(), Http1Limits())
+    assert other is not None
+    assert head.respelled(names) == head.respelled(names) == other.respelled(names) == (name == "x_user")
+    assert not head.respelled(Spellings((b"x-other",)))
 
 
 @pytest.mark.parametrize("spelling", [b"x-user", b"x_user"])

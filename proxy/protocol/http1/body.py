@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from typing import Final, Protocol
 
+from core.spelling import canonical
 from proxy.protocol.http1.heads import CHUNKED, FIELD, TOKEN
 
 LINE_BYTES: Final = 4096  # one chunk-size line with its extensions
@@ -154,7 +155,7 @@ class Chunked:
         self._check_trailer()
 
     def _check_trailer(self) -> None:
-        if self._trailer_names and any(b"\n" + name.replace(b"_", b"-") + b":" in self._trailer_names for name in self._forbidden):
+        if self._trailer_names and any(b"\n" + canonical(name) + b":" in self._trailer_names for name in self._forbidden):
             raise BodyError("a trailer section names a field of the head")
 
     def _is_enough(self, data: bytes, at: int) -> bool:
@@ -192,7 +193,7 @@ class Chunked:
         if end - begin > 2:
             if end - begin > TRAILER_BYTES:
                 raise BodyError("a too long trailer section")
-            self._trailer_names = b"\n" + data[begin:end].lower().replace(b"_", b"-")
+            self._trailer_names = b"\n" + canonical(data[begin:end].lower())
             self._check_trailer()
         self.done = True
         return end

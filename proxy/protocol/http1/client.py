@@ -285,7 +285,7 @@ class Http1Client(ClientConnection):
         assert body is not None
         try:
             if isinstance(body, Chunked):
-                body.forbid(edit.strip)
+                body.forbid(edit.strip + edit.trailers)
         except BodyError:
             self._up = None
             up.unused()

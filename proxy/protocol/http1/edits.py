@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 
+from core.spelling import any_spelling
 from proxy.protocol.http1.heads import FIELD, RequestHead
 from proxy.protocol.requests import AnswerRule, HeadEdit
 
@@ -20,7 +21,7 @@ _cut_host = re.compile(rb"\n(?i:host):[^\r]*\r").sub
 def editor(edit: HeadEdit) -> Callable[[RequestHead], bytes]:
     """The function that applies ``edit`` to a head and returns the bytes to send.
 
-    A name to strip matches with ``_`` for ``-`` too: gateways that turn names into variables (CGI, WSGI) cannot tell them apart.
+    A name to strip is stripped in every spelling (core.spelling).
     Raises ValueError when a field to add is not one line.
     """
     lines = [name + b": " + value + b"\r\n" for name, value in edit.add]
@@ -28,7 +29,7 @@ def editor(edit: HeadEdit) -> Callable[[RequestHead], bytes]:
         if not _is_field(line):
             raise ValueError(f"not a header field: {line!r}")
     end = b"".join([*lines, b"\r\n"])
-    names = b"|".join(re.escape(name.replace(b"_", b"-")).replace(rb"\-", b"[-_]") for name in edit.strip)
+    names = b"|".join(map(any_spelling, edit.strip))
     rewrite = rewriter(edit.host, edit.retarget) if edit.host or edit.retarget is not None else None
     if not names and rewrite is None:
         return (lambda head: head.wire[:-2] + end) if lines else (lambda head: head.wire)

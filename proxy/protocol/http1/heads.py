@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from core.spelling import Spellings, any_spelling
 from proxy.rescue import PROXY_ERROR, Cause
 
 CHUNKED: Final = -1
@@ -39,8 +40,9 @@ _match_request: Final = re.compile(
     rb"(?:(?!" + _DECIDING + rb")" + FIELD + rb")*(?:(?=" + _DECIDING + rb")((?:" + FIELD + rb")*+))?\r\n"
 ).match
 _match_response: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*+)?\r\n(?:" + FIELD + rb")*+\r\n").match
+_FRAMING: Final = any_spelling(b"content-length") + rb"|" + any_spelling(b"transfer-encoding")
 _request_fields: Final = re.compile(
-    rb"\n(host|content-length|transfer-encoding|connection|upgrade|expect|te|keep-alive|proxy-connection"
+    rb"\n(host|" + _FRAMING + rb"|connection|upgrade|expect|te|keep-alive|proxy-connection"
     rb"|content-type(?=:[ \t]*application/grpc)):[ \t]*+([^\r]*)"
 ).findall
 _response_fields: Final = re.compile(
@@ -55,6 +57,8 @@ _breaks_lines: Final = re.compile(rb"(?<!\r)\n|\r[^\n]|\x00").search
 
 # Fields that say where a message ends or whom it is for: a Connection field that names one would make the next hop read another message.
 _NEVER_NAMED: Final = frozenset((b"host", b"content-length", b"transfer-encoding", b"content-type", b"content-encoding", b"expect"))
+# Of requests, as their fields are found. Content_Length is another field, and yet servers that make variables of names count by it (uWSGI).
+_REQUEST_NAMES: Final = _NEVER_NAMED | {b"connection", b"upgrade", b"te", b"keep-alive", b"proxy-connection"}
 # Protocols that would carry further requests past the gate inside a tunnel, those of drafts (h2c-14) too.
 _carries_requests: Final = re.compile(rb"(?:^|,)[ \t]*+(?:h2|http|tls)").search
 _OPTIONS_MAX: Final = 64  # of a Connection field: each costs a look through the head
@@ -136,6 +140,10 @@ class RequestHead:
         """See requests.RequestHead. Fields that end at this hop are not seen."""
         return tuple(map(self._value, names))
 
+    def respelled(self, names: Spellings) -> bool:
+        """See requests.RequestHead."""
+        return names.search_head(self.lower) is not None
+
     def _value(self, name: bytes) -> bytes | None:
         key = b"\n" + name + b":"
         lower = self.lower
@@ -214,6 +222,8 @@ def _usual(head: RequestHead, deciding: bytes) -> bool:
 def _request_rules(head: RequestHead, fields: list[tuple[bytes, bytes]], old: bool) -> None:
     """Apply the fields that decide something. fields: lower-case name and value, in order."""
     seen = _collect(fields, single=(b"host", b"content-length", b"transfer-encoding", b"expect", b"te"))
+    if not _REQUEST_NAMES.issuperset(seen):
+        raise HeadError(Cause.BAD_REQUEST, "a field that some servers take for Content-Length or Transfer-Encoding")
     if b"host" not in seen and not old:
         raise HeadError(Cause.BAD_REQUEST, "an HTTP/1.1 request needs a Host field")
     # As received, not in lower case.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Final, Generic, TypeVar
 
+from core.spelling import Spellings
 from proxy.protocol.http2 import frames
 from proxy.protocol.http2.frames import ConnectionFault
 from proxy.protocol.http2.hpack_codec import (
@@ -60,6 +61,10 @@ class RequestHead(Request):
         if shape.repeated and not shape.repeated.isdisjoint(names):
             return tuple(map(self._joined, names))
         return tuple([values[first[name]] if name in first else None for name in names])
+
+    def respelled(self, names: Spellings) -> bool:
+        """See requests.RequestHead."""
+        return self.shape.respelled(names)
 
     def _joined(self, name: bytes) -> bytes | None:
         if name not in self.shape.first:

@@ -256,7 +256,7 @@ class Http2Client(Connection):
             if end.remote_done:
                 self.blocks.discard_untrusted(block)
                 raise StreamFault(frames.STREAM_CLOSED, "HEADERS after the end of the stream")
-            trailers = self.blocks.trailers_untrusted(block, end.edit.strip)
+            trailers = self.blocks.trailers_untrusted(block, end.edit.strip + end.edit.trailers)
             if not fin:
                 raise StreamFault(frames.PROTOCOL_ERROR, "trailers without END_STREAM")
             self.take_trailers(end, trailers.block)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from core.spelling import Spellings, canonical
 from proxy.protocol.http2.hpack_codec import Section, encode, encode_values, indexed_values, name_prefix
 from proxy.rescue import PROXY_ERROR
 
@@ -53,6 +54,7 @@ class Shape:
     """
 
     __slots__ = (
+        "_respelled", "_respelled_for",
         "authority", "authority_before", "content_length", "content_type", "first", "grpc_status", "host", "indexed", "kept", "method",
         "names", "path", "prefixes", "protocol", "proxy_error", "repeated", "scheme", "secrets", "separators", "size", "status",
         "stripped_for", "te",
@@ -83,16 +85,24 @@ class Shape:
         self.proxy_error = get(PROXY_ERROR, -1)
         self.stripped_for: tuple[bytes, ...] | None = None
         self.kept: tuple[int, ...] | None = None
+        self._respelled_for: Spellings | None = None
+        self._respelled = False
+
+    def respelled(self, names: Spellings) -> bool:
+        """See requests.RequestHead."""
+        if names is not self._respelled_for:
+            self._respelled = any(map(names.other, self.first))
+            self._respelled_for = names
+        return self._respelled
 
     def encode(self, values: tuple[bytes, ...], secrets: tuple[bool, ...], strip: tuple[bytes, ...], plain: bytes) -> bytes:
-        """A message of this shape as a block without a dynamic table, without the fields named in `strip` (lower case).
+        """A message of this shape as a block without a dynamic table, without the fields named in `strip` (lower case), in any spelling.
 
-        A name to strip matches with ``_`` for ``-`` too: gateways that turn names into variables (CGI, WSGI) cannot tell them apart.
         plain: the block that the message came as, if that may be sent on, else nothing.
         """
         if strip is not self.stripped_for:  # constant for a connection, so that identity is enough and costs nothing
-            stripped = {name.replace(b"_", b"-") for name in strip}
-            gone = {name for name in self.first if name.replace(b"_", b"-") in stripped}
+            stripped = set(map(canonical, strip))
+            gone = {name for name in self.first if canonical(name) in stripped}
             self.kept = tuple(at for at, name in enumerate(self.names) if name not in gone) if gone else None
             self.stripped_for = strip
         if self.kept is not None:
