@@ -1,6 +1,6 @@
 """From answers of the index to the lines that carry them, made once for all subscribers, within what a sidecar reads.
 
-Called by policy.server.
+Called by policy.subscriptions.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from core.runtime.admin import Handler, Request, Response, json_response
 from policy.index import Index
 from policy.index.destinations import meshed
 from policy.index.report import authz, explain, problems
-from policy.server import Counters
+from policy.limits import Counters
 
 
 def routes(index: Index, refusals: Callable[[], Sequence[Refusal]]) -> dict[tuple[str, str], Handler]:

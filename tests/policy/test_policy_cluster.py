@@ -28,7 +28,7 @@ from policy.config import Config
 from policy.controller import run
 from policy.diagnostics import exposition
 from policy.index import Index
-from policy.server import Counters
+from policy.limits import Counters
 from policy.wire import Hello, InboundPolicy
 from tests.core.fake_apiserver import FakeApiServer, running
 from tests.ports import unused_port

@@ -13,8 +13,9 @@ from core.names import WorkloadId
 from policy import wire
 from policy.answers import encoded_destination, encoded_policy
 from policy.index import Index
+from policy.limits import Limits
 from policy.lines import LineBuffer
-from policy.server import Limits, PolicyServer
+from policy.server import PolicyServer
 
 HELLO = wire.Hello("shop", "cart-0", "1")
 LONG_ADDR = "10.96.0.1:" + "80".zfill(54) + "!"  # an address in its first 64 characters, none as a whole
@@ -252,7 +253,7 @@ async def test_a_slow_reader_costs_one_entry_per_subscription_and_then_sees_the_
             server.changed(index.apply(parsed(lab.endpoints(cart_0=f"10.0.1.{number % 250}"))))
         await trio.testing.wait_all_tasks_blocked()
         assert sends == 1
-        (subscriber,) = next(iter(server._by_pod.values()))
+        (subscriber,) = next(iter(server._subscriptions._by_pod.values()))
         assert list(subscriber.due) == ["10.96.0.1:80"]
         gate.set()
         assert isinstance(await peer.hear(), wire.DestinationState)
@@ -313,7 +314,8 @@ async def test_nothing_is_left_of_a_peer_that_went() -> None:
         await peer.hear()
         await peer.stream.aclose()
         await trio.testing.wait_all_tasks_blocked()
-        assert (server._by_pod, server._by_ip, server._answers._known, server.counters.connected) == ({}, {}, {}, 0)
+        kept = server._subscriptions
+        assert (kept._by_pod, kept._by_ip, kept._answers._known, server.counters.connected) == ({}, {}, {}, 0)
 
 
 def test_what_no_sidecar_would_read_is_shortened_or_denied(monkeypatch: pytest.MonkeyPatch) -> None:

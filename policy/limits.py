@@ -1,0 +1,44 @@
+"""What sidecars that ask for policy may cost the controller, and what is counted about them. Pure; read by policy.server.
+
+`policy.diagnostics` shows the counters as metrics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one peer, and all together, may cost. Times in seconds.
+
+    line_bytes: of a request; the longest honest one is under 1 KiB. subscriptions: per connection; more are ignored, and the sidecar
+    refuses what it gets no answer for. per_pod: connections of one pod; the oldest is closed for the next. pod_wait_s: how long a pod
+    that is not known yet is waited for, because a sidecar starts while its pod is still on its way to us. send_s: how long a peer may
+    read nothing.
+    """
+
+    handshake_s: float = 10
+    hello_s: float = 5
+    pod_wait_s: float = 5
+    send_s: float = 60
+    line_bytes: int = 64 * 1024
+    subscriptions: int = 8192  # a sidecar's own bounds are 4096 destinations and 1024 undeclared ports
+    handshakes: int = 512
+    connections: int = 20_000
+    per_pod: int = 4
+
+
+@dataclass
+class Counters:
+    """For metrics; refused: by stable word."""
+
+    connected: int = 0
+    accepted: int = 0
+    messages_sent: int = 0
+    subscriptions_ignored: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+
+    def refuse(self, word: str) -> None:
+        """One more peer was refused because of ``word``."""
+        self.refused[word] = self.refused.get(word, 0) + 1
