@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 from core.names import WorkloadId
 from core.runtime.watch import Cell
 from identity import bundle
-from identity.bundle import ANCHORS_MAX, Anchor, Refusal, Step, TrustState, certificate_id
+from identity.bundle import Anchor, Refusal, Step, TrustState
+from identity.chains import ANCHORS_MAX, certificate_id
 from identity.issuer import CLOCK_SKEW_S, LEAF_LIFETIME_S, Issuer, Pair, SignedLeaf, make_issuer, make_root, sign_leaf
 from identity.ledger import Holding, Leaf, Ledger
 from identity.store import StateStore, StoredAnchor, StoredIssuer, StoredState, StoreUnsafe

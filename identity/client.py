@@ -30,7 +30,7 @@ from core.credentials import Credentials
 from core.names import WorkloadId
 from core.runtime.tls import HandshakeFailed, TlsStream, client_context
 from core.runtime.watch import Cell
-from identity.bundle import InvalidBundle, leaf_unfit, read_bundle_untrusted
+from identity.chains import InvalidBundle, leaf_unfit, read_bundle_untrusted
 from identity.csr import make_csr
 from identity.exchange import ExchangeFailed, exchange
 from identity.schedule import follow_after_s, renew_after_s, retry_after_s

@@ -17,7 +17,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from core.key_usage import key_usage
 from core.names import WorkloadId
-from identity.bundle import InvalidBundle, IssuerRef, anchor_above, certificate_id, read_bundle_untrusted
+from identity.bundle import IssuerRef
+from identity.chains import InvalidBundle, anchor_above, certificate_id, read_bundle_untrusted
 
 LEAF_LIFETIME_S = 24 * 3600.0  # Linkerd: issuanceLifetime
 CLOCK_SKEW_S = 20.0  # Linkerd: clockSkewAllowance of the Helm chart

@@ -17,7 +17,7 @@ from cli.check.model import Category, Check, Failed, Skipped
 from core.k8s.errors import ApiError, Forbidden, Invalid
 from core.k8s.fields import Raw
 from core.k8s.serving_pair import InvalidPair, read_pair, trusts
-from identity.bundle import InvalidBundle, read_bundle_untrusted
+from identity.chains import InvalidBundle, read_bundle_untrusted
 from identity.issuer import IssuerInvalid, load_issuer
 
 _SOON_S = 60 * 86400.0  # Linkerd's checks warn as early: time for a rotation without hurry

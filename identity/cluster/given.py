@@ -16,7 +16,7 @@ from core.k8s.events import Type
 from core.names import WorkloadId
 from core.runtime import logs
 from identity.authority import Authority
-from identity.bundle import certificate_id
+from identity.chains import certificate_id
 from identity.cluster.shared import Shared
 from identity.issuer import Issuer, IssuerInvalid, load_issuer
 from identity.snapshot import STATE, SnapshotDamaged, SnapshotStore, read_secret, secret_values

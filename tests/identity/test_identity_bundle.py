@@ -3,29 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.names import WorkloadId
-from identity.bundle import (
-    ABSENT_AFTER_S,
-    ANCHORS_MAX,
-    Anchor,
-    InvalidBundle,
-    IssuerRef,
-    Step,
-    TrustState,
-    aborted,
-    added,
-    check_step,
-    dropped,
-    due_step,
-    leaf_unfit,
-    read_bundle_untrusted,
-    switched,
-)
-from identity.issuer import make_issuer, make_root, sign_leaf
+from identity.bundle import ABSENT_AFTER_S, Anchor, IssuerRef, Step, TrustState, aborted, added, check_step, dropped, due_step, switched
 from identity.ledger import Holding, Leaf
 
 NOW = 1000.0
@@ -136,43 +117,3 @@ def test_no_allowed_step_leaves_a_pair_of_live_workloads_that_do_not_verify_each
     if check_step(SWITCHED, Step.DROP, holdings, NOW) is None:
         assert all(leaf.anchor_id == "root-new" for entry in holdings for leaf in entry.leaves)
         assert all("root-new" in trusts(entry.generation) for entry in holdings)
-
-
-ROOT = make_root("cluster.local", 1e9)
-
-
-@given(
-    st.binary(max_size=200)
-    | st.builds(lambda head, tail: head + ROOT.certificate_pem + tail, st.binary(max_size=20), st.binary(max_size=20))
-)
-def test_any_bytes_are_a_bundle_or_the_one_error(data: bytes) -> None:
-    try:
-        assert len(read_bundle_untrusted(data)) == 1
-    except InvalidBundle:
-        pass
-
-
-@pytest.mark.parametrize(
-    "pem",
-    [
-        b"",
-        b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
-        ROOT.certificate_pem * (ANCHORS_MAX + 1),
-        ROOT.certificate_pem + ROOT.key_pem,
-        ROOT.certificate_pem + b" " * 70_000,
-    ],
-    ids=["nothing", "no certificate", "too many", "with a key", "too long"],
-)
-def test_what_is_no_bundle_is_refused(pem: bytes) -> None:
-    with pytest.raises(InvalidBundle):
-        read_bundle_untrusted(pem)
-
-
-def test_a_leaf_is_fit_only_for_its_key_its_name_and_a_bundle_it_ends_in() -> None:
-    key, cart, web = ec.generate_private_key(ec.SECP256R1()), WorkloadId("c.l", "shop", "cart"), WorkloadId("c.l", "shop", "web")
-    chain = sign_leaf(make_issuer("c.l", ROOT, 1e9), key.public_key(), cart, 1e9, 60).chain_pem
-    bundle = ROOT.certificate_pem
-    assert leaf_unfit(chain, bundle, key.public_key(), cart) == ""
-    assert "another key" in leaf_unfit(chain, bundle, ec.generate_private_key(ec.SECP256R1()).public_key(), cart)
-    assert "does not name" in leaf_unfit(chain, bundle, key.public_key(), web)
-    assert "does not end in" in leaf_unfit(chain, make_root("c.l", 1e9).certificate_pem, key.public_key(), cart)

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from core.names import WorkloadId
-from identity.bundle import anchor_above
+from identity.chains import anchor_above
 from identity.issuer import (
     CLOCK_SKEW_S,
     Issuer,
