@@ -214,7 +214,17 @@ def prepare():
     say("ready: .venv/bin/pillion")
 
 
+def check_writable():
+    """After `sudo make`, what it made belongs to root: said here once, instead of by whatever fails first."""
+    for path in (ROOT, ROOT / ".cache", VENV):
+        if path.exists() and not os.access(str(path), os.W_OK):
+            stop(
+                f"you may not write to {path}: run make as its owner, take it over (sudo chown -R $USER {ROOT}), or use a clone of your own"
+            )
+
+
 def main():
+    check_writable()
     # two makes at once (demo in one terminal, test in another) must not install into each other's feet
     (ROOT / ".cache").mkdir(exist_ok=True)
     with contextlib.closing(open(str(ROOT / ".cache" / "prepare.lock"), "w")) as lock:
