@@ -68,9 +68,9 @@ def test_a_chosen_interpreter_that_is_of_no_use_is_named(monkeypatch: pytest.Mon
 
 def test_a_checkout_that_root_made_things_in_is_named_with_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare = tool("prepare")
-    monkeypatch.setattr(prepare.os, "access", lambda path, _: path != str(prepare.VENV))
+    monkeypatch.setattr(prepare.os, "access", lambda path, _: path != str(prepare.ROOT))
     monkeypatch.setattr(prepare, "prepare", lambda: pytest.fail("goes on"))
-    with pytest.raises(SystemExit, match=r"may not write to .*/\.venv: run make as its owner, take it over \(sudo chown"):
+    with pytest.raises(SystemExit, match=r"may not write to .*: run make as its owner, take it over \(sudo chown"):
         prepare.main()
 
 
