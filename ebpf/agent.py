@@ -1,6 +1,6 @@
 """``pillion-agent`` (``python -m ebpf.agent``): captures the pods of a node, and shortens the hop between each app and its sidecar.
 
-Stays small (12 MB of its own): loading and trying is done by children that end (ebpf.prepare), the rest is system calls. Everything that
+Stays small (under 20 MB): loading and trying is done by children that end (ebpf.prepare), the rest is system calls. Everything that
 captures is pinned, so this process may die, restart and be replaced without a gap: pins and a state file say what there is. ``--remove``
 brings the pods to nftables and leaves nothing of eBPF.
 
@@ -29,6 +29,7 @@ from ebpf import attach, layout, metrics, nft
 from ebpf.maps import PinnedPrograms
 from ebpf.plan import CONNECT, NFT_SOCKMAP, REFUSED, Ability, choose
 from ebpf.pods import LOOK_AFTER_S, LOOK_AGAIN_S, Pods
+from ebpf.resident import drop_file_pages
 from ebpf.server import Delayed, HttpRequest, Server
 from ebpf.wire import BadMessage, Register, Remove, Request, Status, Steer, Unregister
 
@@ -273,6 +274,7 @@ def run(options: Options) -> None:
         os.write(options.ready_fd, json.dumps(agent.node()).encode() + b"\n")
         os.close(options.ready_fd)
     memory.settle()
+    drop_file_pages()
     try:
         server.run()
     finally:
@@ -329,7 +331,12 @@ def _remove_alone(options: Options) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 ended or removed, 1 cannot run, 2 wrong usage."""
-    parser = argparse.ArgumentParser(prog="python -m ebpf.agent", description="Captures the pods of this node.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m ebpf.agent",
+        description="Captures the pods of this node.",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=120),  # without a width argparse loads shutil, bz2 and lzma
+    )
     defaults = Options()
     parser.add_argument("--socket", type=Path, default=defaults.socket, help="Unix socket for those who start pods")
     parser.add_argument("--state", type=Path, default=defaults.state, help="what a restart must know; must vanish when the machine starts")

@@ -23,6 +23,7 @@ from core.runtime import memory
 from ebpf import procs
 from ebpf.facts import facts_untrusted, has_ended
 from ebpf.pods import Pods
+from ebpf.resident import drop_file_pages
 from ebpf.wire import BadMessage, PodFacts
 
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -66,6 +67,8 @@ class Api:
                     head = f"GET {path} HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {token}\r\naccept: application/json\r\n"
                     stream.sendall(f"{head}user-agent: pillion-agent\r\nconnection: close\r\n\r\n".encode())
                     with stream.makefile("rb") as file:
+                        file.peek(1)  # with the first bytes of the answer session tickets were read: nothing is left of the handshake
+                        drop_file_pages()  # of OpenSSL 4 MB, which only handshakes use; a watch lasts for minutes
                         yield from answer_lines_untrusted(file)
         except (OSError, ValueError) as error:
             raise ApiFailed(f"{self._address[0]}: {error}") from None
@@ -243,6 +246,8 @@ class ClusterPods:
         changed = {uid: facts for uid, facts in wanted.items() if uid not in pods.pods or self._applied.get(uid) != facts}
         members = procs.members_of_pods(changed) if changed else {}
         registered = [self._register(pods, facts, members[uid]) for uid, facts in changed.items()]
+        if any(registered):
+            drop_file_pages()
         return not all(registered)
 
     def _register(self, pods: Pods, facts: PodFacts, pids: list[int]) -> bool:

@@ -22,8 +22,8 @@ from injector.patch import apply_patch, review
 pytestmark = [pytest.mark.netns, pytest.mark.kernel, pytest.mark.slow]
 
 PODS = 100  # the kubelet's own limit is 110
-OWN_BYTES_MAX, SHARE_BYTES_MAX, RESIDENT_BYTES_MAX = 14_000_000, 20_000_000, 26_000_000
-"""Half of what is resident are pages of files, the interpreter's and OpenSSL's, which a node has once for all containers of an image."""
+OWN_BYTES_MAX, RESIDENT_BYTES_MAX = 14_000_000, 20_000_000
+"""The rest of what is resident are pages of files, the interpreter's first, which a node has once for all containers of an image."""
 _numbers = itertools.count()
 
 
@@ -81,7 +81,10 @@ def test_the_agent_of_a_node_of_a_cluster_is_small(
         status = lab.ask(Status())
         assert {pod["level"] for pod in status["pods"]} == {CONNECT}
         assert lab.agent is not None
-        found = _memory(lab.agent.pid)
+        pid = lab.agent.pid
+        wait_for(lambda: _memory(pid)["Rss"] < RESIDENT_BYTES_MAX, "the handshakes' pages are given back", 30)
+        found = _memory(pid)
+        said = lab.ask(Status())["node"]["resident_bytes"]
     finally:
         sandboxes.close()
         server.close()
@@ -90,5 +93,4 @@ def test_the_agent_of_a_node_of_a_cluster_is_small(
             record_property(f"agent, {PODS} pods, {name}", found[name])
             print(f"\n  the agent of a node with {PODS} pods, {name}: {found[name] / 1e6:.1f} MB", end="")
     assert found["Anonymous"] < OWN_BYTES_MAX
-    assert found["Pss"] < SHARE_BYTES_MAX
-    assert found["Rss"] < RESIDENT_BYTES_MAX
+    assert abs(said - found["Rss"]) < 2_000_000, "the metric says what the kernel says; answering maps a page or two again"
