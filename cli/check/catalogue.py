@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from cli.check.certificates import CERTIFICATES, WEBHOOKS
-from cli.check.installation import CAPTURE, CONTROL, KINDS, ROLES, SETTINGS
+from cli.check.installation import KINDS, SETTINGS
+from cli.check.roles import ROLES
+from cli.check.running import CAPTURE, CONTROL
 from cli.check.server import API, BEFORE, GATEWAY
 from cli.check.workloads import INJECTION, POLICY, SIDECARS
 

@@ -102,6 +102,11 @@ def name_of(item: Mapping[str, Any]) -> str:
     return f"{meta['namespace']}/{meta['name']}" if meta.get("namespace") else str(meta.get("name"))
 
 
+def condition(item: Object, type_: str) -> bool:
+    """Whether a condition in the object's status is True."""
+    return any(found["type"] == type_ and found["status"] == "True" for found in (item.get("status") or {}).get("conditions") or [])
+
+
 def some(names: list[str], most: int = 5) -> str:
     """At most a few names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
