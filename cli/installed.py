@@ -9,7 +9,7 @@ import click
 import trio
 import yaml
 
-from cli.output import CommandFailed
+from cli.output import WHICH_CLUSTER, CommandFailed
 from cli.render.chart import NAMESPACE
 from core.k8s.api import Api, object_path
 from core.k8s.cluster import NoCluster, connect
@@ -62,7 +62,7 @@ def ask_cluster(question: Callable[[Api], Awaitable[T]], kubeconfig: str, contex
     try:
         return trio.run(ask)
     except NoCluster as error:
-        raise CommandFailed(str(error)) from None
+        raise CommandFailed(str(error), WHICH_CLUSTER) from None
     except ApiError as error:
         raise CommandFailed(error.message, "pillion check") from None
 

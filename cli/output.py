@@ -9,6 +9,8 @@ import click
 import msgspec
 
 F = TypeVar("F", bound=Callable[..., Any])
+WHICH_CLUSTER = "kubectl config get-contexts; for a mesh on this machine: pillion local status"
+"""The next step of commands that need a cluster and were told of none."""
 
 
 class CommandFailed(click.ClickException):

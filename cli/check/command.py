@@ -18,7 +18,7 @@ from cli.check.catalogue import CONTROL_PLANE, DATA_PLANE, PRE
 from cli.check.cluster import Cluster
 from cli.check.model import Category, Check, Result, succeeded
 from cli.check.run import run_checks
-from cli.output import CommandFailed, print_json, printable
+from cli.output import WHICH_CLUSTER, CommandFailed, print_json, printable
 from core.k8s.cluster import NoCluster, connect
 
 Output = Literal["table", "json", "short"]
@@ -45,7 +45,7 @@ def check(pre: bool, proxy: bool, namespace: str, wait_s: int, output: Output, k
     try:
         results = trio.run(_check, categories, namespace, float(wait_s), screen, kubeconfig, context)
     except NoCluster as error:
-        raise CommandFailed(str(error)) from None
+        raise CommandFailed(str(error), WHICH_CLUSTER) from None
     finally:
         screen.close()
     if output == "json":
