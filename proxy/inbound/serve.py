@@ -154,8 +154,12 @@ class Inbound:
         to_app = await self._forwarder(accepted).open(permit)
         try:
             with trio.fail_after(config.opaque_idle_timeout_s), self.live.silent():
-                if await who_speaks_first(accepted.stream, to_app) != "client":
-                    return Heard(_SILENT, to_app)
+                first = await who_speaks_first(accepted.stream, to_app)
+            if first == "http2":
+                to_app.close()  # the requests of this client get a connection of their own, once they are let in
+                return Heard(await self._wait_words(accepted, config.idle_timeout_s))
+            if first != "client":
+                return Heard(_SILENT, to_app)
             return Heard(await self._wait_words(accepted, config.idle_timeout_s), to_app)
         except BaseException:
             to_app.close()

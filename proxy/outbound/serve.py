@@ -131,10 +131,11 @@ class Outbound:
                     first = await who_speaks_first(accepted.stream, chosen.dialled)
                 if first == "server":
                     return chosen, _UNKNOWN
-                if first == "nobody":
+                if first != "client":
                     _discard(chosen)
                     chosen = None
-                    patience_s = self.config.detect_timeout_s
+                    if first == "nobody":
+                        patience_s = self.config.detect_timeout_s
             with trio.move_on_after(patience_s) as scope, self.live.silent():
                 await trio.lowlevel.wait_readable(accepted.stream.sock)
             if scope.cancelled_caught:

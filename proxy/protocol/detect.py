@@ -22,6 +22,14 @@ _BLANK: Final = b" \t\x0b\x0c\r\x1c\x1d\x1e\x1f\x85\xa0"
 _ONE_BLANK: Final = bytes.maketrans(_BLANK, b" " * len(_BLANK))
 # A version at the end; or a request of HTTP/0.9, behind which some servers read header fields too.
 _is_request = re.compile(rb"(?i)(?:.* )?HTTP/[0-9]+(?:\.[0-9]*)? ?$|GET (?:/|https?:)", re.DOTALL).match
+_HTTP2_ANSWER: Final = b"\x04" + bytes(5)  # type, flags and stream of the SETTINGS that a server of HTTP/2 begins with, behind its length
+_HTTP1_ANSWER: Final = b"HTTP/"
+ANSWER_BYTES: Final = 9
+"""So many bytes say whether a server that speaks first is one of HTTP."""
+_PROXY1: Final = b"PROXY "
+_PROXY1_MAX: Final = 107
+_PROXY2: Final = b"\r\n\r\n\x00\r\nQUIT\n"
+_PROXY2_BYTES: Final = 16  # then as many more as its last two say
 _KEPT: Final = 64  # of the beginning and of the end of a line
 LINE_MAX = 16 * 1024
 
@@ -70,6 +78,16 @@ def detect_untrusted(data: bytes, ended: bool = False) -> Detected | None:
     return Detected.OPAQUE if ended else None
 
 
+def answers_http2_untrusted(words: bytes) -> bool:
+    """Whether a server that begins with these bytes, at least `ANSWER_BYTES`, speaks HTTP/2: its SETTINGS need not wait for any request."""
+    return words[3:ANSWER_BYTES] == _HTTP2_ANSWER
+
+
+def may_answer_http_untrusted(words: bytes) -> bool:
+    """Whether a server that begins with these bytes may take requests: it said SETTINGS, an answer nobody asked for, or too little."""
+    return words[3:ANSWER_BYTES] == _HTTP2_ANSWER[: max(len(words) - 3, 0)] or _HTTP1_ANSWER.startswith(words[: len(_HTTP1_ANSWER)])
+
+
 def _words(line: bytes) -> bytes:
     """The line with one space for each run of blanks, at its end too; of a long one the middle is missing."""
     if len(line) > 2 * LINE_MAX:
@@ -85,19 +103,44 @@ def _could_be_request(data: bytes) -> bool:
     return _METHOD_PREFIX.fullmatch(data) is not None
 
 
+def proxy_header_untrusted(data: bytes) -> int | None:
+    """How long the header of the PROXY protocol is that ``data`` begins with (version 1 is a line, 2 is binary): 0 when there is none,
+    None when there is too little to say."""
+    if data.startswith(_PROXY1):
+        end = data.find(b"\n", 0, _PROXY1_MAX)
+        return end + 1 if end >= 0 else 0 if len(data) >= _PROXY1_MAX else None
+    if data.startswith(_PROXY2):
+        return _PROXY2_BYTES + int.from_bytes(data[14:_PROXY2_BYTES], "big") if len(data) >= _PROXY2_BYTES else None
+    return None if _PROXY1.startswith(data) or _PROXY2.startswith(data) else 0
+
+
 class FirstLine:
     """Watches what is carried as opaque bytes until its first line has ended: a request line makes it HTTP, however it was split.
 
-    Bounded: holds the beginning and the end of the line only.
+    A header of the PROXY protocol is no line of it: the servers that take one take requests behind it. Bounded: holds such a header's
+    beginning, then the beginning and the end of the line only.
     """
 
-    __slots__ = ("_line",)
+    __slots__ = ("_begin", "_line", "_skip")
 
     def __init__(self) -> None:
+        self._begin: bytes | None = b""  # what may be the beginning of a PROXY header
+        self._skip = 0  # bytes of that header that are still to come
         self._line = b""
 
     def is_http_untrusted(self, data: bytes) -> bool | None:
         """The next bytes: whether the stream is HTTP, None while that is open. Not to be called again after an answer."""
+        if self._begin is not None:
+            data = self._begin + data
+            size = proxy_header_untrusted(data)
+            if size is None:
+                self._begin = data
+                return None
+            self._begin, self._skip = None, size
+        if self._skip:
+            there = len(data)
+            data = data[self._skip :]
+            self._skip = max(self._skip - there, 0)
         if not self._line:
             data = data.lstrip(_BLANK + b"\n")
         end = data.find(b"\n")

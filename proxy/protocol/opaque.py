@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from proxy.protocol.detect import FirstLine
+from proxy.protocol.detect import ANSWER_BYTES, FirstLine, may_answer_http_untrusted
 from proxy.protocol.sides import Sink
 
 
@@ -55,7 +55,7 @@ class Half:
 class ScreenedHalf(Half):
     """A client's half that is cut when its bytes turn out to be HTTP: as opaque bytes, requests would carry to the app what is removed
     from them otherwise, a client's claim to another identity for one. Of such a request, at most a part of its first line got through.
-    A server that speaks first is none of HTTP, and may be told what it likes."""
+    A server that speaks first may be told what it likes, unless that is what servers of HTTP say."""
 
     __slots__ = ("_line",)
 
@@ -77,14 +77,26 @@ class ScreenedHalf(Half):
 class ScreenedAnswer(Half):
     """The upstream's half opposite to it."""
 
-    __slots__ = ()
+    __slots__ = ("_words",)
+
+    def __init__(self, splice: Splice, sink: Sink) -> None:
+        Half.__init__(self, splice, sink)
+        self._words: bytes | None = b""  # its first ones, until they say what it is
 
     def received(self, data: bytes) -> None:
         """Pass on."""
+        if self._words is not None:
+            self._hear(self._words + data[:ANSWER_BYTES])
+        Half.received(self, data)
+
+    def _hear(self, words: bytes) -> None:
         client = self.peer
         assert isinstance(client, ScreenedHalf)
-        client._line = None
-        Half.received(self, data)
+        if not may_answer_http_untrusted(words):
+            client._line = None
+            self._words = None
+        else:
+            self._words = words if len(words) < ANSWER_BYTES else None
 
 
 class Splice:

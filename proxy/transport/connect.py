@@ -14,6 +14,7 @@ from core.names import InvalidName, WorkloadId, parse_workload_id
 from core.runtime.sockets import Connecting, RawStream
 from core.runtime.tls import HandshakeFailed
 from policy.wire import Endpoint
+from proxy.protocol.detect import ANSWER_BYTES
 from proxy.rescue import Cause, Failure
 from proxy.transport.caller import CallerTeller
 from proxy.transport.secure import Security
@@ -32,8 +33,8 @@ class Dialled:
         self.records = records
         self.early = b""
 
-    async def wait_words(self) -> bool:
-        """Return True when the server has said something or closed in order, False when the connection was cut before a word.
+    async def wait_words(self) -> bytes | None:
+        """Return the beginning of what the server says, b"" when it closed in order, None when the connection was cut before a word.
 
         Under TLS a readable socket may hold records that say nothing.
         """
@@ -41,19 +42,18 @@ class Dialled:
             await trio.lowlevel.wait_readable(self.sock)
             try:
                 if self.records is None:
-                    self.sock.recv(1, socket.MSG_PEEK)
-                    return True
+                    return self.sock.recv(ANSWER_BYTES, socket.MSG_PEEK)
                 n = self.sock.recv_into(RECEIVE_BUFFER)
                 if not n:
-                    return False  # without close_notify
+                    return None  # without close_notify
                 self.early = self.records.decrypt(n)
             except BlockingIOError:
                 continue
             except (OSError, TlsBroken):
-                return False
+                return None
             if self.records.ended:
-                return True
-        return True
+                break
+        return self.early
 
     def close(self) -> None:
         """Nobody wants it after all."""

@@ -8,6 +8,7 @@ from typing import Final, Literal
 import trio
 
 from core.runtime.sockets import RawStream
+from proxy.protocol.detect import answers_http2_untrusted
 from proxy.protocol.opaque import Splice
 from proxy.protocol.sides import Receiver
 from proxy.transport.connect import Dialled
@@ -15,13 +16,16 @@ from proxy.transport.link import Link
 from proxy.transport.relay import Relay
 from proxy.transport.tls_bio import Records
 
+Speaker = Literal["client", "server", "http2", "nobody"]
 
-async def who_speaks_first(client: RawStream, upstream: Dialled) -> Literal["client", "server", "nobody"]:
+
+async def who_speaks_first(client: RawStream, upstream: Dialled) -> Speaker:
     """Wait until either side says something or closes; nothing is consumed that is not handed on. The caller bounds the time.
 
-    "nobody": the server's side was cut before a word, while the client was silent.
+    "http2": the server did, and it is one of HTTP/2, so that the client will make requests. "nobody": the server's side was cut before a
+    word, while the client was silent.
     """
-    spoken: list[Literal["client", "server", "nobody"]] = []
+    spoken: list[Speaker] = []
     async with trio.open_nursery() as nursery:
 
         async def listen_to_client() -> None:
@@ -30,12 +34,13 @@ async def who_speaks_first(client: RawStream, upstream: Dialled) -> Literal["cli
             nursery.cancel_scope.cancel()
 
         async def listen_to_server() -> None:
-            spoken.append("server" if await upstream.wait_words() else "nobody")
+            words = await upstream.wait_words()
+            spoken.append("nobody" if words is None else "http2" if answers_http2_untrusted(words) else "server")
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(listen_to_client)
         nursery.start_soon(listen_to_server)
-    return "server" if "server" in spoken else spoken[0]
+    return next((one for one in spoken if one in ("server", "http2")), spoken[0])
 
 
 def begin(relay: Relay, link: Link, receiver: Receiver, received: bytes) -> None:

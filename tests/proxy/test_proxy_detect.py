@@ -126,6 +126,25 @@ def test_opaque_bytes_that_become_a_request_are_cut_before_its_first_field() -> 
     assert (client.fate, upstream.fate, ends) == ("abort", "abort", ["http"])
 
 
+PROXY1 = b"PROXY TCP4 10.0.0.1 10.10.10.10 1024 10\r\n"
+PROXY2 = b"\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c" + bytes((10, 0, 0, 1, 10, 10, 10, 10, 4, 0, 0, 10))
+
+
+@pytest.mark.parametrize("header", [PROXY1, PROXY2, PROXY2[:14] + b"\x01\x00" + bytes(256)], ids=["1", "2", "2 with more"])
+@pytest.mark.parametrize(("line", "expected"), [(b"GET / HTTP/1.1\r\n", True), (b"\r\nget / HTTP/1.1\n", True), (b"EHLO x\r\n", False)])
+def test_a_request_behind_a_proxy_header_is_one_however_it_is_split(header: bytes, line: bytes, expected: bool) -> None:
+    data = header + line
+    assert watched([data]) is expected
+    for at in range(1, len(data)):
+        assert watched([data[:at], data[at:]]) is expected
+    assert watched([data[at : at + 1] for at in range(len(data))]) is expected
+
+
+@pytest.mark.parametrize("data", [b"PROXY " + b"x" * 200 + b"\n", b"PROXYING\r\n", b"\r\n\r\n\x00\r\nEXIT\n"])
+def test_what_only_begins_like_a_proxy_header_is_a_line_as_any_other(data: bytes) -> None:
+    assert watched([data]) is watched([data[at : at + 1] for at in range(len(data))]) is False
+
+
 def test_what_is_no_request_passes_and_is_watched_no_longer() -> None:
     made, _, upstream, ends = splice()
     made.client.received(b"QUIT\r\n")
@@ -139,3 +158,29 @@ def test_who_was_spoken_to_first_may_say_what_looks_like_a_request() -> None:
     made.upstream.received(b"220 hello\r\n")
     made.client.received(b"GET / HTTP/1.1\r\n")
     assert (client.take(), upstream.take(), ends) == (b"220 hello\r\n", b"GET / HTTP/1.1\r\n", [])
+
+
+SETTINGS = b"\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x64"
+
+
+@pytest.mark.parametrize("words", [SETTINGS, b"HTTP/1.1 408 Request Timeout\r\n\r\n"], ids=["http2", "http1"])
+@pytest.mark.parametrize("piece", [1, 4, 100])
+def test_who_was_spoken_to_first_by_a_server_of_http_may_not_make_requests(words: bytes, piece: int) -> None:
+    made, client, upstream, ends = splice()
+    for at in range(0, len(words), piece):
+        made.upstream.received(words[at : at + piece])
+    assert client.take() == words
+    made.client.received(HTTP2_PREFACE)
+    assert (client.fate, upstream.fate, ends, upstream.take()) == ("abort", "abort", ["http"], b"")
+
+
+@given(st.binary(max_size=12))
+def test_what_a_server_says_means_the_same_however_it_is_split(words: bytes) -> None:
+    def passes(pieces: list[bytes]) -> bool:
+        made, _, upstream, _ = splice()
+        for piece in pieces:
+            made.upstream.received(piece)
+        made.client.received(b"GET / HTTP/1.1\r\n")
+        return upstream.take() != b""
+
+    assert passes([words[at : at + 1] for at in range(len(words))]) is passes([words] if words else [])

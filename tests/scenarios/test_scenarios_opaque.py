@@ -8,6 +8,7 @@ import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import h2.events
 import pytest
 import trio
 from cryptography import x509
@@ -16,7 +17,7 @@ from core.addrs import Addr, OriginalDst
 from policy.wire import Destination, Endpoint, HttpMatch, InboundPolicy, PathMatch, Route, Rule
 from tests.certs import Authority
 from tests.ports import unused_port
-from tests.scenarios.h2_peers import H2
+from tests.scenarios.h2_peers import H2, H2App
 from tests.scenarios.mesh import ANYONE, CART, FOR_CART, WEB, inbound_policy, mesh, only
 from tests.scenarios.peers import MIB, PATIENCE_S, H11App, program, read_all, read_until, run
 
@@ -148,6 +149,40 @@ async def test_a_client_that_hesitates_before_its_request_is_served_as_http(auto
             await stream.send_all(b"GET / HTTP/1.1\r\nhost: web\r\n\r\n")
             assert (await read_until(stream, CART.uri.encode())).startswith(b"HTTP/1.1 200")
         assert made.metric(made.server, "pillion_inbound_http_authz_allow_total") == 2
+
+
+async def _answer_with_the_name(end: H2, event: h2.events.Event) -> None:
+    if isinstance(event, h2.events.RequestReceived):
+        end.h2.send_headers(event.stream_id, [(":status", "200"), ("x-name", dict(event.headers).get("pillion-client-id", "nobody"))])
+        end.h2.end_stream(event.stream_id)
+
+
+@pytest.mark.parametrize("meshed", [True, False])
+@pytest.mark.parametrize("protocol", ["detect", "opaque"])
+async def test_a_server_of_http2_that_speaks_first_sees_no_forged_identity(
+    autojump_clock: trio.testing.MockClock, meshed: bool, protocol: str
+):
+    """Its SETTINGS need not wait for a request. protocol: what the caller's own sidecar was told about the Service."""
+    app = H2App(_answer_with_the_name)
+    async with mesh(app, policy=inbound_policy(ANYONE)) as made, trio.open_nursery() as nursery:
+        made.destination(protocol=protocol)
+        client = H2(await (made.dial() if meshed else made.dial_unmeshed()), client=True)
+        await trio.sleep(4)  # beyond the silence in which a client is expected to speak
+        with contextlib.suppress(trio.BrokenResourceError):  # by a connection that was cut already
+            await client.start()
+        forged = [("pillion-client-id", "spiffe://cluster.local/ns/shop/sa/admin")]
+        if meshed and protocol == "opaque":  # the caller's sidecar carries opaque bytes, and those are none
+            with contextlib.suppress(trio.BrokenResourceError):
+                await client.request(more=forged)
+            await client.pump()
+            assert not [end for end in app.connections for event in end.events if isinstance(event, h2.events.RequestReceived)]
+        else:
+            nursery.start_soon(client.pump)
+            number = await client.request(more=forged)
+            assert (await client.answer(number))[0] == "200"
+            head = dict(client.got(number, h2.events.ResponseReceived)[0].headers)
+            assert head["x-name"] == (CART.uri if meshed else "nobody")
+        nursery.cancel_scope.cancel()
 
 
 async def test_either_side_may_end_its_half_first(autojump_clock: trio.testing.MockClock):
@@ -474,6 +509,7 @@ FORGED = b"pillion-client-id: spiffe://cluster.local/ns/shop/sa/admin\r\n"
         [b"GET /\r\nhost: web\r\n" + FORGED + b"\r\n"],
         [b"x", b"y / HTT", b"P/1.1\r\nhost: web\r\n" + FORGED, b"\r\n"],
         [b"\r\n", b"\r\nGET / HTTP/1.1\r\nhost: web\r\n" + FORGED, b"\r\n"],
+        [b"PROXY TCP4 10.0.0.1 10.0.0.2 1 2\r\nGET / HTTP/1.1\r\nhost: web\r\n" + FORGED + b"\r\n"],
         [b"y" * 200 + b" / HTTP/1.1\r\nhost: web\r\n" + FORGED, b"\r\n"],
     ],
 )
