@@ -28,7 +28,8 @@ class Application:
     def asked(self, request, fds):
         self.inodes += [os.fstat(fd).st_ino for fd in fds]
         if isinstance(request, Steer):
-            return Delayed(lambda: {"ok": True} if self.ready else None, 0.2 if request.id == "late" else 5, {"ok": False, "error": "late"})
+            seconds = 0.2 if request.id == "late" else 30
+            return Delayed(lambda: {"ok": True} if self.ready else None, seconds, {"ok": False, "error": "late"})
         if isinstance(request, Status):
             raise BadMessage("not today")
         return {"ok": True, "pod": request.pod.name, "text": "x" * 300_000}
@@ -52,7 +53,7 @@ def served(tmp_path: Path):
     thread.start()
     yield application, tmp_path / "agent.sock", admin.getsockname()
     server.stop()
-    thread.join(5)
+    thread.join(30)
     assert not thread.is_alive()
     server.close()
     unix.close()
@@ -132,7 +133,7 @@ def test_who_holds_too_many_admin_connections_loses_the_oldest_and_keeps_nobody_
 def test_who_is_turned_away_and_has_left_already_ends_nothing(served, monkeypatch: pytest.MonkeyPatch):
     _, path, _ = served
     left, trusts = threading.Event(), [False, True]
-    monkeypatch.setattr(ebpf.server, "trusted", lambda _: left.wait(5) and trusts.pop(0))
+    monkeypatch.setattr(ebpf.server, "trusted", lambda _: left.wait(30) and trusts.pop(0))
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(str(path))
     left.set()

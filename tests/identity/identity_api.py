@@ -197,7 +197,7 @@ class Mesh:
 @asynccontextmanager
 async def mesh(directory: Path, port: int) -> AsyncIterator[Mesh]:
     server = ApiServer()
-    with trio.fail_after(30):
+    with trio.fail_after(120):
         async with trio.open_nursery() as outer:
             await outer.start(server.serve)
             async with trio.open_nursery() as nursery:

@@ -47,7 +47,7 @@ def environment(directory: Path, **settings: str) -> dict[str, str]:
 
 
 def identity(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "identity", *arguments], env=env, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run([sys.executable, "-m", "identity", *arguments], env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
 class Checked(NamedTuple):
@@ -77,13 +77,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str
         assert '"event":"serving"' in process.stderr.readline()
         yield env, directory
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         assert "draining" in process.stderr.read()
     assert not (directory / "admin.sock").exists()
 
 
 def get(env: dict[str, str], path: str) -> str:
-    with urllib.request.urlopen(f"http://{env['PILLION_ADMIN_LISTEN']}{path}", timeout=30) as response:
+    with urllib.request.urlopen(f"http://{env['PILLION_ADMIN_LISTEN']}{path}", timeout=60) as response:
         return str(response.read().decode())
 
 
@@ -214,11 +214,11 @@ def test_a_request_is_brought_to_the_socket_of_the_container(running: tuple[dict
         env=running[0],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert done.returncode == 0
     assert msgspec.json.decode(done.stdout)["status"]["trust_domain"] == TRUST_DOMAIN
     without = {name: value for name, value in running[0].items() if name != "PILLION_IDENTITY_ADMIN_SOCKET"}
-    usage = subprocess.run([sys.executable, "-m", "identity.ask"], env=without, capture_output=True, text=True, timeout=30, check=False)
+    usage = subprocess.run([sys.executable, "-m", "identity.ask"], env=without, capture_output=True, text=True, timeout=60, check=False)
     assert usage.returncode == 2

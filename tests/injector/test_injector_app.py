@@ -85,7 +85,7 @@ async def injector(environ: Mapping[str, str]) -> AsyncIterator[trio.Process]:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(read)
         try:
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 while (await admin(environ, "/ready"))[0] != 200:
                     assert process.poll() is None, said.decode()
                     await trio.sleep(0.05)
@@ -93,7 +93,7 @@ async def injector(environ: Mapping[str, str]) -> AsyncIterator[trio.Process]:
         finally:
             if process.poll() is None:
                 process.terminate()
-                with trio.move_on_after(10, shield=True) as scope:
+                with trio.move_on_after(60, shield=True) as scope:
                     await process.wait()
                 if scope.cancelled_caught:
                     process.kill()
@@ -140,7 +140,7 @@ async def test_the_process_serves_the_api_server_and_ends_in_order(tmp_path: Pat
             assert "patch" not in await ask(environ, server, POD, "elsewhere")
             host = {**POD, "spec": {**POD["spec"], "hostNetwork": True}}  # type: ignore[dict-item]
             assert "warnings" in await ask(environ, server, host, "shop")
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 await server.wait_requests("POST /apis/events.k8s.io/v1/namespaces/shop/events", 1)
             (event,) = [found for (collection, *_), found in server.objects.items() if collection == EVENTS]
             assert (event["reason"], event["regarding"]["name"]) == ("InjectionSkipped", "a")
@@ -152,11 +152,11 @@ async def test_the_process_serves_the_api_server_and_ends_in_order(tmp_path: Pat
             assert names == set(re.findall(r"\| `(pillion_injector_[a-z_]+)` \|", page))
             # new settings are taken while it runs
             (tmp_path / "mesh.yaml").write_text("image: second:2\n")
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 while b"second:2" not in base64.b64decode((await ask(environ, server, POD, "shop"))["patch"]):  # noqa: ASYNC110  # a process
                     await trio.sleep(0.1)
             process.terminate()
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 while (await admin(environ, "/ready"))[0] != 503:  # noqa: ASYNC110  # a process
                     await trio.sleep(0.05)
             response = await ask(environ, server, POD, "shop")

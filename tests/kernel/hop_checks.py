@@ -323,10 +323,12 @@ def check_unread_receiver_to_app(hop: Hop) -> None:
 
 def _until_full(reader: socket.socket) -> None:
     """Until nothing more comes for a reader that does not read: a fast writer is ahead of it then, on a slow kernel too."""
-    before = -1
-    while not (now := held(reader)) or now != before:
+    before, unchanged = -1, 0
+    while unchanged < 3:
+        now = held(reader)
+        unchanged = unchanged + 1 if now == before > 0 else 0
         before = now
-        time.sleep(0.2)
+        time.sleep(0.1)
 
 
 def check_slow_reader(hop: Hop) -> None:

@@ -144,11 +144,11 @@ def test_go_that_splices_must_be_opted_out(pod: LabPod, go_echo: Path, site: Pat
     _nginx(pod, site)
     pod.popen([str(go_echo), "splice", "9191", "127.0.0.1:8080"])
     pod.wait_port(9191)
-    call = ["curl", "-sS", "--max-time", "2", f"http://{TARGET}:9191/small"]
+    call = ["curl", "-sS", f"http://{TARGET}:9191/small", "--max-time"]
     with pytest.raises(Failed, match="exit code"):
-        pod.output(call)
+        pod.output([*call, "2"])
     pod.node.write_ports(pod.cookie, PortKind.NOT_ACCELERATED, [(9191, 9191)])
-    assert pod.output(call) == b"small\n"
+    assert pod.output([*call, str(PATIENCE_S)]) == b"small\n"
 
 
 @pytest.mark.needs("node")

@@ -55,7 +55,8 @@ class Cart(grpc.GenericRpcHandler):
             yield request.upper()
 
     def _wait(self, request: bytes, context: grpc.ServicerContext) -> bytes:
-        context.add_callback(self.cancelled.set)
+        if not context.add_callback(self.cancelled.set):
+            self.cancelled.set()  # it was, before we got here
         self.waiting.set()
         self.cancelled.wait()
         return b"too late"

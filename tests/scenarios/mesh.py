@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+import structlog
 import trio
 
 from core.addrs import Addr, ClientAddr, ListenAddr, OriginalDst
@@ -251,6 +252,16 @@ async def _closing_sockets() -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def _resetting_logs() -> AsyncIterator[None]:
+    """Whoever tests what is printed comes after us, perhaps."""
+    try:
+        yield
+    finally:
+        structlog.reset_defaults()
+        logs.set_level("info")
+
+
+@asynccontextmanager
 async def mesh(
     serve_app: Callable[[trio.SocketStream], Awaitable[None]] | Addr,
     *,
@@ -265,7 +276,7 @@ async def mesh(
     authority = authority or Authority()
     logged: list[str] = []
     logs.configure("debug", "json", logged.append)
-    async with _closing_sockets(), trio.open_nursery() as nursery:
+    async with _closing_sockets(), _resetting_logs(), trio.open_nursery() as nursery:
         if isinstance(serve_app, Addr):
             app = serve_app
         else:

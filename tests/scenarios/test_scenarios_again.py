@@ -14,10 +14,10 @@ from policy.wire import Action, Backend, Endpoint, Retry, Share, Timeouts
 from tests.scenarios.grpc_peers import Cart, Client, calling, grpc_server
 from tests.scenarios.h2_peers import H2, H2App
 from tests.scenarios.mesh import WEB, Mesh, mesh
-from tests.scenarios.peers import Exchange, H11App, Http1
+from tests.scenarios.peers import PATIENCE_S, Exchange, H11App, Http1
 from tests.scenarios.test_scenarios_http2 import connected
 from tests.scenarios.test_scenarios_routes import live, tell
-from tests.scenarios.test_scenarios_timeouts import pending, until
+from tests.scenarios.test_scenarios_timeouts import elapse, pending, until
 
 
 class Flaky:
@@ -88,13 +88,23 @@ async def test_an_attempt_that_takes_too_long_is_sent_again_and_reset_at_the_bac
     async def slow_once(exchange: Exchange) -> None:
         seen.append(exchange.path)
         if len(seen) == 1:
+            asked.set()
             await trio.sleep_forever()
         await exchange.answer(b"at last")
 
-    seen: list[bytes] = []
+    asked, seen, answers = trio.Event(), list[bytes](), list[tuple[int, bytes]]()
     async with mesh(H11App(slow_once)) as made:
-        again(made, 1, timeouts=Timeouts(0.0, 0.1))
-        assert (await Http1(await made.dial()).ask("/"))[:2] == (200, b"at last")
+        again(made, 1, timeouts=Timeouts(0.0, 600.0))
+        client = Http1(await made.dial())
+
+        async def ask() -> None:
+            answers.append((await client.ask("/"))[:2])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await asked.wait()
+            elapse(made)
+        assert answers == [(200, b"at last")]
         assert retries(made, "route-timeout") == 1
         assert len(pending(made)) == 0
 
@@ -103,8 +113,8 @@ async def test_a_grpc_call_that_takes_too_long_is_called_again() -> None:
     cart = Cart()
 
     def talk(client: Client) -> None:
-        client.echo(b"", timeout=5)
-        assert client.wait(b"", timeout=10) == b"too late"  # the service waits only until its first call is cancelled
+        client.echo(b"", timeout=PATIENCE_S)
+        assert client.wait(b"", timeout=PATIENCE_S) == b"too late"  # the service waits only until its first call is cancelled
 
     with grpc_server(cart) as app:
         async with mesh(app) as made:
@@ -155,7 +165,7 @@ async def test_a_caller_that_leaves_during_a_pause_is_not_asked_for_again() -> N
         again(made, 9, timeouts=Timeouts(600.0), backoff_s=600.0)
         stream = await made.dial()
         await stream.send_all(b"GET / HTTP/1.1\r\nhost: web.shop\r\n\r\n")
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE_S):
             while not retries(made, "retriable-status"):  # noqa: ASYNC110 - a counter wakes nobody
                 await trio.sleep(0.01)
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

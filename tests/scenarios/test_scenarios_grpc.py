@@ -80,7 +80,7 @@ async def test_metadata_and_trailers_pass_both_ways_and_the_app_learns_the_prove
 async def test_a_deadline_reaches_the_app_and_ends_the_call(app: Addr, cart: Cart):
     def talk(client: Client) -> None:
         client.echo(b"", timeout=PATIENCE_S)
-        assert status_of(lambda: client.wait(b"", timeout=0.3))[0] is Status.DEADLINE_EXCEEDED
+        assert status_of(lambda: client.wait(b"", timeout=2))[0] is Status.DEADLINE_EXCEEDED  # enough to get there on a busy machine
         assert cart.cancelled.wait(PATIENCE_S)
 
     async with mesh(app) as made:

@@ -27,7 +27,7 @@ from policy.wire import (
 from tests.scenarios.grpc_peers import Cart, Client, calling, grpc_server, status_of
 from tests.scenarios.h2_peers import H2, H2App
 from tests.scenarios.mesh import CART, VIP, WEB, Mesh, inbound_policy, mesh, only
-from tests.scenarios.peers import Exchange, H11App, Http1, read_until
+from tests.scenarios.peers import PATIENCE_S, Exchange, H11App, Http1, read_until
 from tests.scenarios.test_scenarios_http1 import http_app
 from tests.scenarios.test_scenarios_http2 import connected, greet
 
@@ -209,7 +209,7 @@ async def test_http2_answers_are_changed_in_their_head_only() -> None:
 
 async def test_grpc_calls_are_changed_and_keep_their_status() -> None:
     def talk(client: Client) -> None:
-        _, call = client.echo.with_call(b"", metadata=(("x-one", "1"),), timeout=5)
+        _, call = client.echo.with_call(b"", metadata=(("x-one", "1"),), timeout=PATIENCE_S)
         initial = dict(call.initial_metadata())
         assert initial["x-new"] == "1" and "x-saw-x-one" not in initial
         assert dict(call.trailing_metadata())["x-end"] == "here"

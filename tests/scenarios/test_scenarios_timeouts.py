@@ -18,7 +18,7 @@ from proxy.outbound.deadlines import Deadlines
 from tests.scenarios.grpc_peers import Cart, Client, calling, grpc_server, status_of
 from tests.scenarios.h2_peers import H2, H2App
 from tests.scenarios.mesh import WEB, Mesh, mesh
-from tests.scenarios.peers import Exchange, H11App, Http1, read_until
+from tests.scenarios.peers import PATIENCE_S, Exchange, H11App, Http1, read_until
 from tests.scenarios.test_scenarios_http2 import connected
 from tests.scenarios.test_scenarios_routes import Backend, Ref, live, tell
 
@@ -49,7 +49,7 @@ def elapse(made: Mesh) -> None:
 
 async def until(deadlines: Deadlines, count: int) -> None:
     """Until so many are set."""
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE_S):
         while len(deadlines) != count:  # noqa: ASYNC110 - what happens on a connection wakes no task
             await trio.sleep(0.01)
 
@@ -96,7 +96,7 @@ async def test_an_http1_answer_that_has_begun_is_cut(long: Timeouts) -> None:
         await stream.send_all(b"GET /begin HTTP/1.1\r\nhost: web.shop\r\n\r\n")
         assert b" 200 " in await read_until(stream, b"begun")
         elapse(made)
-        with pytest.raises(trio.BrokenResourceError), trio.fail_after(10):
+        with pytest.raises(trio.BrokenResourceError), trio.fail_after(PATIENCE_S):
             assert await stream.receive_some(65536) == b"never an orderly end"
         assert len(pending(made)) == 0
 
@@ -137,10 +137,10 @@ async def test_grpc_is_told_that_the_deadline_has_passed(short: Timeouts) -> Non
     cart = Cart()
 
     def talk(client: Client) -> None:
-        client.echo(b"", timeout=5)
-        code, message = status_of(lambda: client.wait(b"", timeout=20))
+        client.echo(b"", timeout=PATIENCE_S)
+        code, message = status_of(lambda: client.wait(b"", timeout=PATIENCE_S))
         assert (code, message) == (grpc.StatusCode.DEADLINE_EXCEEDED, "route-timeout")
-        assert client.echo(b"still here", timeout=5) == b"still here"
+        assert client.echo(b"still here", timeout=PATIENCE_S) == b"still here"
 
     with grpc_server(cart) as app:
         async with mesh(app) as made:
