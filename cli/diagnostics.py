@@ -73,7 +73,8 @@ def policy(workload: str, port: int | None, namespace: str, where: Where, output
 def _policy_row(found: dict[str, Any] | None) -> tuple[object, ...]:
     if found is None:
         return ("(not known yet: connections wait, then are refused)", "-", "-", "-")
-    names = [ref_text(one["ref"]) for one in found["authorizations"]]
+    places = found["routes"] or [found]  # beside routes, the port's own authorizations let no request in
+    names = dict.fromkeys(ref_text(one["ref"]) for place in places for one in place["authorizations"])
     return (ref_text(found["server"]), found["protocol"], len(found["routes"]), ", ".join(names) or "nobody")
 
 

@@ -376,6 +376,14 @@ def test_nothing_that_a_pod_says_steers_the_terminal(mesh: FakeMesh, controller:
         assert all(line.isprintable() for line in shown.split("\n"))
 
 
+def test_diagnostics_policy_names_what_lets_requests_in_at_a_port_with_routes(mesh: FakeMesh) -> None:
+    granted = [{"ref": {**SERVER, "kind": "AuthorizationPolicy", "name": "of-the-route"}}]
+    routed = {**POLICY, "routes": [{"authorizations": granted}, {"authorizations": granted}, {"authorizations": []}]}
+    mesh.admin["/policy"] = (200, {"8080": routed})
+    [_, row] = run("diagnostics", "policy", "cart", "-n", "shop").stdout.splitlines()
+    assert row.split() == ["8080", "server", "shop/cart", "http1", "3", "authorizationpolicy", "shop/of-the-route"]
+
+
 def test_diagnostics_policy_of_a_port_explains_itself(mesh: FakeMesh, controller: dict[str, tuple[int, object]]) -> None:
     grant = {"policy": {**SERVER, "name": "web"}, "clients": "nobody", "problem": "no such MeshTLSAuthentication"}
     report: dict[str, Any] = {"why": "server shop/cart takes the port over", "shadowed": [SERVER], "grants": [grant], "routes": []}
