@@ -12,7 +12,7 @@ from proxy.protocol.http2.frames import PREFACE
 from proxy.protocol.http2.hpack_codec import encode
 from proxy.protocol.requests import Answer, Forward
 from proxy.rescue import Cause
-from tests.proxy.http2_fakes import DATA, GOAWAY, GRPC, HEADERS, OK, PING, RST_STREAM, SETTINGS, Chain, frame, split
+from tests.proxy.http2_fakes import CONTINUATION, DATA, GOAWAY, GRPC, HEADERS, OK, PING, RST_STREAM, SETTINGS, Chain, frame, split
 
 GET = [(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "a.test")]
 CONNECT = [(":method", "CONNECT"), (":authority", "db.test:5432")]
@@ -442,12 +442,31 @@ def test_a_receiver_that_takes_nothing_loses_the_stream(side: str) -> None:
     assert not chain.far.streams
 
 
-def test_a_header_block_that_does_not_end_is_timed_out() -> None:
-    chain = Chain()
+@pytest.mark.parametrize("idle_before", [False, True])
+def test_a_header_block_that_does_not_end_is_timed_out(idle_before: bool) -> None:
+    chain = Chain(Http2Limits(head_timeout_s=10, tick_s=5))
+    if idle_before:
+        chain.near.expired()
     chain.near.received(frame(HEADERS, 0, 1, b"\x82"))
-    assert chain.client_sink.timer == chain.limits.head_timeout_s
+    passed = 0.0
+    while not chain.client_sink.fate:
+        assert chain.client_sink.timer is not None
+        passed += chain.client_sink.timer
+        chain.near.expired()
+    assert (passed, chain.client_sink.fate) == (10, "close")
+
+
+def test_header_blocks_in_pieces_do_not_put_off_the_tick_of_a_connection() -> None:
+    chain = Chain(Http2Limits(head_timeout_s=10, tick_s=5, idle_timeout_s=300))
     chain.near.expired()
-    assert chain.client_sink.fate == "close"
+    chain.ask(GET)
+    armed: list[float | None] = []
+    chain.client_sink.expire_after = armed.append  # type: ignore[method-assign]
+    for stream in range(3, 21, 2):
+        whole = encode([(name.encode(), value.encode(), False) for name, value in GET])
+        chain.near.received(frame(HEADERS, 1, stream, whole[:1]) + frame(CONTINUATION, 4, stream, whole[1:]))
+    assert len(chain.near.streams_by_id) == 10
+    assert armed == [10, 5]  # sooner than the idle connection's, and from then on left alone
 
 
 def test_a_request_that_waits_too_long_is_handed_back() -> None:

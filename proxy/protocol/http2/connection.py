@@ -30,8 +30,8 @@ class Connection(FlowControl):
     """One HTTP/2 connection, seen from either end."""
 
     __slots__ = (
-        "_block", "_block_fin", "_block_id", "_block_size", "_blocked_s", "_largest", "_quiet_s", "_reset_ids", "_rest", "_seen_id",
-        "_settled", "_table_acked", "_timer_s", "_unusual", "blocks", "last_id", "resets",
+        "_block", "_block_fin", "_block_id", "_block_s", "_block_size", "_blocked_s", "_largest", "_quiet_s", "_reset_ids", "_rest",
+        "_seen_id", "_settled", "_table_acked", "_timer_s", "_unusual", "blocks", "last_id", "resets",
     )  # fmt: skip
 
     def __init__(self, sink: Sink, limits: Http2Limits) -> None:
@@ -47,6 +47,7 @@ class Connection(FlowControl):
         self._block: list[bytes] = []
         self._block_size = 0
         self._block_fin = False
+        self._block_s = 0.0  # ticks since it began
         self._table_acked = False
         self._reset_ids: dict[int, None] = {}
         self._timer_s = limits.head_timeout_s
@@ -99,7 +100,9 @@ class Connection(FlowControl):
         if not self._settled:
             return self.fail(0x4, "no SETTINGS in time")  # SETTINGS_TIMEOUT
         if self._block_id:
-            return self.fail(frames.ENHANCE_YOUR_CALM, "header block not ended in time")
+            self._block_s += passed
+            if self._block_s >= limits.head_timeout_s:
+                return self.fail(frames.ENHANCE_YOUR_CALM, "header block not ended in time")
         self._blocked_s = self._blocked_s + passed if self.sink.blocked else 0.0
         if self._blocked_s >= limits.stall_timeout_s:
             self.die("the peer reads nothing")
@@ -112,7 +115,7 @@ class Connection(FlowControl):
             self._quiet_s += passed
             if self._quiet_s >= limits.idle_timeout_s:
                 return self.leave()
-        self._arm(limits.tick_s if self.busy() else limits.idle_timeout_s / 4)
+        self._arm(limits.tick_s if self.busy() or self._block_id else limits.idle_timeout_s / 4)
         return None
 
     def _arm(self, seconds: float) -> None:
@@ -302,8 +305,10 @@ class Connection(FlowControl):
         self._block = [data[start:stop]]
         self._block_size = stop - start
         self._block_fin = bool(flags & 1)
+        self._block_s = 0.0
         self._unusual = True
-        self._arm(self.limits.head_timeout_s)
+        if self._timer_s > self.limits.head_timeout_s:  # never later than it was: blocks in pieces could put a tick off for ever
+            self._arm(self.limits.head_timeout_s)
         return None
 
     def _on_continuation(self, flags: int, payload: bytes) -> None:
@@ -316,7 +321,8 @@ class Connection(FlowControl):
         if flags & frames.END_HEADERS:
             stream_id, block = self._block_id, b"".join(self._block)
             self._block_id, self._block, self._unusual = 0, [], False
-            self._arm(self.limits.tick_s)
+            if self._timer_s > self.limits.tick_s:
+                self._arm(self.limits.tick_s)
             self.on_block(stream_id, block, self._block_fin)
 
     def _on_other(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
