@@ -28,7 +28,8 @@ class RequestHead(Protocol):
 
     def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
         """For each lower-case name its value, or None. Between the values of several fields of a name stands LF, which no value holds:
-        rules that looked at the first one only could be walked around where the app acts on another. Cookies are one value anyway."""
+        rules that looked at the first one only could be walked around where the app acts on another. Cookies are one value anyway.
+        ``host`` is there in HTTP/2 too, where only :authority says it."""
         ...
 
     def respelled(self, names: Spellings) -> bool:

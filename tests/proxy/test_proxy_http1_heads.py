@@ -286,6 +286,14 @@ def test_http10_is_kept_alive_by_its_field_only_and_knows_no_upgrade_or_expectat
     assert request(b"POST / HTTP/1.1", b"Host: a", b"Content-Length: 1", b"Expect: 100-Continue").expects
 
 
+def test_the_host_is_a_value_wherever_it_is_said() -> None:
+    for wire in (b"GET http://a.test/ HTTP/1.0\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n"):
+        head = request_untrusted(wire, Http1Limits())
+        assert head is not None and head.values((b"host", b"x")) == (b"a.test", None)
+    head = request_untrusted(b"GET / HTTP/1.0\r\n\r\n", Http1Limits())
+    assert head is not None and head.values((b"host",)) == (None,)
+
+
 DECIDING = ["Content-Length: 0", "Content-Type: application/grpc", "Connection: close", "Expect: x", "Keep-Alive: 5", "TE: trailers"]
 DECIDING += [
     "Proxy-Connection: close",

@@ -27,6 +27,7 @@ GUARDED = inbound_policy(
         route("role", HttpMatch(headers=(ValueMatch("Exact", "x-role", "admin"),)), only(WEB)),
         route("long", HttpMatch(headers=(ValueMatch("Exact", LONG, "1"),)), only(WEB)),
         route("delete", HttpMatch(method="DELETE"), only(WEB)),
+        route("host", HttpMatch(headers=(ValueMatch("Exact", "host", "inner.shop"),)), only(WEB)),
         route("query", HttpMatch(query=(ValueMatch("Exact", "role", "admin"),)), only(WEB)),
     )
 )
@@ -77,6 +78,25 @@ async def test_no_spelling_leads_around_a_rule_in_http2(case: tuple[str, ...]):
             assert (await client.answer(number))[0] == expected
         asked = [event for end in app.connections for event in end.events if isinstance(event, h2.events.RequestReceived)]
         assert len(asked) == (3 if expected == "200" else 0)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_rule_about_the_host_field_holds_in_http2_which_says_it_otherwise():
+    app = H2App(answer_http2)
+    async with mesh(app, policy=GUARDED) as made, trio.open_nursery() as nursery:
+        client = H2(await made.dial(VIP), client=True)
+        await client.start()
+        nursery.start_soon(client.pump)
+        for fields, expected in (
+            ([(":authority", "inner.shop")], "403"),
+            ([("host", "inner.shop")], "403"),
+            ([(":authority", "web")], "200"),
+        ):
+            number = client.h2.get_next_available_stream_id()
+            pseudo = [(":method", "GET"), (":scheme", "http"), (":path", "/")]
+            client.h2.send_headers(number, [*pseudo, *fields], end_stream=True)
+            await client.flush()
+            assert (await client.answer(number))[0] == expected
         nursery.cancel_scope.cancel()
 
 

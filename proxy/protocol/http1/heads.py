@@ -149,7 +149,7 @@ class RequestHead:
         lower = self.lower
         at = lower.find(key)
         if at < 0:
-            return None
+            return (self.authority or None) if name == b"host" else None  # HTTP/1.0 may say it in its target only
         end = self.wire.index(b"\r", at)
         value = self.wire[at + len(key) : end].strip(b" \t")
         while (at := lower.find(key, end)) >= 0:

@@ -58,7 +58,7 @@ class RequestHead(Request):
         shape = self.shape
         first = shape.first
         values = self.fields
-        if shape.repeated and not shape.repeated.isdisjoint(names):
+        if (shape.repeated and not shape.repeated.isdisjoint(names)) or (shape.host < 0 and b"host" in names):
             return tuple(map(self._joined, names))
         return tuple([values[first[name]] if name in first else None for name in names])
 
@@ -68,7 +68,7 @@ class RequestHead(Request):
 
     def _joined(self, name: bytes) -> bytes | None:
         if name not in self.shape.first:
-            return None
+            return self.authority if name == b"host" else None  # what :authority becomes for apps that look at Host
         separator = b"; " if name == b"cookie" else b"\n"  # RFC 9113 8.2.3
         return separator.join([value for other, value in zip(self.shape.names, self.fields, strict=True) if other == name])
 
