@@ -7,7 +7,7 @@ import pytest
 
 from core.spelling import Spellings
 from proxy.protocol.http1.heads import Http1Limits, request_untrusted
-from proxy.protocol.requests import HeadEdit
+from proxy.protocol.requests import Forward, HeadEdit
 from tests.proxy.http2_fakes import GRPC, OK, Chain
 
 
@@ -57,6 +57,24 @@ def test_names_that_decided_do_not_pass_in_trailers_however_they_are_spelled() -
     chain.client.h2.send_headers(stream, [("x_role", "admin"), ("x-role", "admin"), ("x-sum", "2")], end_stream=True)
     chain.run()
     assert chain.server.headers(1, h2.events.TrailersReceived) == {"x-sum": "2"}
+
+
+def test_trailers_that_came_before_the_verdict_are_stripped_by_it() -> None:
+    chain = Chain()
+    chain.gate.decide = lambda _head, _token: None
+    for trailers, expected in (
+        ([("pillion_client-id", "forged"), ("x-role", "admin"), ("x-sum", "2")], {"x-sum": "2"}),
+        ([("x-role", "a")], None),
+    ):
+        stream = chain.ask(GRPC, b"x", end=False)
+        chain.client.h2.send_headers(stream, trailers, end_stream=True)
+        chain.run()
+        assert not chain.server.of(h2.events.RequestReceived, stream)
+        edit = HeadEdit((b"pillion-client-id",), (), trailers=(b"x-role",))
+        chain.near.proceed(stream, Forward(chain.far, edit, "late"))
+        chain.run()
+        assert chain.server.body(stream) == b"x" and chain.server.of(h2.events.StreamEnded, stream)
+        assert [dict(event.headers) for event in chain.server.of(h2.events.TrailersReceived, stream)] == ([expected] if expected else [])
 
 
 @pytest.mark.parametrize("name", ["x-user", "x_user", "x-us_er", "x-users"])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Final, Generic, TypeVar
 
-from core.spelling import Spellings
+from core.spelling import Spellings, canonical
 from proxy.protocol.http2 import frames
 from proxy.protocol.http2.frames import ConnectionFault
 from proxy.protocol.http2.hpack_codec import (
@@ -171,6 +171,12 @@ def edited_answer(block: bytes, edit: AnswerRule) -> bytes:
             _edited.clear()
         _edited[block, edit] = made
     return made
+
+
+def without_names(block: bytes, strip: tuple[bytes, ...]) -> bytes:
+    """A trailer section as `Trailers.block`, without these names in any spelling; empty when no field is left."""
+    names = set(map(canonical, strip))
+    return encode([field for field in _own_blocks.decode_untrusted(block) if canonical(field[0]) not in names])
 
 
 class BlockReader:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from proxy import rescue
 from proxy.protocol.http2 import frames
-from proxy.protocol.http2.blocks import ResponseHead, edited_answer
+from proxy.protocol.http2.blocks import ResponseHead, edited_answer, without_names
 from proxy.protocol.http2.connection import Connection
 from proxy.protocol.http2.flow import StreamEnd, drop_held, rewind
 from proxy.protocol.http2.frames import ConnectionFault, StreamFault
@@ -247,6 +247,8 @@ class Http2Client(Connection):
         upstream: Http2Upstream = verdict.upstream
         other = stream.other
         assert isinstance(other, UpstreamStream)
+        if other.fin:  # trailers that came before the verdict did
+            other.fin = without_names(other.fin, verdict.edit.strip + verdict.edit.trailers)
         upstream.open(other, stream.head)
         return None
 
