@@ -210,7 +210,7 @@ class Cluster:
         (node.folder / "cni" / "10-bridge.conflist").write_text(json.dumps(configs.CNI(node.folder, node.pods)))
         (node.folder / "kubelet.yaml").write_text(configs.KUBELET.format(dns=DNS_SERVICE, **values))
         self.start(node, "containerd", "containerd", "-c", f"{node.folder}/containerd.toml")
-        wait_for(f"containerd of node {node.number}", node.socket.exists, 20)
+        wait_for(f"containerd of node {node.number}", node.socket.exists, 90)
         for archive in images:
             command = ["ctr", "-a", str(node.socket), "-n", "k8s.io", "images", "import", str(archive)]
             subprocess.run(command, check=True, capture_output=True)

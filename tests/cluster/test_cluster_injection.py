@@ -52,6 +52,16 @@ def test_a_dry_run_shows_the_pod_as_it_would_be_and_does_nothing(space: Space) -
     assert "series" not in event, "the dry run left no trace"
 
 
+def test_a_pod_in_a_user_namespace_of_its_own_is_captured_by_an_init_container_or_refused(space: Space) -> None:
+    own = client(annotations={PREFIX + "capture": "agent"})
+    own["spec"]["hostUsers"] = False
+    with pytest.raises(Refused, match=r"hostUsers: false.*config.pillion.dev/capture: init"):
+        created(space, own)
+    own["metadata"]["annotations"] = {PREFIX + "capture": "init"}
+    found = created(space, own)
+    assert names(found) == ["pillion-capture", "pillion-proxy"] and found["spec"]["hostUsers"] is False
+
+
 def test_the_owner_of_a_pod_is_told_why_it_has_no_sidecar(space: Space) -> None:
     space.apply(workload("Deployment", "outside", pod_spec(container("app", "serve", "--http", "18099"), hostNetwork=True)))
     (event,) = until("an event", lambda: events(space, "InjectionSkipped"))
@@ -60,17 +70,23 @@ def test_the_owner_of_a_pod_is_told_why_it_has_no_sidecar(space: Space) -> None:
     space.rolled_out("deployment/outside")
 
 
-def test_a_deployment_that_is_refused_says_so(space: Space) -> None:
-    space.apply(workload("Deployment", "wrong", annotations={PREFIX + "skip-inbound-ports": "http 9000"}))
+@pytest.fixture(scope="module")
+def refused(make_space: Callable[..., Space]) -> Space:
+    """A Deployment whose pods are asked for again and again, in vain."""
+    made = make_space("refused")
+    made.apply(workload("Deployment", "wrong", annotations={PREFIX + "skip-inbound-ports": "http 9000"}))
+    return made
 
+
+def test_a_deployment_that_is_refused_says_so(refused: Space) -> None:
     def failed() -> list[str]:
-        (found,) = space.json("get", "replicasets")["items"] or [{}]
+        (found,) = refused.json("get", "replicasets")["items"] or [{}]
         conditions = found.get("status", {}).get("conditions", [])
         return [each["message"] for each in conditions if each["type"] == "ReplicaFailure"]
 
     (message,) = until("the ReplicaSet to say why", failed)
     assert "annotation config.pillion.dev/skip-inbound-ports of the pod is 'http 9000'" in message
-    until("an event", lambda: events(space, "InjectionRefused"))
+    until("an event", lambda: events(refused, "InjectionRefused"))
 
 
 def test_without_an_agent_an_init_container_captures(make_space: Callable[..., Space]) -> None:
@@ -91,14 +107,14 @@ def test_a_classic_sidecar_is_ready_first_and_serves_while_the_app_ends(make_spa
     space.rolled_out("deployment/web")
     once = container("app", "call", "http://web/")
     classic = {"pillion.dev/inject": "enabled", PREFIX + "native-sidecar": "false"}
-    space.apply(pod("once", pod_spec(once, restartPolicy="Never"), annotations=classic))
+    # an app that ends with its pod still has its sidecar for a while
+    last = "trap 'python3 /app/app.py call http://web/last-words; exit 0' TERM; sleep 600 & wait"
+    late = pod("late", pod_spec(container("app", "-c", last, command=["sh"])), annotations=classic)
+    space.apply(pod("once", pod_spec(once, restartPolicy="Never"), annotations=classic), late)
     asked = until("the app to end", lambda: _ended(space, "once"))
     assert asked["exitCode"] == 0, space.run("logs", "once", "-c", "app")
     answered = json.loads(space.run("logs", "once", "-c", "app"))
     assert answered["status"] == 200 and "pillion-client-id" in answered["body"]["headers"], "its very first call went through the mesh"
-    # an app that ends with its pod still has its sidecar for a while
-    last = "trap 'python3 /app/app.py call http://web/last-words; exit 0' TERM; sleep 600 & wait"
-    space.apply(pod("late", pod_spec(container("app", "-c", last, command=["sh"])), annotations=classic))
     space.ready("late")
     space.run("delete", "pod", "late")
     log = space.run("logs", "deployment/web", "-c", "pillion-proxy")
@@ -231,3 +247,8 @@ def test_a_serving_certificate_that_is_lost_is_made_again_and_known(space: Space
     mesh.run("patch", "secret", "pillion-injector-tls", "--type=merge", "-p", json.dumps({"data": lost}))
     until("a new authority", lambda: bundle() != before, pause=1)
     until("the webhook to be asked again", lambda: names(created(space, client())) == ["pillion-proxy"])
+
+
+def test_what_is_refused_again_and_again_is_counted_on_its_event(refused: Space) -> None:
+    """Last, because a count is brought up to date half a minute after its Event."""
+    until("a count", lambda: [event for event in events(refused, "InjectionRefused") if (event.get("series") or {}).get("count", 0) > 1])

@@ -106,6 +106,7 @@ def test_a_job_of_a_cron_job_ends_by_itself(shop: Space) -> None:
             "spec": {"schedule": "0 3 * * *", "jobTemplate": template},
         }
     )
+    shop.run("delete", "job", "tonight", "--ignore-not-found")  # of an earlier try of this test
     shop.run("create", "job", "tonight", "--from=cronjob/nightly")
     until("the job has ended", lambda: finished(shop, "tonight"))
 
