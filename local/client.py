@@ -200,11 +200,11 @@ def prepare_state(state: Path) -> None:
 
 
 def wait_ready(name: str, timeout_s: float) -> protocol.MeshStatus:
-    """The first status that is ready, or the last one before the time was over; raises NotRunning."""
+    """The first status that waiting cannot make better, or the last one before the time was over; raises NotRunning."""
     deadline = time.monotonic() + timeout_s
     while True:
         status = ask(name, protocol.Status())
         assert isinstance(status, protocol.MeshStatus)
-        if (status.settled and status.ready) or time.monotonic() > deadline:
+        if (status.settled and status.ready) or status.waits_for_edits or time.monotonic() > deadline:
             return status
         time.sleep(0.1)

@@ -77,7 +77,8 @@ def up(folder: str, detach: bool, capture: str, timeout: float, name: str) -> No
             client.end(name)
         raise _fail("interrupted; the mesh is ended", code=130) from None
     if not status.ready:
-        late = f"not everything was ready within {timeout:g} s; it keeps running"
+        late = "everything else is ready" if status.waits_for_edits else f"not everything was ready within {timeout:g} s"
+        late += "; it keeps running"
         raise _fail(*status.reasons, late, next_step=f"pillion local status --name {name}, or pillion local down --name {name}")
     click.echo(f"{len(status.pods)} pods ready")
 

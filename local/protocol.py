@@ -99,7 +99,10 @@ class ServiceStatus(msgspec.Struct, frozen=True):
 
 
 class MeshStatus(msgspec.Struct, frozen=True, tag="status"):
-    """Everything. ready: every pod is (or has ended well), nothing is refused. reasons: why not, a sentence each."""
+    """Everything. ready: every pod is (or has ended well), nothing is refused. reasons: why not, a sentence each.
+
+    refused: those of the reasons that only an edit can change.
+    """
 
     name: str
     ready: bool
@@ -111,6 +114,12 @@ class MeshStatus(msgspec.Struct, frozen=True, tag="status"):
     control_plane: dict[str, str]
     pid: int
     state: str
+    refused: tuple[str, ...] = ()
+
+    @property
+    def waits_for_edits(self) -> bool:
+        """Whatever can be ready is, and something is refused."""
+        return self.settled and bool(self.refused) and set(self.reasons) <= set(self.refused)
 
 
 class LogFiles(msgspec.Struct, frozen=True, tag="logs"):

@@ -25,8 +25,8 @@ def report(
 ) -> protocol.MeshStatus:
     """The present state. settled: what the folder says has become pods. note: how pods are captured here."""
     pods = tuple(pod_status(pod) for _, pod in sorted(mesh.pods.items()))
-    reasons = [str(refusal) for refusal in refusals]
-    reasons += [f"{ref}: {why}" for ref, why in sorted(mesh.refused.items())]
+    refused = [str(refusal) for refusal in refusals] + [f"{ref}: {why}" for ref, why in sorted(mesh.refused.items())]
+    reasons = [*refused]
     reasons += [f"{what}: {why}" for what, why in sorted(mesh.troubles.items())]
     control_plane = control_plane or {}
     reasons += [f"{part} is {what}" for part, what in control_plane.items() if what != "ready"]
@@ -46,6 +46,7 @@ def report(
         control_plane=control_plane,
         pid=pid or os.getpid(),
         state=str(state),
+        refused=tuple(refused),
     )
 
 
