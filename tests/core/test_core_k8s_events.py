@@ -89,13 +89,14 @@ async def recording() -> AsyncIterator[tuple[FakeApiServer, EventRecorder]]:
     kinds = KINDS | {"/apis/events.k8s.io/v1/events": "Event"}
     del kinds["/api/v1/events"]
     with trio.fail_after(30):
-        async with running(FakeApiServer(kinds=kinds)) as server, trio.open_nursery() as nursery:
+        async with running(FakeApiServer(kinds=kinds)) as server:
             api = Api(server.access)
             recorder = EventRecorder(api, "pillion.dev/identity", "identity-0")
-            nursery.start_soon(recorder.run)
-            yield server, recorder
-            nursery.cancel_scope.cancel()
-            await api.close()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(recorder.run)
+                yield server, recorder
+                nursery.cancel_scope.cancel()
+            await api.close()  # when the recorder has ended: an answer that is on its way to it would leave its connection open
 
 
 async def until(condition: Callable[[], bool]) -> None:
