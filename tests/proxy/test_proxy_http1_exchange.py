@@ -746,3 +746,21 @@ def test_any_bytes_from_the_upstream_never_raise(pieces: list[bytes]) -> None:
     for piece in pieces:
         if piece and pair.up.fate == "" and pair.upstream is pair.gate.upstreams[-1]:
             pair.upstream.received(piece)
+
+
+def test_a_client_that_takes_nothing_of_its_answer_is_reset_and_one_that_takes_some_is_not() -> None:
+    pair = Pair(Http1Limits(idle_timeout_s=100, unread_s=100))
+    pair.client.received(HEAD)
+    pair.upstream.received(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1000)
+    for _ in range(10):  # ticks of 25 s in which nothing waits to be read: the app takes its time
+        pair.client.expired()
+    pair.down.blocked = True
+    for _ in range(3):
+        pair.client.expired()
+    pair.client.drained()  # and is blocked again at once
+    for _ in range(3):
+        pair.client.expired()
+    assert (pair.down.fate, pair.up.fate) == ("", "")
+    pair.client.expired()
+    assert (pair.down.fate, pair.up.fate) == ("abort", "abort")
+    assert pair.gate.log == [("finished", 1, 200, Cause.CLIENT_GONE)]

@@ -134,6 +134,7 @@ class Http1Client(ClientConnection):
 
     def drained(self) -> None:
         """See sides.Receiver."""
+        self._unread = 0
         if self._up is not None:
             self._up.client_drained()
         elif self._state == BLOCKED:
@@ -156,6 +157,10 @@ class Http1Client(ClientConnection):
                 return self._close()
             self._closing = True
             return self.fail(Cause.BODY_TIMEOUT)
+        self._unread = self._unread + 1 if self.sink.blocked else 0
+        if state in (BODY, WAIT) and self._unread * self._tick >= self._limits.unread_s:
+            self._leave()  # the app's connection must not wait for ever for who reads nothing
+            return self.sink.abort()
         return self.sink.expire_after(self._tick)
 
     # Reading requests.

@@ -48,7 +48,7 @@ class ClientConnection:
     __slots__ = (
         "_apply", "_body", "_closing", "_continued", "_draining", "_edit", "_edited", "_ended", "_exchange", "_gate", "_held", "_kept",
         "_limits", "_memo", "_out", "_pumping", "_quiet", "_raw", "_retried", "_span", "_spare", "_state", "_status", "_stopped", "_tick",
-        "_timing", "_token", "_tunnelled", "_up", "_up_ended", "answered_bytes", "head", "plain", "sent", "sink",
+        "_timing", "_token", "_tunnelled", "_unread", "_up", "_up_ended", "answered_bytes", "head", "plain", "sent", "sink",
     )  # fmt: skip
 
     def __init__(self, sink: Sink, gate: Gate, limits: Http1Limits | None = None) -> None:
@@ -79,6 +79,7 @@ class ClientConnection:
         self._continued = self._retried = self._pumping = self._timing = False
         self._stopped = 0
         self._quiet = 0  # ticks without progress
+        self._unread = 0  # ticks in which the client took nothing of what waits for it
         self._tick = self._limits.idle_timeout_s / IDLE_TICKS
         sink.expire_after(self._tick)
 
