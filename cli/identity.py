@@ -11,10 +11,10 @@ import click
 import msgspec
 
 from cli.output import CommandFailed, output_option, print_json, print_table
-from cli.reach import SIDECAR
 from cli.where import Asked, Where, where_options
 from identity.admin_client import AdminRefused
 from identity.admin_wire import Status
+from injector.fixed import SIDECAR_NAME
 
 
 class _WorkloadOrCommand(click.Group):
@@ -57,7 +57,7 @@ def show(workload: str, namespace: str, where: Where, output: str) -> None:
     missing = [name for name, certs in found.items() if certs is None]
     if missing:
         logs = "pillion local logs" if where.local else f"kubectl logs -n {namespace}"
-        raise CommandFailed(f"not certified: {', '.join(missing)}", f"{logs} POD -c {SIDECAR}")
+        raise CommandFailed(f"not certified: {', '.join(missing)}", f"{logs} POD -c {SIDECAR_NAME}")
 
 
 def _row(name: str, certs: dict[str, Any] | None) -> tuple[str, ...]:

@@ -16,9 +16,9 @@ from urllib.parse import urlencode
 import msgspec
 
 from cli.output import CommandFailed
-from cli.reach import ADMIN_PORT, SIDECAR
 from core.k8s.kinds import kind_meant
 from identity.admin_client import IdentityAdmin
+from injector.fixed import ADMIN_PORT, SIDECAR_NAME
 
 CONTROL_NAMESPACE = "pillion"
 IDENTITY = "pillion-identity"
@@ -91,7 +91,7 @@ class ClusterMesh:
     def sidecar(self, pod: FoundPod, path: str) -> bytes:
         """GET a path of the sidecar's admin port, over the pod's own loopback."""
         argv = ["python", "-I", "-S", "-c", _FETCH, str(ADMIN_PORT), path]
-        return self.run(pod.namespace, pod.name, SIDECAR, argv).encode()
+        return self.run(pod.namespace, pod.name, SIDECAR_NAME, argv).encode()
 
     def policy(self, path: str, **query: str) -> Any:
         """GET from the diagnostics of a policy controller that is ready: of every replica the answer is the same."""
@@ -178,7 +178,7 @@ def _means(pod: Any, kind: str, name: str) -> bool:
 
 def _sidecar(pod: Any) -> bool:
     containers = [*(pod.spec.containers or ()), *(pod.spec.init_containers or ())]
-    return any(container.name == SIDECAR for container in containers)
+    return any(container.name == SIDECAR_NAME for container in containers)
 
 
 def _root(error: BaseException) -> str:

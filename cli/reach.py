@@ -19,11 +19,10 @@ import msgspec
 from cli.output import CommandFailed
 from core.k8s.kinds import kind_meant
 from identity.admin_client import IdentityAdmin
+from injector.fixed import ADMIN_PORT, SIDECAR_NAME
 from local import client, protocol
 from local.state import BadName, state_folder
 
-SIDECAR = "pillion-proxy"
-ADMIN_PORT = 4191
 _TIMEOUT_S = 10.0
 _ANSWER_BYTES_MAX = 64 << 20
 
@@ -85,14 +84,16 @@ class LocalMesh:
         interpreter = os.path.realpath(sys.executable)  # outside of a virtual environment that the pod's user may not enter
         argv = (interpreter, "-I", "-S", "-c", _FETCH, str(ADMIN_PORT), path, str(_TIMEOUT_S))
         with tempfile.TemporaryFile() as received, open(os.devnull, "r+b") as null:
-            answer = self.ask(protocol.Exec(pod.namespace, pod.name, SIDECAR, argv), (null.fileno(), received.fileno(), null.fileno()))
+            answer = self.ask(protocol.Exec(pod.namespace, pod.name, SIDECAR_NAME, argv), (null.fileno(), received.fileno(), null.fileno()))
             received.seek(0)
             data = received.read(_ANSWER_BYTES_MAX)
         exited = answer.code if isinstance(answer, protocol.Exited) else 1
         status, _, body = data.partition(b"\n")
         if exited != 0 or not status.isdigit():
             name = f"{pod.namespace}/{pod.name}"
-            raise CommandFailed(f"the sidecar of {name} does not answer", f"pillion local logs -n {pod.namespace} {pod.name} -c {SIDECAR}")
+            raise CommandFailed(
+                f"the sidecar of {name} does not answer", f"pillion local logs -n {pod.namespace} {pod.name} -c {SIDECAR_NAME}"
+            )
         if status != b"200":
             raise CommandFailed(f"the sidecar of {pod.namespace}/{pod.name} answered {status.decode()} to GET {path}: {_line(body)}")
         return body

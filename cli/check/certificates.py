@@ -19,6 +19,7 @@ from core.k8s.fields import Raw
 from core.k8s.serving_pair import InvalidPair, read_pair, trusts
 from identity.chains import InvalidBundle, read_bundle_untrusted
 from identity.issuer import IssuerInvalid, load_issuer
+from injector.fixed import SIDECAR_NAME
 
 _SOON_S = 60 * 86400.0  # Linkerd's checks warn as early: time for a rotation without hurry
 _SERVING_SOON_S = 2 * 86400.0
@@ -110,7 +111,7 @@ async def _bundle(cluster: Cluster, namespace: str, *, missing_is_empty: bool = 
 def is_meshed(pod: Object) -> bool:
     """Has a sidecar."""
     spec = pod.get("spec") or {}
-    return any(item.get("name") == "pillion-proxy" for item in [*(spec.get("initContainers") or []), *(spec.get("containers") or [])])
+    return any(item.get("name") == SIDECAR_NAME for item in [*(spec.get("initContainers") or []), *(spec.get("containers") or [])])
 
 
 # --- webhooks ------------------------------------------------------------------------------------------------------------------------

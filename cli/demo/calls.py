@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 
 from cli.output import CommandFailed
-from cli.reach import SIDECAR, LocalMesh
+from cli.reach import LocalMesh
+from injector.fixed import SIDECAR_NAME
 from local import protocol
 
 NAMESPACE = "shop"
@@ -141,7 +142,7 @@ class LogEnd:
     """What a sidecar logs from now on."""
 
     def __init__(self, shop: Shop, app: str) -> None:
-        answer = shop.mesh.ask(protocol.Logs(NAMESPACE, shop.pods[app].name, SIDECAR))
+        answer = shop.mesh.ask(protocol.Logs(NAMESPACE, shop.pods[app].name, SIDECAR_NAME))
         assert isinstance(answer, protocol.LogFiles)
         self._path = answer.files[0][1]
         self._position = os.path.getsize(self._path)
