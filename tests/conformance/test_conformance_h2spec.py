@@ -60,7 +60,7 @@ def h2spec() -> str:
 
 async def _failed(h2spec: str, server: Addr, report: Path) -> tuple[int, set[Case]]:
     """How many cases ran and which of them failed."""
-    await run(h2spec, "-h", server.ip, "-p", str(server.port), "-j", str(report), patience_s=120)
+    await run(h2spec, "-h", server.ip, "-p", str(server.port), "-o", "5", "-j", str(report), patience_s=300)
     cases = ET.parse(report).getroot().findall(".//testcase")
     failed = {(case.get("package", ""), case.get("classname", "")) for case in cases if len(case)}
     return len(cases), failed
