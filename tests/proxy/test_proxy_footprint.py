@@ -12,7 +12,7 @@ HEAVY = (
 )  # fmt: skip
 OURS = {
     "core": {"addrs", "alpn", "capture", "credentials", "env", "names", "refs", "runtime", "spelling"},
-    "identity": {"bundle", "client", "csr", "exchange", "ledger", "schedule", "wire"},
+    "identity": {"chains", "client", "csr", "exchange", "ledger", "schedule", "wire"},
     "policy": {"authorize", "client", "lines", "match", "paths", "patterns", "wire"},
 }
 ROUTE = """
