@@ -28,21 +28,50 @@ DEAR_S = 1.0  # what the better of two costs when those in play had better not b
 FAILURE_COST_S = 5.0  # what a failed connection counts as, so that the next picks go elsewhere
 
 
-class EndpointLoad:
-    """One endpoint and what it costs to use it now. active: exchanges in flight."""
+class Tally:
+    """The exchanges in flight at several endpoints together."""
 
-    __slots__ = ("_cost_s", "_stamp", "active", "endpoint", "gone")
+    __slots__ = ("exchanges",)
+
+    def __init__(self) -> None:
+        self.exchanges = 0
+
+
+class EndpointLoad:
+    """One endpoint and what it costs to use it now."""
+
+    __slots__ = ("_active", "_cost_s", "_stamp", "_tally", "endpoint", "gone")
 
     def __init__(self, endpoint: Endpoint, now: float) -> None:
         self.endpoint = endpoint
-        self.active = 0
         self.gone = False
+        self._active = 0
+        self._tally: Tally | None = None
         self._cost_s = DEFAULT_RTT_S
         self._stamp = now
 
+    @property
+    def active(self) -> int:
+        """Exchanges in flight."""
+        return self._active
+
+    @active.setter
+    def active(self, count: int) -> None:
+        if self._tally is not None:
+            self._tally.exchanges += count - self._active
+        self._active = count
+
+    def count_in(self, tally: Tally | None) -> None:
+        """From now on its exchanges are counted there, and nowhere else."""
+        if self._tally is not None:
+            self._tally.exchanges -= self._active
+        if tally is not None:
+            tally.exchanges += self._active
+        self._tally = tally
+
     def cost(self, now: float) -> float:
         """Expected wait: the decayed peak latency times what is in flight already, plus this one."""
-        return self._cost_s * exp((self._stamp - now) / DECAY_S) * (self.active + 1)
+        return self._cost_s * exp((self._stamp - now) / DECAY_S) * (self._active + 1)
 
     def observe(self, rtt_s: float, now: float) -> None:
         """An answer took this long: rise to it at once, or move towards it by what time allows."""
@@ -67,18 +96,31 @@ class Balancer:
         self._start = 0  # the first of those in play
         self._width = LEAST_IN_PLAY  # how many are
         self._turned = 0.0
+        self._tally = Tally()
+
+    @property
+    def in_flight(self) -> int:
+        """Exchanges at the endpoints in play: a counter, because who asks is a request that finds many others."""
+        return self._tally.exchanges
+
+    def in_play(self) -> list[EndpointLoad]:
+        """The endpoints that requests choose from as long as none of them is dear, in the order of their turns."""
+        loads = self._loads
+        return [loads[(self._start + at) % len(loads)] for at in range(min(self._width, len(loads)))]
 
     def __len__(self) -> int:
         return len(self._loads)
 
     def replace(self, endpoints: Iterable[Endpoint], now: float) -> None:
         """From now on choose among these. An endpoint whose identity changed is another endpoint."""
+        self._count(self.in_play(), None)
         known = {load.endpoint: load for load in self._loads}
         wanted = dict.fromkeys(endpoints)
         if len(wanted) <= LEAST_IN_PLAY:
             self._loads = [known.get(endpoint) or EndpointLoad(endpoint, now) for endpoint in wanted]
         else:
             self._loads = self._mixed(wanted, known, now)
+        self._count(self.in_play(), self._tally)
         for endpoint, load in known.items():
             load.gone = endpoint not in wanted
 
@@ -113,24 +155,30 @@ class Balancer:
         """The next endpoint takes the place of the first one; those that are not needed leave, one at a time."""
         turns = int((now - self._turned) / TURN_S)
         self._turned = now
-        self._start = (self._start + turns) % len(self._loads)
+        self._play((self._start + turns) % len(self._loads), self._width)
         if self._width > LEAST_IN_PLAY:
-            needed = self._in_flight() // EACH + 1
-            self._width = max(LEAST_IN_PLAY, min(self._width, max(needed, self._width - turns)))
+            needed = self.in_flight // EACH + 1
+            self._play(self._start, max(LEAST_IN_PLAY, min(self._width, max(needed, self._width - turns))))
+
+    def _play(self, start: int, width: int) -> None:
+        """These are in play from now on."""
+        self._count(self.in_play(), None)
+        self._start, self._width = start, width
+        self._count(self.in_play(), self._tally)
+
+    def _count(self, loads: list[EndpointLoad], tally: Tally | None) -> None:
+        for load in loads:
+            load.count_in(tally)
 
     def _joined(self, chosen: EndpointLoad, now: float) -> EndpointLoad:
         """The endpoint that joins those in play if all of them are busy, not only the one that was chosen; that one otherwise."""
         width, count = self._width, len(self._loads)
-        if width >= count or self._in_flight() < EACH * width:
+        if width >= count or self.in_flight < EACH * width:
             return chosen
         self._width = width + 1
         next_one = self._loads[(self._start + width) % count]
+        next_one.count_in(self._tally)
         return next_one if next_one.cost(now) < DEAR_S else chosen
-
-    def _in_flight(self) -> int:
-        """Exchanges at the endpoints in play."""
-        loads = self._loads
-        return sum(loads[(self._start + at) % len(loads)].active for at in range(min(self._width, len(loads))))
 
     def _better(self, loads: list[EndpointLoad], start: int, count: int, now: float) -> EndpointLoad:
         """Of two among ``count`` endpoints from ``start`` on, around the end of the list."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from policy.wire import Endpoint
 from proxy import balance
 from proxy.balance import Balancer
@@ -153,3 +156,35 @@ def test_replaced_endpoints_do_not_change_whose_turn_it_is():
         gone = sorted(before)[0]
         made.replace([one for one in MANY if one.addr != gone] + [Endpoint(f"10.2.0.{now}:80")], now)
         assert len(set(shares(made, now + 0.5)) & before) >= balance.LEAST_IN_PLAY - 3
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("begin"), st.integers(1, 60)),
+    st.tuples(st.just("end"), st.integers(1, 60)),
+    st.tuples(st.just("wait"), st.integers(1, 40)),
+    st.tuples(st.just("replace"), st.integers(0, 80)),
+)
+
+
+@given(st.lists(STEPS, max_size=30), st.randoms(use_true_random=False))
+def test_what_is_in_flight_at_those_in_play_is_always_their_sum(steps, chance):
+    made = Balancer(chance.random)
+    made.replace(MANY[:40], 0.0)
+    now, open_exchanges = 0.0, []
+    for what, count in steps:
+        if what == "begin":
+            for _ in range(count):
+                if (load := made.choose(now)) is not None:
+                    load.active += 1
+                    open_exchanges.append(load)
+        elif what == "end":
+            for _ in range(min(count, len(open_exchanges))):
+                open_exchanges.pop(chance.randrange(len(open_exchanges))).active -= 1
+        elif what == "wait":
+            now += count / 10
+        else:
+            made.replace(chance.sample(MANY[:80], count), now)
+        assert made.in_flight == sum(load.active for load in made.in_play())
+    for load in open_exchanges:  # those of endpoints that are gone as well
+        load.active -= 1
+    assert made.in_flight == 0
