@@ -21,7 +21,7 @@ import ipaddress
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from core.refs import Ref, default_ref
 from core.spelling import Spellings
@@ -39,6 +39,7 @@ _KEY_MAX_BYTES = 2048  # longer ones are decided each time
 _CLIENTS_MAX = 1024  # distinct clients, and distinct sets of bits, remembered by a port
 _REASON_MAX_CHARS = 500
 _LISTED = 3  # policies in a reason, and values of each
+_QUESTION_MARK: Final = 0x3F  # `in` finds an element at once; with bytes it makes an exception first, and `find` takes ten times as long
 
 _LOCALHOST = Authorization(default_ref("localhost"), (Network("127.0.0.0/8"), Network("::1/128")), Anyone())
 
@@ -356,8 +357,8 @@ class ClientAuthorizer:
         """May this request pass? target: origin-form as received. headers: of `PortAuthorizer.header_names`, see `joined`."""
         if self._constant is not None:
             return self._constant
-        if not self._query and (end := target.find(b"?")) >= 0:  # `in` costs bytes an exception that is made and dropped
-            target = target[:end]
+        if not self._query and _QUESTION_MARK in target:
+            target = target[: target.index(b"?")]
         key = (method if self._method else b"", target, authority if self._host else b"", headers)
         known = self._memo.get(key)
         if known is None:

@@ -61,7 +61,7 @@ def classify(status: int, grpc_status: int = -1, *, cut: bool = False) -> Litera
 
 
 class HttpSeries:
-    """The HTTP metrics of one label set, bound. by_answer: counters of responses, see `answer`; incremented by `record.answered`."""
+    """The HTTP metrics of one label set, bound. by_answer: counters of responses, see `answer`; incremented by `record.Outcome`."""
 
     __slots__ = ("__weakref__", "_labels", "_responses", "by_answer", "latency_ms", "requests")
 

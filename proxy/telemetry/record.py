@@ -56,14 +56,32 @@ class Bodies(Protocol):
 
 
 class Outcome:
-    """The series of one decision on one connection, bound. decision None: outbound, where nothing is decided but the way."""
+    """The series of one decision on one connection, bound. decision None: outbound, where nothing is decided but the way.
 
-    __slots__ = ("authz", "decision", "http")
+    Holds parts of the series as well, and counts itself: series are not compiled, each look into one costs a look-up by name.
+    """
+
+    __slots__ = ("_bounds", "_by_answer", "_counts", "_latency", "authz", "decision", "http", "requests")
 
     def __init__(self, http: HttpSeries, authz: Counter | None, decision: Decision | None) -> None:
         self.http = http
         self.authz = authz
         self.decision = decision
+        self.requests = http.requests
+        self._by_answer = http.by_answer
+        self._latency = latency = http.latency_ms
+        self._bounds, self._counts = latency.bounds, latency.counts
+
+    def answered(self, status: int, millis: float, grpc_status: int = -1, cut: bool = False) -> None:
+        """Count the end of an exchange. status: what the client saw, 0 if nothing. millis: since the request was received. grpc_status:
+        -1 without one. cut: what served it broke off."""
+        key = status << 10 | grpc_status + 1 << 1 | cut
+        counter = self._by_answer.get(key)
+        if counter is None:
+            counter = self.http.answer(key, status, grpc_status, cut)
+        counter.value += 1
+        self._counts[bisect_left(self._bounds, millis)] += 1
+        self._latency.total += millis
 
 
 class Note:
@@ -75,19 +93,6 @@ class Note:
         self.outcome = outcome
         self.started = started
         self.head = head
-
-
-def answered(series: HttpSeries, status: int, millis: float, grpc_status: int = -1, cut: bool = False) -> None:
-    """Count the end of an exchange. status: what the client saw, 0 if nothing. millis: since the request was received. grpc_status: -1
-    without one. cut: what served it broke off. Here and not a method of the series because this module is compiled."""
-    key = status << 10 | grpc_status + 1 << 1 | cut
-    counter = series.by_answer.get(key)
-    if counter is None:
-        counter = series.answer(key, status, grpc_status, cut)
-    counter.value += 1
-    latency = series.latency_ms
-    latency.counts[bisect_left(latency.bounds, millis)] += 1
-    latency.total += millis
 
 
 class Recorder:
@@ -146,9 +151,9 @@ class _Record:
         recorder = self._recorder
         millis = (recorder.now() - note.started) * 1000.0
         if cause is None:
-            answered(outcome.http, status, millis, grpc_status)
+            outcome.answered(status, millis, grpc_status)
         else:
-            answered(outcome.http, status, millis, grpc_status, cause in _CUT)
+            outcome.answered(status, millis, grpc_status, cause in _CUT)
             self._failed(cause, outcome.decision)
         if note.head is not None and wanted(recorder.access_log, status, cause.value if cause else None, grpc_status):
             recorder.access(record(self._exchange(outcome.decision, note.head, status, cause, millis, grpc_status, bodies)))
@@ -272,7 +277,7 @@ class InboundRecord(_Record):
         outcome = self._outcomes.get(decision)
         if outcome is None:
             outcome = self._bind(decision)
-        outcome.http.requests.value += 1
+        outcome.requests.value += 1
         if outcome.authz is not None:
             outcome.authz.value += 1
         return Note(outcome, self._recorder.now(), head if self._keep_heads else None)
@@ -341,7 +346,7 @@ class OutboundRecord(_Record):
         if outcome is None:
             labels = outbound_labels("true" if identity else "disabled", identity or "", self._destination, self._dst.port)
             outcome = self._outcomes[identity] = Outcome(self._recorder.metrics.http(labels), None, None)
-        outcome.http.requests.value += 1
+        outcome.requests.value += 1
         return Note(outcome, now, head if self._keep_heads else None)
 
     def closed(self, read_bytes: int, written_bytes: int) -> None:

@@ -117,7 +117,7 @@ class FastRecords:
         return _plain_view[:size]  # type: ignore[no-any-return]
 
     def encrypt(self, data: bytes | memoryview) -> bytes | memoryview:
-        source = data if type(data) is bytes else _ffi.from_buffer(data)
+        source = data if isinstance(data, bytes) else _ffi.from_buffer(data)
         if _SSL_write(self._ssl, source, len(data)) <= 0:
             _ERR_clear_error()
             raise TlsBroken("TLS connection takes no more data")
