@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -201,35 +202,40 @@ def test_a_pod_without_its_capture_does_not_start(tmp_path: Path, ruleset: str, 
     assert found.stdout.startswith(expected), found.stdout + found.stderr
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that other users may enter. Not pytest's: every pytest that starts on this machine closes the one all of them share."""
+    with tempfile.TemporaryDirectory(prefix="pillion-test-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
 @pytest.mark.needs("newuidmap")
-def test_rootless(tmp_path: Path) -> None:
+def test_rootless(open_folder: Path) -> None:
     """The same example without root: a user that exists only in a mount namespace of this test, with a range of subordinate ids."""
     for name in ("home", "run"):
-        (tmp_path / name).mkdir(mode=0o700)
-        os.chown(tmp_path / name, 4242, 4242)
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_mode & 0o005 != 0o005 and str(folder).startswith("/tmp/"):
-            folder.chmod(folder.stat().st_mode | 0o055)
-    (tmp_path / "passwd").write_text(Path("/etc/passwd").read_text() + "rootless:x:4242:4242::/:/bin/sh\n")
-    (tmp_path / "subid").write_text("rootless:300000:65536\n")
+        (open_folder / name).mkdir(mode=0o700)
+        os.chown(open_folder / name, 4242, 4242)
+    (open_folder / "passwd").write_text(Path("/etc/passwd").read_text() + "rootless:x:4242:4242::/:/bin/sh\n")
+    (open_folder / "subid").write_text("rootless:300000:65536\n")
     local = " ".join(f"'{word}'" if " " not in word else f'"{word}"' for word in COMMAND)
     script = f"""
 set -e
 mount --make-rprivate /
 touch /etc/subuid /etc/subgid
-mount --bind {tmp_path}/passwd /etc/passwd
-mount --bind {tmp_path}/subid /etc/subuid
-mount --bind {tmp_path}/subid /etc/subgid
-export HOME={tmp_path}/home XDG_RUNTIME_DIR={tmp_path}/run
-cat > {tmp_path}/user.sh <<'USER'
+mount --bind {open_folder}/passwd /etc/passwd
+mount --bind {open_folder}/subid /etc/subuid
+mount --bind {open_folder}/subid /etc/subgid
+export HOME={open_folder}/home XDG_RUNTIME_DIR={open_folder}/run
+cat > {open_folder}/user.sh <<'USER'
 down() {{ {local} down; }}
 trap down EXIT
 {local} check || exit 1
-{local} up -f {EXAMPLE} --detach --timeout 90 || {{ cat {tmp_path}/run/pillion/default/runner.log; exit 1; }}
+{local} up -f {EXAMPLE} --detach --timeout 90 || {{ cat {open_folder}/run/pillion/default/runner.log; exit 1; }}
 {local} exec -n hello client -- curl -sS -m 30 http://web/
 {local} exec -n hello stranger -- curl -sS -m 30 -o /dev/null -w '%{{http_code}}' http://web/
 USER
-exec setpriv --reuid 4242 --regid 4242 --clear-groups -- sh {tmp_path}/user.sh
+exec setpriv --reuid 4242 --regid 4242 --clear-groups -- sh {open_folder}/user.sh
 """
     found = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=240, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
