@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import Ground
-from tests.cluster.kube import Object, Space, client, until
+from tests.cluster.kube import Space, client, until
 from tests.cluster.whole import whole
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -35,16 +35,10 @@ def no_agent(mesh: Space) -> Iterator[None]:
         mesh.rolled_out("daemonset/pillion-agent")
 
 
-def sidecar(space: Space) -> Object:
-    """Its status."""
-    (found,) = space.json("get", "pod", "client")["status"]["initContainerStatuses"]
-    return found
-
-
 def why_it_ended(space: Space) -> str:
-    """What the sidecar said last, this time or the time before."""
-    status = sidecar(space)
-    ends = [status[field].get("terminated", {}) for field in ("state", "lastState")]
+    """What the sidecar said last, this time or the time before; a kubelet that was killed may not have told of the sidecar yet."""
+    statuses = space.json("get", "pod", "client")["status"].get("initContainerStatuses", [])
+    ends = [status[field].get("terminated", {}) for status in statuses for field in ("state", "lastState")]
     return "".join(end.get("message", "") for end in ends)
 
 
@@ -68,11 +62,12 @@ def test_a_kubelet_that_is_restarted_before_capture_is_proven_does_not_start_the
         pytest.skip("needs the machines of the nodes")
     with no_agent(mesh):
         space.apply(client())
-        until("the sidecar's hook", lambda: hooks() or None)
+        uid = space.json("get", "pod", "client")["metadata"]["uid"]
+        until("the sidecar's hook", lambda: hooks(uid))
         for node in ground.nodes.nodes:
             ground.nodes.stop(node, "kubelet", kill=True)
         try:
-            until("the hook to be gone", lambda: not hooks())
+            until("the hook to be gone", lambda: not hooks(uid))
         finally:
             for node in ground.nodes.nodes:
                 ground.nodes.again(node, "kubelet")
@@ -82,15 +77,16 @@ def test_a_kubelet_that_is_restarted_before_capture_is_proven_does_not_start_the
     whole(space, mesh)  # the new kubelets have called all their pods not ready
 
 
-def hooks() -> list[Path]:
-    """Processes of this machine that hold a pod's start."""
+def hooks(uid: str) -> list[Path]:
+    """Processes of this machine that hold the start of the pod with this uid."""
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             try:
                 words = (process / "cmdline").read_bytes().split(b"\0")
+                cgroups = (process / "cgroup").read_text()
             except OSError:
                 continue
-            if b"injector.hold" in words and b"runc" not in words[0]:
+            if b"injector.hold" in words and b"runc" not in words[0] and f"pod{uid}" in cgroups:
                 found.append(process)
     return found
