@@ -3,9 +3,11 @@
     app (client) ==== capture ====> relay (uid 2102) ==== the pod's own address ====> app (server)
 
 Every way has a pod of its own: plain nftables REDIRECT, eBPF capture without and with acceleration, the same where bytes towards the app
-go back from TCP without a look at who reads, and no capture or relay at all. Rounds are interleaved. Round trips are measured with all
-processes of a way on one processor, where the way itself is all that there is, and once more wherever the scheduler puts them, as in a
-pod: waking an idle processor is then most of what is measured, and whether that happens differs from run to run. Bulk goes to a server
+go back from TCP without a look at who reads, and no capture or relay at all. Rounds are interleaved. Round trips are measured with one
+connection, where four switches between processes are a third of what the accelerated way takes, and with sixteen that all have a message
+under way, where a relay that is woken finds several, as a sidecar in use does. Both with all processes of a way on one processor, where
+the way itself is all that there is, and once more wherever the scheduler puts them, as in a pod: waking an idle processor is then most of
+what is measured, and whether that happens differs from run to run. Bulk goes to a server
 that waits by poll(2), as event loops do, and to one that waits inside recv(2), which the programs treat differently (``reader`` in
 ebpf/bpf/mesh.h). Where it runs is the scheduler's choice. CPU is that of client, relay and server, and of the kernel's workers. The same
 rows with Pillion's own sidecars are P1 to P4 of the contestants ``pillion`` and ``pillion-ebpf``.
@@ -35,6 +37,7 @@ ROW = "P8"
 WAYS = ("nftables", "connect", "connect+sockmap", "connect+sockmap, trusting", "direct")
 _SIZES = (100, 1024, 16384)
 _ONE, _ANY = "one processor", "any processor"
+_CONNECTIONS = 16
 _BULK = {"bulk, 64 KiB writes": "bulk", "bulk, 64 KiB writes, blocking reader": "blocking"}
 """Work -> role of the client."""
 _RUNS = 9  # of a round: each finds other places for the three processes, one or two processors, which is a factor of four
@@ -105,13 +108,19 @@ def p8(bench: Bench) -> None:
         _ratios(bench, ways)
 
 
-def _work(size: int, where: str) -> str:
-    return f"round trip, {size:,} bytes, {where}"
+def _work(size: int, where: str, connections: int = 1) -> str:
+    return f"round trip, {size:,} bytes, " + (f"{connections} connections, " if connections > 1 else "") + where
+
+
+def _trips() -> list[str]:
+    return [_work(size, where, connections) for connections in (1, _CONNECTIONS) for where in (_ONE, _ANY) for size in _SIZES]
 
 
 def _round_trips(bench: Bench, way: Way, where: str) -> None:
-    for size in _SIZES:
-        _attempt(bench, way, _work(size, where), lambda size=size: _latency(bench, way, size))  # type: ignore[misc]
+    for connections in (1, _CONNECTIONS):
+        for size in _SIZES:
+            work = _work(size, where, connections)
+            _attempt(bench, way, work, lambda size=size, connections=connections: _latency(bench, way, size, connections))  # type: ignore[misc]
 
 
 def _attempt(bench: Bench, way: Way, work: str, measure: Callable[[], dict[str, float]]) -> None:
@@ -126,9 +135,10 @@ def _attempt(bench: Bench, way: Way, work: str, measure: Callable[[], dict[str, 
     bench.say(f"P8 {work:38} {way.name:22} " + " ".join(f"{name}={value:,.4g}" for name, value in figures.items()))
 
 
-def _latency(bench: Bench, way: Way, size: int) -> dict[str, float]:
-    count = 100 if bench.plan.quick else 1000
-    runs = [list(map(float, _run(way, "latency", str(size), str(count)).split())) for _ in range(_RUNS)]
+def _latency(bench: Bench, way: Way, size: int, connections: int) -> dict[str, float]:
+    count = str((100 if bench.plan.quick else 1000) * connections)
+    words = ("latency", str(size), count) if connections == 1 else ("busy", str(size), count, str(connections))
+    runs = [list(map(float, _run(way, *words).split())) for _ in range(_RUNS)]
     p50, p99 = (median(values) for values in zip(*runs, strict=True))
     return {"latency_p50": p50, "latency_p99": p99}
 
@@ -242,7 +252,7 @@ def _agent(folder: Path, cgroup: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _way(bench: Bench, name: str, number: int, agent: Path, cgroup: Path) -> Iterator[Way]:
     netns = f"hop{os.getpid()}x{number}"
-    series = {work: Series(ROW, work, name) for work in (*(_work(size, where) for where in (_ONE, _ANY) for size in _SIZES), *_BULK)}
+    series = {work: Series(ROW, work, name) for work in (*_trips(), *_BULK)}
     bench.series += series.values()
     with contextlib.ExitStack() as stack:
         _ip("netns", "add", netns)

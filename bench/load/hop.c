@@ -1,13 +1,14 @@
 /* The hop between app and sidecar, with a sidecar that does nothing but relay: what capture itself costs, in C, so that nothing hides it.
  *
  *   hop server PORT               echoes messages, or swallows bytes and answers with their number
- *   hop relay PORT IP PORT        recv() and send() between what it accepts and a connection of its own, one after the other
+ *   hop relay PORT IP PORT        recv() and send() between each connection it accepts and one of its own, told by poll(2)
  *   hop latency IP PORT SIZE N    prints the median and the 99th percentile of N round trips in microseconds
+ *   hop busy IP PORT SIZE N CONNECTIONS  the same with a message under way on each connection all the time, and a server of many
  *   hop bulk IP PORT BYTES CHUNK  prints the bytes per second until the server has counted them all, which waits for them by poll(2)
  *   hop blocking IP PORT BYTES CHUNK  the same with a server that waits inside recv(2)
  *
- * A client's first 8 bytes say what it wants: u32 1 and the size of its messages, or u32 2 (poll) or 3 (recv) and 0. Exit code 1 and
- * errno's text when anything goes wrong, a wrong count included. Built and run by bench.hop.
+ * A connection's first 8 bytes say what its client wants: u32 1 (alone) or 4 (one of many) and the size of its messages, or u32 2 (poll)
+ * or 3 (recv) and 0. Exit code 1 and errno's text when anything goes wrong, a wrong count included. Built and run by bench.hop.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -20,12 +21,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { ECHO = 1, SWALLOW = 2, SWALLOW_BLOCKING = 3, BUFFER = 1 << 20, READ = 256 << 10, WARM_UP = 200 };
+enum { ECHO = 1, SWALLOW = 2, SWALLOW_BLOCKING = 3, ECHO_MANY = 4 };
+enum { BUFFER = 1 << 20, READ = 256 << 10, WARM_UP = 200, FDS = 1024, EVENTS = 64 };
 
 static char buffer[BUFFER];
 
@@ -96,42 +99,122 @@ static void send_all(int fd, const void *from, size_t size) {
   }
 }
 
-static void serve(int fd) {
-  uint32_t wish[2];
-  if (receive_all(fd, wish, sizeof wish)) return;
-  if (wish[0] == ECHO) {
-    while (!receive_all(fd, buffer, wish[1])) send_all(fd, buffer, wish[1]);
-    return;
-  }
-  uint64_t count = 0;
-  int flags = wish[0] == SWALLOW ? MSG_DONTWAIT : 0;
-  for (ssize_t n; (n = receive_with(fd, buffer, READ, flags)) > 0;) count += (uint64_t)n;
-  send_all(fd, &count, sizeof count);
+static void watch(int epoll, int fd) {
+  struct epoll_event event = {.events = EPOLLIN, .data.fd = fd};
+  if (fd >= FDS) errno = EMFILE;
+  if (fd >= FDS || epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event)) fail("epoll_ctl");
 }
 
-static void relay(int client, const char *ip, const char *port) {
-  int fd[2] = {client, connect_to(ip, port)}, open = 3;
-  while (open) {
-    struct pollfd wait[2];
-    for (int i = 0; i < 2; i++) wait[i] = (struct pollfd){.fd = open & (1 << i) ? fd[i] : -1, .events = POLLIN};
-    poll(wait, 2, -1);
-    for (int i = 0; i < 2; i++) {
-      if (!wait[i].revents) continue;
-      ssize_t n = recv(fd[i], buffer, READ, MSG_DONTWAIT);
-      if (n > 0) {
-        send_all(fd[1 - i], buffer, (size_t)n);
-      } else if (n == 0 || (errno != EAGAIN && errno != EINTR)) {
-        shutdown(fd[1 - i], SHUT_WR);
-        open &= ~(1 << i);
+static int new_epoll(void) {
+  int epoll = epoll_create1(0);
+  if (epoll < 0) fail("epoll_create1");
+  return epoll;
+}
+
+/* Until the last of many connections ends; the wish of the first one is read. */
+static void serve_many(int listener, int fd, uint32_t size) {
+  struct epoll_event event[EVENTS];
+  int epoll = new_epoll(), connections = 1;
+  watch(epoll, listener);
+  watch(epoll, fd);
+  while (connections) {
+    int count = epoll_wait(epoll, event, EVENTS, -1);
+    for (int i = 0; i < count; i++) {
+      uint32_t wish[2];
+      int from = event[i].data.fd;
+      if (from != listener) {
+        if (!receive_all(from, buffer, size)) {
+          send_all(from, buffer, size);
+        } else {
+          close(from);
+          connections--;
+        }
+      } else if ((from = accept(listener, 0, 0)) >= 0) {
+        no_delay(from);
+        if (receive_all(from, wish, sizeof wish)) fail("a connection that wants nothing");
+        watch(epoll, from);
+        connections++;
       }
     }
   }
-  close(fd[1]);
+  close(epoll);
+}
+
+/* Closes the connection. */
+static void serve(int listener, int fd) {
+  uint32_t wish[2];
+  uint64_t count = 0;
+  if (receive_all(fd, wish, sizeof wish)) {
+    close(fd);
+    return;
+  }
+  if (wish[0] == ECHO_MANY) {
+    serve_many(listener, fd, wish[1]);
+    return;
+  }
+  if (wish[0] == ECHO) {
+    while (!receive_all(fd, buffer, wish[1])) send_all(fd, buffer, wish[1]);
+  } else {
+    int flags = wish[0] == SWALLOW ? MSG_DONTWAIT : 0;
+    for (ssize_t n; (n = receive_with(fd, buffer, READ, flags)) > 0;) count += (uint64_t)n;
+    send_all(fd, &count, sizeof count);
+  }
+  close(fd);
+}
+
+/* Both connections of a relayed one, by their descriptors. */
+static struct {
+  int other;
+  int ended;
+} leg[FDS];
+
+/* Whether more may come. */
+static int relay_from(int fd) {
+  int other = leg[fd].other;
+  ssize_t n = recv(fd, buffer, READ, MSG_DONTWAIT);
+  if (n > 0) send_all(other, buffer, (size_t)n);
+  if (n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR))) return 1;
+  shutdown(other, SHUT_WR);
+  leg[fd].ended = 1;
+  if (leg[other].ended) {
+    close(other);
+    close(fd);
+  }
+  return 0;
+}
+
+static void relay(int listener, const char *ip, const char *port) {
+  static struct pollfd wait[FDS] = {{.events = POLLIN}};
+  int count = 1;
+  wait[0].fd = listener;
+  for (;;) {
+    poll(wait, (nfds_t)count, -1);
+    int left = 1;
+    for (int i = 1; i < count; i++)
+      if (!wait[i].revents || relay_from(wait[i].fd)) wait[left++] = wait[i];
+    count = left;
+    if (!wait[0].revents) continue;
+    int from = accept(listener, 0, 0);
+    if (from < 0) continue;
+    no_delay(from);
+    int to = connect_to(ip, port), pair[] = {from, to};
+    if (from >= FDS || to >= FDS || count + 2 > FDS) exit(1);
+    for (int i = 0; i < 2; i++) {
+      wait[count++] = (struct pollfd){.fd = pair[i], .events = POLLIN};
+      leg[pair[i]].other = pair[1 - i];
+      leg[pair[i]].ended = 0;
+    }
+  }
 }
 
 static int ascending(const void *a, const void *b) {
   double x = *(const double *)a, y = *(const double *)b;
   return (x > y) - (x < y);
+}
+
+static void print_times(double *took, int count) {
+  qsort(took, (size_t)count, sizeof *took, ascending);
+  printf("%.2f %.2f\n", took[count / 2], took[count - 1 - count / 100]);
 }
 
 static void latency(int fd, uint32_t size, int count) {
@@ -144,8 +227,35 @@ static void latency(int fd, uint32_t size, int count) {
     if (receive_all(fd, buffer, size)) fail("the echo ended");
     if (i >= 0) took[i] = (now() - began) * 1e6;
   }
-  qsort(took, (size_t)count, sizeof *took, ascending);
-  printf("%.2f %.2f\n", took[count / 2], took[count - 1 - count / 100]);
+  print_times(took, count);
+}
+
+/* Each connection sends its next message as soon as the one before is back. In the end every message is. */
+static void busy(const char *ip, const char *port, uint32_t size, int count, int connections) {
+  static double began[FDS];
+  uint32_t wish[2] = {ECHO_MANY, size};
+  struct epoll_event event[EVENTS];
+  double *took = calloc((size_t)count, sizeof *took);
+  int epoll = new_epoll(), done = -WARM_UP, to_send = WARM_UP + count - connections;
+  for (int i = 0; i < connections; i++) {
+    int fd = connect_to(ip, port);
+    watch(epoll, fd);
+    send_all(fd, wish, sizeof wish);
+    began[fd] = now();
+    send_all(fd, buffer, size);
+  }
+  while (done < count) {
+    int ready = epoll_wait(epoll, event, EVENTS, -1);
+    for (int i = 0; i < ready; i++, done++) {
+      int fd = event[i].data.fd;
+      if (receive_all(fd, buffer, size)) fail("the echo ended");
+      double ended = now();
+      if (done >= 0) took[done] = (ended - began[fd]) * 1e6;
+      began[fd] = ended;
+      if (to_send-- > 0) send_all(fd, buffer, size);
+    }
+  }
+  print_times(took, count);
 }
 
 static void bulk(int fd, uint32_t how, uint64_t size, uint64_t chunk) {
@@ -170,16 +280,16 @@ int main(int words, char **word) {
   int serving = !strcmp(role, "server") && words == 3, relaying = !strcmp(role, "relay") && words == 5;
   if (serving || relaying) {
     int listener = listen_on(word[2]);
+    if (relaying) relay(listener, word[3], word[4]);
     for (;;) {
       int fd = accept(listener, 0, 0);
       if (fd < 0) continue;
       no_delay(fd);
-      if (relaying) relay(fd, word[3], word[4]);
-      else serve(fd);
-      close(fd);
+      serve(listener, fd);
     }
   }
   if (!strcmp(role, "latency") && words == 6) latency(connect_to(word[2], word[3]), (uint32_t)atoi(word[4]), atoi(word[5]));
+  else if (!strcmp(role, "busy") && words == 7) busy(word[2], word[3], (uint32_t)atoi(word[4]), atoi(word[5]), atoi(word[6]));
   else if (!strcmp(role, "bulk") && words == 6) bulk(connect_to(word[2], word[3]), SWALLOW, strtoull(word[4], 0, 10), strtoull(word[5], 0, 10));
   else if (!strcmp(role, "blocking") && words == 6)
     bulk(connect_to(word[2], word[3]), SWALLOW_BLOCKING, strtoull(word[4], 0, 10), strtoull(word[5], 0, 10));

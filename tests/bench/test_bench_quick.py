@@ -27,7 +27,12 @@ PROXIES = {"envoy", "haproxy", "pillion", "pillion-ebpf"}
 ALL = {"none", *PROXIES}
 ALL_AND_HTTP2_BETWEEN = {*ALL, "envoy-h2"}
 BY_PROGRAM = {"envoy", "haproxy", "pillion"}
-HOPS = [f"round trip, {size} bytes, {where} processor" for size in ("100", "1,024", "16,384") for where in ("one", "any")]
+HOPS = [
+    f"round trip, {size} bytes, {many}{where} processor"
+    for size in ("100", "1,024", "16,384")
+    for many in ("", "16 connections, ")
+    for where in ("one", "any")
+]
 
 TAKE_PART = {
     "P1": {"HTTP/1.1, 32 connections": ALL_AND_HTTP2_BETWEEN},
