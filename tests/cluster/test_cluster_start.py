@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from injector.hold import HOLD_SOCKET
 from tests.cluster.conftest import Ground
 from tests.cluster.kube import Space, client, until
 from tests.cluster.whole import whole
@@ -63,7 +64,7 @@ def test_a_kubelet_that_is_restarted_before_capture_is_proven_does_not_start_the
     with no_agent(mesh):
         space.apply(client())
         uid = space.json("get", "pod", "client")["metadata"]["uid"]
-        until("the sidecar's hook", lambda: hooks(uid))
+        until("the sidecar has heard its hook", lambda: any(heard(hook) for hook in hooks(uid)))
         for node in ground.nodes.nodes:
             ground.nodes.stop(node, "kubelet", kill=True)
         try:
@@ -75,6 +76,15 @@ def test_a_kubelet_that_is_restarted_before_capture_is_proven_does_not_start_the
         assert_app_never_started(space)
     space.ready("client")
     whole(space, mesh)  # the new kubelets have called all their pods not ready
+
+
+def heard(hook: Path) -> bool:
+    """The sidecar is loaded and has accepted the hook's connection: before, a quick kubelet could be back sooner than a slow sidecar."""
+    try:
+        rows = [line.split() for line in (hook / "net" / "unix").read_text().splitlines()]
+    except OSError:
+        return False
+    return any(row[-1] == HOLD_SOCKET.replace("\0", "@") and row[5] == "03" for row in rows)  # SS_CONNECTED
 
 
 def hooks(uid: str) -> list[Path]:
