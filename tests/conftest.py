@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 
@@ -94,6 +95,12 @@ def _old_go() -> str:
 
 
 _MISSING = {"needs": _missing_programs, "netns": _missing_for_netns, "kernel": _missing_for_kernel, "cluster": _missing_for_cluster}
+
+
+def pytest_configure() -> None:
+    # a shell without job control starts what runs in its background (``make test &``) deaf to Ctrl-C, and so would our children be
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -95,8 +95,10 @@ def test_a_writer_that_outran_its_reader_comes_back_to_the_short_way(pod: LabPod
 def _exchanges(number: int, size: int) -> int:
     """Messages that meet the bound on memory, read in small pieces; how many segments the reader's kernel dropped for want of room."""
     c, s = hop_checks.Hop().pair()
+    ahead = threading.Event()  # a reader as fast as its writer would never meet the bound
 
     def serve() -> None:
+        ahead.wait()
         for _ in range(number):
             left = size
             while left:
@@ -105,9 +107,17 @@ def _exchanges(number: int, size: int) -> int:
 
     server = threading.Thread(target=serve)
     server.start()
+    left = memoryview(bytes(size))
+    c.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while left:
+            left = left[c.send(left) :]
+    c.setblocking(True)
+    ahead.set()
     for _ in range(number):
-        c.sendall(bytes(size))
+        c.sendall(left)
         hop_checks.read_exactly(c, 1)
+        left = memoryview(bytes(size))
     server.join()
     with open("/proc/net/netstat", encoding="ascii") as file:
         names, values = (line.split() for line in file if line.startswith("TcpExt:"))
