@@ -21,9 +21,10 @@ from tests.cluster.whole import no_api_server, restart_kubelet, whole
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-AWAY_S = float(os.environ.get("PILLION_AWAY", "20"))
-"""How long the API server is away in its test: longer than any leader's lease is valid. 600 is what is promised, and too long for every
-run: clients of Kubernetes ask at intervals that double, so that it takes them about as long again to hear that it is back.
+AWAY_S = float(os.environ.get("PILLION_AWAY", "10"))
+"""How long the API server is away in its test. 600 is what is promised, and too long for every run: clients of Kubernetes ask at
+intervals that double, with as much again by chance, so that it takes them about as long to hear that it is back, one after the other.
+That nobody leads once a lease is over, and somebody does again, is tests/identity/test_identity_cluster.py's.
 """
 
 
