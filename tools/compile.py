@@ -35,6 +35,7 @@ MODULES = (
     "proxy/protocol/http1/connection.py",
     "proxy/protocol/http1/edits.py",
     "proxy/protocol/http1/heads.py",
+    "proxy/protocol/http1/parse.py",
     "proxy/protocol/http1/responses.py",
     "proxy/protocol/http1/upstream.py",
     "proxy/protocol/http2/blocks.py",

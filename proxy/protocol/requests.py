@@ -95,6 +95,10 @@ class Answer:
         self.exchange = exchange
 
 
+IDEMPOTENT: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
+"""Methods of which acting twice is acting once (RFC 9110 section 9.2.2): without a rule that says so, only these are sent again to where
+the first one may have been acted on."""
+
 LATER: Final = None
 """The gate will call the engine's ``proceed``; until then the engine holds the request."""
 

@@ -12,16 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.protocol.http1.edits import answer_editor, editor
-from proxy.protocol.http1.heads import (
-    CHUNKED,
-    UNTIL_CLOSE,
-    HeadError,
-    Http1Limits,
-    RequestHead,
-    ResponseHead,
-    request_untrusted,
-    response_untrusted,
-)
+from proxy.protocol.http1.heads import CHUNKED, UNTIL_CLOSE, HeadError, RequestHead, ResponseHead
+from proxy.protocol.http1.limits import Http1Limits
+from proxy.protocol.http1.parse import request_untrusted, response_untrusted
 from proxy.protocol.requests import AnswerRule, HeadEdit
 from proxy.rescue import Cause
 

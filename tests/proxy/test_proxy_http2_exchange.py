@@ -6,7 +6,8 @@ import h2.events
 import pytest
 
 from core.spelling import Spellings
-from proxy.protocol.http1.heads import Http1Limits, request_untrusted
+from proxy.protocol.http1 import Http1Limits
+from proxy.protocol.http1.parse import request_untrusted
 from proxy.protocol.requests import Forward, HeadEdit
 from tests.proxy.http2_fakes import GRPC, OK, Chain
 

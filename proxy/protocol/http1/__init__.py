@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from proxy.protocol.http1.client import Http1Client
-from proxy.protocol.http1.heads import Http1Limits
+from proxy.protocol.http1.limits import Http1Limits
 from proxy.protocol.http1.upstream import Http1Upstream
 
 __all__ = ["Http1Client", "Http1Limits", "Http1Upstream"]

@@ -12,10 +12,11 @@ from typing import Final
 
 from proxy.protocol.http1.body import BodyError, BodyReader, Length
 from proxy.protocol.http1.edits import answer_editor, editor
-from proxy.protocol.http1.heads import UNTIL_CLOSE, Http1Limits, RequestHead, ResponseHead
+from proxy.protocol.http1.heads import UNTIL_CLOSE, RequestHead, ResponseHead
+from proxy.protocol.http1.limits import Http1Limits
 from proxy.protocol.http1.responses import switching, translated
 from proxy.protocol.http1.upstream import Http1Upstream
-from proxy.protocol.requests import Gate, HeadEdit
+from proxy.protocol.requests import Gate, HeadEdit, Verdict
 from proxy.protocol.sides import Sink
 from proxy.rescue import Cause, Redirect, effect, http1_answer
 
@@ -83,20 +84,8 @@ class ClientConnection:
         self._tick = self._limits.idle_timeout_s / IDLE_TICKS
         sink.expire_after(self._tick)
 
-    def upstream_broken(self, cause: Cause, stale: bool) -> None:
-        """The exchange cannot be completed. stale: the upstream had served before and died before any byte of this response."""
-        raise NotImplementedError
-
-    def upstream_unreached(self, cause: Cause) -> None:
-        """Nothing of the request reached an app. cause: one of rescue.UNREACHED."""
-        raise NotImplementedError
-
-    def unwanted(self, status: int) -> bool:
-        """Whether the request is sent again instead of giving the client an answer of this status; the upstream lets go of it then."""
-        raise NotImplementedError
-
-    def fail(self, cause: Cause) -> None:
-        """End the exchange that is under way."""
+    def _follow(self, verdict: Verdict) -> None:
+        """Do what the gate says about the present request."""
         raise NotImplementedError
 
     def _next(self) -> None:
@@ -172,7 +161,77 @@ class ClientConnection:
         """The upstream takes more."""
         self._go(FOR_UPSTREAM)
 
+    def upstream_broken(self, cause: Cause, stale: bool) -> None:
+        """The exchange cannot be completed. stale: the upstream had served before and died before any byte of this response."""
+        self._up = None
+        if stale and self.head.replayable and not self._retried:
+            self._ask_again(cause)
+        elif not self._send_again(cause):
+            self._fail(cause)
+
+    def upstream_unreached(self, cause: Cause) -> None:
+        """Nothing of the request reached an app. cause: one of rescue.UNREACHED."""
+        self._up = None
+        if not self._retried and self._rewind():
+            self._ask_again(cause)
+        elif not self._send_again(cause):
+            self._fail(cause)
+
+    def unwanted(self, status: int) -> bool:
+        """Whether the request is sent again instead of giving the client an answer of this status; the upstream lets go of it then."""
+        edit = self._edit
+        rule = edit.answer if edit is not None else None
+        return rule is not None and rule.again is not None and status in rule.again and self._send_again(Cause.RETRIABLE_STATUS)
+
+    # Sending a request again.
+
+    def _send_again(self, cause: Cause) -> bool:
+        """Let the gate send the request again, if its rule says so; whoever was asked may have acted on it."""
+        edit, head = self._edit, self.head
+        if edit is None or edit.answer is None or edit.answer.again is None or self._status or head.upgrades or head.connects:
+            return False
+        if (self._kept is None and not head.bodiless) or not self._gate.send_again(self._exchange, self._token, cause):
+            return False
+        self._up = None
+        self._rewind()
+        self._go(FOR_UPSTREAM)
+        self._state = DECIDING
+        return True
+
+    def _rewind(self) -> bool:
+        """Take back what was sent of the body, as if it had just arrived. False: not all of it is at hand."""
+        if self.head.bodiless:
+            return True
+        kept, self._kept = self._kept, None
+        if kept is None:
+            return False
+        self._held = kept + self._held
+        self._span = len(kept)
+        return True
+
+    def _ask_again(self, cause: Cause) -> None:
+        """Nobody has acted on the request: let the gate send it elsewhere, once."""
+        if self._retried:
+            return self._fail(cause)
+        self._retried = True
+        self._go(FOR_UPSTREAM)
+        verdict = self._gate.retry(self._exchange, self.head, self._token, cause)
+        if verdict is not None:
+            return self._follow(verdict)
+        self._state = DECIDING
+        return None
+
     # Ending an exchange.
+
+    def fail(self, cause: Cause) -> None:
+        """End the exchange that is under way: an answer when none has begun, else a cut. For deadlines and withdrawn permits.
+
+        A gate that still owes its verdict gives it as an Answer instead.
+        """
+        if self._up is not None:
+            self._up.cancel()
+            self._up = None
+            self._fail(cause)
 
     def _fail(self, cause: Cause) -> None:
         """Tell the client by an answer, or by cutting the response that has begun: it must never look complete."""

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from proxy.protocol.http1.body import BodyError, BodyReader, reader_of
-from proxy.protocol.http1.heads import CHUNKED, UNTIL_CLOSE, HeadError, ResponseHead, incomplete_untrusted, response_untrusted, without
+from proxy.protocol.http1.heads import CHUNKED, UNTIL_CLOSE, HeadError, ResponseHead, without
+from proxy.protocol.http1.parse import incomplete_untrusted, response_untrusted
 from proxy.protocol.sides import Sink
 from proxy.rescue import PROXY_ERROR, Cause, unreached
 

@@ -24,15 +24,13 @@ from proxy.protocol.http2.hpack_codec import HeaderListTooLarge, encode
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Malformed
 from proxy.protocol.http2.streams import ClientStream, UpstreamStream, part
-from proxy.protocol.requests import Answer, Gate, Verdict
+from proxy.protocol.requests import IDEMPOTENT, Answer, Gate, Verdict
 from proxy.protocol.sides import Sink
 from proxy.rescue import UNREACHED, Cause
 
 if TYPE_CHECKING:
     from proxy.protocol.http2.upstream import Http2Upstream
 
-# RFC 9110 section 9.2.2; what an upstream may have acted on is sent again only when acting twice is acting once.
-_IDEMPOTENT: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 _DRAIN_PING: Final = b"pildrain"
 
 
@@ -297,7 +295,7 @@ class Http2Client(Connection):
             self.send_reset(end.id, code or frames.INTERNAL_ERROR)
             return self._finish(end, cause)
         died = code is None and cause is Cause.UPSTREAM_RESET
-        again = unprocessed or (died and end.head.bodiless and end.head.method in _IDEMPOTENT)
+        again = unprocessed or (died and end.head.bodiless and end.head.method in IDEMPOTENT)
         most = self.limits.max_attempts if unprocessed and cause not in UNREACHED else 2
         if again and end.attempts < most and rewind(other):
             verdict = self.gate.retry(end.exchange, end.head, end.id, cause)
