@@ -18,7 +18,6 @@ Called by proxy.inbound and `pillion authz`. Must not wait, read a clock, or kno
 from __future__ import annotations
 
 import ipaddress
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
@@ -26,6 +25,7 @@ from typing import Final, TypeVar
 from core.refs import Ref, default_ref
 from core.spelling import Spellings
 from policy.match import SEVERAL, Found, MixedKinds, RouteTable, host_untrusted, joined
+from policy.networks import Networks
 from policy.paths import AmbiguousPath, lenient_target_untrusted, normal_target_untrusted, query_values, readings
 from policy.patterns import InvalidPattern
 from policy.wire import Anyone, Authorization, InboundPolicy, Meshed, Network
@@ -85,57 +85,10 @@ class BadTarget(_Decision):
 Decision = Permit | Denied | NoRoute | BadTarget
 
 
-class _Networks:
-    """Addresses as sorted, disjoint ranges of integers per IP version: one bisection instead of a walk over networks."""
-
-    def __init__(self, networks: Iterable[Network]) -> None:
-        self._starts: dict[int, list[int]] = {4: [], 6: []}
-        self._ends: dict[int, list[int]] = {4: [], 6: []}
-        ranges: dict[int, list[tuple[int, int]]] = {4: [], 6: []}
-        for network in networks:
-            for version, start, end in _ranges(network):
-                ranges[version].append((start, end))
-        for version, some in ranges.items():
-            for start, end in sorted(some):
-                if self._ends[version] and start <= self._ends[version][-1] + 1:
-                    self._ends[version][-1] = max(end, self._ends[version][-1])
-                else:
-                    self._starts[version].append(start)
-                    self._ends[version].append(end)
-
-    def holds(self, version: int, address: int) -> bool:
-        at = bisect_right(self._starts[version], address) - 1
-        return at >= 0 and address <= self._ends[version][at]
-
-
-def _ranges(network: Network) -> list[tuple[int, int, int]]:
-    """The parts of ``cidr`` outside ``excluded`` as (version, first, last); nothing when any of it is no network."""
-    try:
-        whole = ipaddress.ip_network(network.cidr, strict=False)
-        excluded = sorted((int(one[0]), int(one[-1])) for one in _same_version(whole.version, network.excluded))
-    except ValueError:
-        return []
-    parts: list[tuple[int, int, int]] = []
-    start, last = int(whole[0]), int(whole[-1])
-    for first_out, last_out in excluded:
-        if first_out > last:
-            break
-        if first_out > start:
-            parts.append((whole.version, start, first_out - 1))
-        start = max(start, last_out + 1)
-    if start <= last:
-        parts.append((whole.version, start, last))
-    return parts
-
-
-def _same_version(version: int, cidrs: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
-    return [one for one in (ipaddress.ip_network(cidr, strict=False) for cidr in cidrs) if one.version == version]
-
-
 class _Grant:
     """One authorization, compiled."""
 
-    def __init__(self, authorization: Authorization, networks: _Networks, trust_domain: str) -> None:
+    def __init__(self, authorization: Authorization, networks: Networks, trust_domain: str) -> None:
         self.authorization = authorization
         self.networks = networks
         self._anyone = isinstance(authorization.authentication, Anyone)
@@ -195,7 +148,7 @@ class PortAuthorizer:
         self.respelled = BadTarget(policy.server, reason="a header field that rules look at is there with other separators in its name")
         self._grants: list[_Grant] = []
         self._positions: dict[Authorization, int] = {}
-        self._networks: dict[tuple[Network, ...], _Networks] = {}
+        self._networks: dict[tuple[Network, ...], Networks] = {}
         self._trust_domain = trust_domain
         self.of_server = self._compiled(policy.authorizations)
         self.of_routes = [self._compiled(route.authorizations) for route in policy.routes]
@@ -222,7 +175,7 @@ class PortAuthorizer:
         for one in (*sorted(authorizations, key=lambda one: one.audit), _LOCALHOST):
             if one not in self._positions:
                 if one.networks not in self._networks:
-                    self._networks[one.networks] = _Networks(one.networks)
+                    self._networks[one.networks] = Networks(one.networks)
                 self._positions[one] = len(self._grants)
                 self._grants.append(_Grant(one, self._networks[one.networks], self._trust_domain))
             positions.append(self._positions[one])
@@ -233,7 +186,7 @@ class PortAuthorizer:
         near = self._near(ip)
         return any(grant.networks in near for grant in self._grants)
 
-    def _near(self, ip: str) -> set[_Networks]:
+    def _near(self, ip: str) -> set[Networks]:
         try:
             address = ipaddress.ip_address(ip)
         except ValueError:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.refs import Ref, default_ref
-from policy import authorize
 from policy.authorize import BadTarget, Client, Denied, NoRoute, Permit, PortAuthorizer
+from policy.networks import Networks
 from policy.wire import (
     Anyone,
     Authorization,
@@ -199,7 +199,7 @@ def test_ranges_hold_what_networks_hold(some: tuple[Network, ...], random: int, 
         expected = any(
             ip in ipaddress.ip_network(one.cidr) and not any(ip in ipaddress.ip_network(out) for out in one.excluded) for one in some
         )
-        assert authorize._Networks(some).holds(4, number) == expected
+        assert Networks(some).holds(4, number) == expected
 
 
 def test_network_and_authentication_must_both_hold_and_authorizations_are_alternatives() -> None:
