@@ -1,4 +1,4 @@
-"""The two ends of an exchange, with what each needs to know beyond flow control. Values; decided on by client.py and upstream.py."""
+"""The two ends of an exchange, with what each needs to know beyond flow control. Values; decided on by exchanges.py and upstream.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from proxy.rescue import Cause
 
 if TYPE_CHECKING:
     from proxy.protocol.http2.blocks import RequestHead
-    from proxy.protocol.http2.client import Http2Client
+    from proxy.protocol.http2.exchanges import Exchanges
     from proxy.protocol.http2.upstream import Http2Upstream
 
 _NO_EDIT = HeadEdit()
@@ -52,7 +52,7 @@ class ClientStream(StreamEnd):
 
     __slots__ = ("attempts", "cause", "client", "deciding", "edit", "exchange", "grpc_status", "head", "reset_after", "status")
 
-    def __init__(self, client: Http2Client, stream_id: int, window: int, credit: int, head: RequestHead) -> None:
+    def __init__(self, client: Exchanges, stream_id: int, window: int, credit: int, head: RequestHead) -> None:
         StreamEnd.__init__(self, client, stream_id, window, credit)
         self.client = client
         self.head = head

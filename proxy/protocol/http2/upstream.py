@@ -4,7 +4,7 @@ Theory of operation. `open` gives a request a stream of its own number; what com
 (`stream.other`), whose connection decides what a failure means. A request waits here while the upstream reads nothing, has no stream
 free, or (extended CONNECT) has not said yet what it supports; GOAWAY and loss hand the waiting ones back as unprocessed.
 
-Must not: decide about requests, call gates. Called by the relay through `Receiver`, by client.py, and by the pool through `open`,
+Must not: decide about requests, call gates. Called by the relay through `Receiver`, by exchanges.py, and by the pool through `open`,
 `drain`, `streams`, `capacity`, `usable`.
 """
 
