@@ -17,13 +17,12 @@ from core.addrs import Addr
 
 CALLER_LEVEL = 0x50  # no protocol of the kernel has this level: without our program every kernel refuses it (ENOPROTOOPT)
 CALLER_OPTION = 1
-CALLER_BYTES = 20
 NOBODY = ("192.0.2.1", "100::1")
 """TEST-NET-1 (RFC 5737) and the discard prefix (RFC 6666): nobody is there."""
 _FAMILY = {4: 2, 6: 10}  # AF_INET, AF_INET6
 
 
 def caller_option(caller: Addr) -> bytes:
-    """The option's value: family (host order, u16), port (network order), address (IPv4 in the first four bytes, the rest zero)."""
+    """The option's value, 20 bytes: family (u16, host order), port (network order), address (16 bytes; IPv4 in the first four)."""
     ip = ipaddress.ip_address(caller.ip)
     return struct.pack("=H", _FAMILY[ip.version]) + struct.pack("!H16s", caller.port, ip.packed)

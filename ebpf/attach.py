@@ -206,10 +206,6 @@ class Node:
         """Detach from a pod's namespace: what arrives reaches the app's own listeners again. Open connections go on."""
         _detach(self.pins.pods / str(cookie))
 
-    def unlink_cgroup(self, name: str = "node") -> None:
-        """Detach from a cgroup: connect() is not captured any more. Open connections go on."""
-        _detach(self.pins.cgroups / name)
-
     def forget(self, cookie: int) -> None:
         """Detach, and remove every trace of a pod."""
         self.unlink_netns(cookie)

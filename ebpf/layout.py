@@ -94,7 +94,6 @@ PROGRAMS: tuple[Program, ...] = (
     Program("redirect", "redirect.bpf.c", _SK_MSG, 7, False, "sockets"),
     Program("inbound", "inbound.bpf.c", _SK_LOOKUP, 36, True, "netns"),
 )
-SOURCES: tuple[str, ...] = tuple(dict.fromkeys(program.source for program in PROGRAMS))
 CGROUP_PROGRAMS: tuple[Program, ...] = tuple(program for program in PROGRAMS if program.target == "cgroup")
 
 INBOUND_CODE = "inbound_code"

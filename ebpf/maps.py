@@ -110,10 +110,6 @@ class PinnedPrograms:
         """See Programs."""
         return self._node.ended(cookie)
 
-    def cookies(self) -> list[int]:
-        """See Programs."""
-        return sorted(self._node.linked() | self._node.pods().keys())
-
     def counters(self, cookie: int) -> dict[str, int]:
         """See Programs."""
         return {counter.name.lower(): value for counter, value in self._node.counters(cookie).items()}

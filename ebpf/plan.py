@@ -77,16 +77,6 @@ class Seen(NamedTuple):
     entry: Entry | None = None
     rules: bool = False
 
-    @property
-    def captures_outbound(self) -> bool:
-        """Nothing leaves around the sidecar."""
-        return self.rules or (self.entry is not None and self.entry.capture)
-
-    @property
-    def captures_inbound(self) -> bool:
-        """Nothing arrives around the sidecar."""
-        return self.rules or self.steered
-
 
 Step = Literal["steer", "entry", "rules", "no rules", "no entry", "no steer"]
 

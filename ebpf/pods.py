@@ -49,9 +49,6 @@ class Programs(Protocol):
     def gone(self, cookie: int) -> bool:
         """Has the namespace that sk_lookup was attached to ended?"""
 
-    def cookies(self) -> list[int]:
-        """Every pod that has an entry or is steered."""
-
     def counters(self, cookie: int) -> dict[str, int]:
         """Name -> value since the pod was entered."""
 

@@ -51,7 +51,6 @@ class Authority:
         self.ledger = Ledger()
         self.lifetime_s = lifetime_s
         self.clock = clock
-        self.issued_total = 0
         self.obstacles: tuple[str, ...] = ()
         self.is_given = False
         self._issuers = issuers
@@ -173,7 +172,6 @@ class Authority:
         trust, leaf = self.trust.value, self.sign(key, subject.identity)
         booked = Leaf(trust.issuer.id, trust.issuer.anchor_id, leaf.not_after)
         self._journal(self.ledger.certified(subject.pod_uid, subject.identity.uri, subject.pod, booked, self.clock()))
-        self.issued_total += 1
         return Certified(
             leaf.chain_pem.decode(), trust.bundle_pem.decode(), trust.generation, trust.issuer.id, leaf.not_before, leaf.not_after
         )

@@ -48,7 +48,6 @@ class NodeAgent:
         self._state, self._env, self._capture = state, base_env, capture
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe = -1
-        self._ending = False
 
     def begin(self) -> None:
         """Start the process; it is at work on its own."""

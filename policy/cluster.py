@@ -20,7 +20,6 @@ from core.k8s.lease import Election, Elector, Leases
 from core.k8s.objects import Object
 from core.k8s.serving import ServingCertificate, SharedSecret, service_name
 from core.refs import Ref
-from core.runtime import logs
 from core.runtime.listen import listen
 from core.runtime.watch import Cell
 from policy.admission import parse_object
@@ -33,7 +32,6 @@ from policy.webhook import Webhook
 
 __all__ = ["RESOURCES", "NoCluster", "run_on_cluster"]
 
-_log = logs.logger("cluster")
 
 _LEASE = "pillion-policy"
 _ANNOTATIONS = "pillion.dev/"  # what ours contain; of others an index of ten thousand pods would carry megabytes

@@ -14,7 +14,6 @@ import msgspec
 
 from injector.options import InvalidOption, check_defaults
 
-Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Replicas = Annotated[int, msgspec.Meta(ge=1, le=99)]
 Resources = dict[Literal["requests", "limits"], dict[str, str]]
 Policy = Literal["deny", "audit", "all-unauthenticated", "all-authenticated", "cluster-unauthenticated", "cluster-authenticated"]

@@ -97,11 +97,6 @@ def set_level(name: str) -> None:
     _Threshold.number = LEVELS[name]
 
 
-def enabled(name: Level) -> bool:
-    """Whether an event of this level would be written: asked before a field that is expensive to make."""
-    return LEVELS[name] >= _Threshold.number
-
-
 class _LineLogger:
     """The end of structlog's chain: hands a finished line to the sink, whatever the level was."""
 

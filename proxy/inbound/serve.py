@@ -37,8 +37,8 @@ from proxy.rescue import Cause, Failure
 from proxy.telemetry.record import InboundRecord, Recorder
 from proxy.transport.accept import Accepted
 from proxy.transport.connect import Dialer, Dialled
-from proxy.transport.join import NOBODY, begin, join, who_speaks_first
-from proxy.transport.link import Link
+from proxy.transport.join import begin, join, who_speaks_first
+from proxy.transport.link import NO_RECEIVER, Link
 from proxy.transport.relay import Relay
 from proxy.transport.secure import Security
 from proxy.transport.sniff import Sniffed, sniff
@@ -111,7 +111,7 @@ class Inbound:
         if peer.protocol in HTTP:
             if heard.to_app is not None:
                 heard.to_app.close()  # requests are permitted one by one; none was yet
-            self.serve_http(accepted, self.relay.adopt(accepted.stream.release(), NOBODY, peer.records), peer, port)
+            self.serve_http(accepted, self.relay.adopt(accepted.stream.release(), NO_RECEIVER, peer.records), peer, port)
         else:
             await self.serve_opaque(accepted, peer, port, heard.to_app)
 
@@ -186,7 +186,7 @@ class Inbound:
             if peer.protocol not in HTTP:
                 return
             gate = RefusingGate(cause, self.relay, explain=peer.identity is not None)
-            link = self.relay.adopt(accepted.stream.release(), NOBODY, peer.records)
+            link = self.relay.adopt(accepted.stream.release(), NO_RECEIVER, peer.records)
             if peer.protocol is Detected.HTTP1:
                 gate.engine = Http1Client(link, gate, replace(self.http1_limits, idle_timeout_s=config.detect_timeout_s))
             else:

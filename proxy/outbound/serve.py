@@ -30,7 +30,8 @@ from proxy.rescue import Cause, Failure
 from proxy.telemetry.record import OutboundRecord, Recorder
 from proxy.transport.accept import Accepted
 from proxy.transport.connect import Dialled
-from proxy.transport.join import NOBODY, begin, join, who_speaks_first
+from proxy.transport.join import begin, join, who_speaks_first
+from proxy.transport.link import NO_RECEIVER
 from proxy.transport.sniff import Sniffed, sniff
 
 _UNKNOWN = Sniffed(b"", Detected.OPAQUE)
@@ -173,7 +174,7 @@ class Outbound:
     def _serve_http(self, accepted: Accepted, sniffed: Sniffed, state: DestinationState, record: OutboundRecord) -> None:
         http1 = sniffed.protocol is Detected.HTTP1
         record.protocol = "HTTP/1.1" if http1 else "HTTP/2"
-        link = self.services.relay.adopt(accepted.stream.release(), NOBODY)
+        link = self.services.relay.adopt(accepted.stream.release(), NO_RECEIVER)
         gate = Http1Gate(self.services, state, record) if http1 else Http2Gate(self.services, state, record)
 
         def closed() -> None:

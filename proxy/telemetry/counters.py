@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 Labels = tuple[tuple[str, str], ...]
 """Label names and values: the key of a series. The same labels in another order are another series, so build them in one place."""
@@ -72,20 +72,6 @@ class Histogram:
     @property
     def resting(self) -> bool:
         return True
-
-
-class Series(Protocol):
-    """What a family keeps."""
-
-    seen: float
-    seen_at: float
-    kind: ClassVar[str]
-
-    @property
-    def changes(self) -> float: ...
-
-    @property
-    def resting(self) -> bool: ...
 
 
 S = TypeVar("S", Counter, Gauge, Histogram)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import Literal
 
 import trio
 
@@ -12,7 +12,7 @@ from proxy.protocol.detect import answers_http2_untrusted
 from proxy.protocol.opaque import Splice
 from proxy.protocol.sides import Receiver
 from proxy.transport.connect import Dialled
-from proxy.transport.link import Link
+from proxy.transport.link import NO_RECEIVER, Link
 from proxy.transport.relay import Relay
 from proxy.transport.tls_bio import Records
 
@@ -68,8 +68,8 @@ def join(
     screened: bool = False,
 ) -> tuple[Link, Splice]:
     """Hand both connections to the relay as one splice, with what was already received from either side first; screened: see Splice."""
-    client_link = relay.adopt(client.release(), NOBODY, records)
-    upstream_link = relay.adopt(upstream.sock, NOBODY, upstream.records)
+    client_link = relay.adopt(client.release(), NO_RECEIVER, records)
+    upstream_link = relay.adopt(upstream.sock, NO_RECEIVER, upstream.records)
     splice = Splice(client_link, upstream_link, finished, idle_s, screened=screened)
     client_link.receiver, upstream_link.receiver = splice.client, splice.upstream
     with relay.batch():
@@ -80,16 +80,3 @@ def join(
         client_link.start()
         upstream_link.start()
     return client_link, splice
-
-
-class _Nobody:
-    """Receiver of a connection in the instant before its engine exists."""
-
-    def received(self, data: bytes) -> None: ...
-    def ended(self) -> None: ...
-    def lost(self, reset: bool) -> None: ...
-    def drained(self) -> None: ...
-    def expired(self) -> None: ...
-
-
-NOBODY: Final[Receiver] = _Nobody()

@@ -173,7 +173,7 @@ class Link:
         if self._dead or self._closing:
             return
         self._closing = True
-        self.receiver = DISCARD
+        self.receiver = NO_RECEIVER
         if not self._shut:
             self._shut = True
             self._say_goodbye()
@@ -322,8 +322,8 @@ class Link:
         self._mask = mask
 
 
-class _Discard:
-    """The receiver of a closing connection: what still arrives is of no interest to anybody."""
+class _NoReceiver:
+    """The receiver of a connection whose engine does not exist yet, or that is closing: what arrives is of no interest to anybody."""
 
     def received(self, data: bytes) -> None: ...
     def ended(self) -> None: ...
@@ -332,4 +332,4 @@ class _Discard:
     def expired(self) -> None: ...
 
 
-DISCARD: Final[Receiver] = _Discard()
+NO_RECEIVER: Final[Receiver] = _NoReceiver()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from proxy.transport.link import DISCARD, NEVER, Link
+from proxy.transport.link import NEVER, NO_RECEIVER, Link
 
 if TYPE_CHECKING:
     from proxy.transport.relay import Relay
@@ -24,7 +24,7 @@ class Listener(Link):
     __slots__ = ("_accepted",)
 
     def __init__(self, relay: Relay, sock: socket.socket, accepted: Callable[[socket.socket, tuple[object, ...]], None]) -> None:
-        super().__init__(relay, sock, DISCARD)
+        super().__init__(relay, sock, NO_RECEIVER)
         self._accepted = accepted
 
     def readable(self) -> None:

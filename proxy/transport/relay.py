@@ -28,7 +28,7 @@ import trio
 
 from core.runtime.memory import give_back
 from proxy.protocol.sides import Receiver
-from proxy.transport.link import DISCARD, NEVER, Link
+from proxy.transport.link import NEVER, NO_RECEIVER, Link
 from proxy.transport.listener import Listener
 from proxy.transport.tls_bio import Records
 from proxy.transport.tls_link import TlsLink
@@ -73,7 +73,7 @@ class Relay:
 
     def attach(self, sock: socket.socket, make: Callable[[Link], R], records: Records | None = None) -> R:
         """Take over a connection and start to deliver to the receiver that ``make`` builds on its link."""
-        link = self.adopt(sock, DISCARD, records)
+        link = self.adopt(sock, NO_RECEIVER, records)
         receiver = make(link)
         link.receiver = receiver
         link.start()
@@ -96,7 +96,7 @@ class Relay:
 
         For connections whose handshake the link's receiver did. Nothing may be held by the old link: its peer has read what it was sent.
         """
-        secured = TlsLink(self, link.sock, DISCARD, records)
+        secured = TlsLink(self, link.sock, NO_RECEIVER, records)
         secured.succeed(link)
         self._links[link.sock.fileno()] = secured
         return secured

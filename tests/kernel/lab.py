@@ -203,7 +203,7 @@ class LabPod:
             for stream in (popened.stdin, popened.stdout, popened.stderr):
                 if stream:
                     stream.close()
-        self.node.unlink_cgroup(self.name)
+        attach._detach(self.node.pins.cgroups / self.name)
         self.node.forget(self.cookie)
         _ip("netns", "del", self.name)
         (self.cgroup / "cgroup.kill").write_text("1")

@@ -9,7 +9,7 @@ import struct
 import pytest
 
 from core.addrs import Addr, ClientAddr
-from core.capture import CALLER_BYTES, caller_option
+from core.capture import caller_option
 from proxy.transport.caller import CallerTeller
 
 
@@ -29,7 +29,7 @@ class Socket:
 def test_the_option_has_the_callers_family_port_and_address(ip, family):
     value = caller_option(Addr(ip, 4321))
     found, port, raw = struct.unpack("=HH16s", value)
-    assert len(value) == CALLER_BYTES
+    assert len(value) == 20
     assert (found, socket.ntohs(port)) == (family, 4321)
     assert socket.inet_ntop(family, raw[: 4 if family == socket.AF_INET else 16]) == ip
 

@@ -13,7 +13,7 @@ HEAVY = (
 OURS = {
     "core": {"addrs", "alpn", "capture", "credentials", "env", "names", "refs", "runtime", "spelling"},
     "identity": {"chains", "client", "csr", "exchange", "ledger", "schedule", "wire"},
-    "policy": {"authorize", "client", "lines", "match", "paths", "patterns", "wire"},
+    "policy": {"authorize", "client", "lines", "match", "networks", "paths", "patterns", "wire"},
 }
 ROUTE = """
 from core.refs import Ref

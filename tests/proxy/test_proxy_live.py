@@ -7,7 +7,7 @@ import socket
 import trio
 
 from proxy.live import Live
-from proxy.transport.join import NOBODY
+from proxy.transport.link import NO_RECEIVER
 from proxy.transport.relay import Relay
 
 
@@ -17,7 +17,7 @@ async def test_a_connection_that_died_before_it_was_counted_is_not_waited_for() 
     near, far = socket.socketpair()
     with near, far:
         near.setblocking(False)
-        link = relay.adopt(near, NOBODY)
+        link = relay.adopt(near, NO_RECEIVER)
         link.abort()
         live.add(link, None, lambda: closed.append(True))
     with trio.fail_after(5):
@@ -32,7 +32,7 @@ async def test_a_connection_is_counted_until_its_socket_is_closed() -> None:
     near, far = socket.socketpair()
     with near, far:
         near.setblocking(False)
-        link = relay.adopt(near, NOBODY)
+        link = relay.adopt(near, NO_RECEIVER)
         live.add(link, None, lambda: closed.append(True))
         assert (len(live), closed) == (1, [])
         link.abort()

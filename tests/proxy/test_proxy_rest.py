@@ -13,7 +13,7 @@ from OpenSSL import SSL
 
 from core.names import parse_workload_id
 from core.runtime.tls import Handshake, client_context, server_context
-from proxy.transport.link import DISCARD
+from proxy.transport.link import NO_RECEIVER
 from proxy.transport.relay import Quiet, Relay
 from proxy.transport.tls_bio import RECEIVE_BUFFER, PortableRecords, Records, records
 from proxy.transport.tls_link import TlsLink
@@ -60,7 +60,7 @@ async def test_a_connection_that_falls_silent_gives_buffers_back_once_after_each
         relay = Relay(lambda error: None, trio.current_time)
         nursery.start_soon(relay.run)
         shown = Clear()
-        link = relay.adopt(near, DISCARD, shown)
+        link = relay.adopt(near, NO_RECEIVER, shown)
         link.start()
         for burst in (1, 2):
             for _ in range(5):  # used at least once a second: never at rest
@@ -78,7 +78,7 @@ def test_a_closed_connection_lets_go_of_openssl_without_the_cycle_collector(ends
     relay = Relay(lambda error: None, lambda: 0.0)
     shown: Records = Clear()
     gone = weakref.ref(shown)
-    link = relay.adopt(ends[0], DISCARD, shown)
+    link = relay.adopt(ends[0], NO_RECEIVER, shown)
     assert isinstance(link, TlsLink)
     link.start()
     link.write(b"used")

@@ -19,7 +19,8 @@ from core.runtime.sockets import RawStream
 from core.runtime.tls import HandshakeFailed, TlsStream, client_context
 from policy.wire import Endpoint
 from proxy.transport import relay
-from proxy.transport.join import NOBODY, begin
+from proxy.transport.join import begin
+from proxy.transport.link import NO_RECEIVER
 from proxy.transport.relay import Relay
 from tests.certs import Authority
 from tests.scenarios.mesh import ANYONE, FOR_CART, WEB, Mesh, inbound_policy, mesh, only, tcp_pair
@@ -195,7 +196,7 @@ async def test_a_connection_that_comes_when_the_relay_has_ended_is_reset():
         near, far = tcp_pair()
         near.setblocking(False)
         far.setblocking(False)
-        begin(relay, relay.adopt(far, NOBODY), NOBODY, b"words")
+        begin(relay, relay.adopt(far, NO_RECEIVER), NO_RECEIVER, b"words")
         assert relay.open_links == 0
         with pytest.raises(ConnectionResetError):
             near.recv(1)
