@@ -72,10 +72,14 @@ class _Screen:
         self._errors = Console(stderr=True, highlight=False, soft_wrap=True)
         self._status: Status | None = None
         self._heading = ""
+        self._waits_for = ""
 
     def tell(self, category: Category, check: Check, cause: str) -> None:
-        """Shown while waiting, and gone afterwards."""
+        """Shown while waiting, and gone afterwards; where nothing can go away, one line for each check that is waited for."""
         if not self._errors.is_terminal:
+            if cause and self._waits_for != check.id:
+                self._waits_for = check.id
+                self._errors.print(Text(f"waiting: {category.title}: {check.sentence} ({printable(cause.splitlines()[0])})"))
             return
         line = Text(
             f"{category.title}: {check.sentence}" + (f" ({printable(cause.splitlines()[0])})" if cause else ""), overflow="ellipsis"

@@ -32,6 +32,8 @@ async def kinds_established(cluster: Cluster) -> str:
         found = await cluster.find("apiextensions.k8s.io", "v1", "customresourcedefinitions", item["metadata"]["name"])
         if not condition(found or {}, "Established"):
             missing.append(item["metadata"]["name"])
+    if missing and await cluster.find("", "v1", "namespaces", NAMESPACE) is None:
+        raise Failed(f"Pillion is not installed on this cluster: it has no namespace {NAMESPACE}", final=True)
     if missing:
         raise Failed(f"not there, or not served: {', '.join(missing)}")
     return f"{len(own_kinds())} kinds"

@@ -14,12 +14,15 @@ Outcome = Literal["success", "warning", "error", "skipped"]
 
 
 class Failed(Exception):
-    """What was found instead. text: names the object, several lines when several. hint: stronger than the check's own."""
+    """What was found instead. text: names the object, several lines when several. hint: stronger than the check's own.
+    final: waiting will not help, also where the check settles.
+    """
 
-    def __init__(self, text: str, hint: str = "") -> None:
+    def __init__(self, text: str, hint: str = "", *, final: bool = False) -> None:
         super().__init__(text)
         self.text = text
         self.hint = hint
+        self.final = final
 
 
 class Skipped(Exception):
@@ -59,13 +62,14 @@ class Category:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a check. text: cause of a failure, reason of a skip, remark of a success."""
+    """What came of a check. text: cause of a failure, reason of a skip, remark of a success. final: see `Failed`."""
 
     category: Category
     check: Check
     outcome: Outcome
     text: str = ""
     hint: str = ""
+    final: bool = False
 
 
 def succeeded(results: Sequence[Result]) -> bool:

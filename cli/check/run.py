@@ -37,7 +37,8 @@ async def run_checks(
 async def _settled(category: Category, check: Check, cluster: Cluster, deadline: float, tell: Tell) -> Result:
     while True:
         result = await _asked(category, check, cluster)
-        if result.outcome not in ("error", "warning") or not check.settles or trio.current_time() + _AGAIN_S > deadline:
+        may_settle = result.outcome in ("error", "warning") and check.settles and not result.final
+        if not may_settle or trio.current_time() + _AGAIN_S > deadline:
             return result
         tell(category, check, result.text)
         await trio.sleep(_AGAIN_S)
@@ -52,7 +53,7 @@ async def _asked(category: Category, check: Check, cluster: Cluster) -> Result:
     except Skipped as why:
         return Result(category, check, "skipped", str(why))
     except Failed as error:
-        return Result(category, check, failed, error.text, error.hint or check.where)  # type: ignore[arg-type]
+        return Result(category, check, failed, error.text, error.hint or check.where, error.final)  # type: ignore[arg-type]
     except ApiError as error:
         return Result(category, check, failed, error.message, check.where)  # type: ignore[arg-type]
     except trio.TooSlowError:

@@ -115,6 +115,18 @@ async def test_waiting_ends_with_the_time(autojump_clock: trio.testing.MockClock
     assert 8 <= trio.current_time() - start <= 10
 
 
+async def test_nothing_is_waited_for_where_nothing_is_installed(autojump_clock: trio.testing.MockClock) -> None:
+    api = FakeApi()
+    for name in ("httproutes", "grpcroutes"):
+        spec = {"versions": [{"name": "v1", "served": True}]}
+        meta = {"name": f"{name}.gateway.networking.k8s.io"}
+        api.put({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": meta, "spec": spec})
+    start = trio.current_time()
+    found = (await results_of(api, wait_s=300))[-1]
+    assert (found.check.id, found.text) == ("crds", "Pillion is not installed on this cluster: it has no namespace pillion")
+    assert found.hint == "pillion install | kubectl apply -f -" and trio.current_time() == start
+
+
 async def test_a_look_that_never_ends_is_ended(autojump_clock: trio.testing.MockClock) -> None:
     async def look(cluster: Cluster) -> None:
         await trio.sleep_forever()
@@ -172,6 +184,19 @@ def test_exit_codes_and_outputs(monkeypatch: pytest.MonkeyPatch, outcome: str, c
     else:
         assert ("it holds" in result.stdout) is (output == "table" or outcome != "success")
         assert ("try: do that" in result.stdout) is (outcome != "success")
+
+
+def test_without_a_terminal_one_line_says_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fake(categories: Any, namespace: str, wait_s: float, screen: Any, kubeconfig: str, context: str) -> list[Result]:
+        found = Result(category(), Check("x", "it holds", "error", nothing), "success")
+        for cause in ("", "0 of 1 ready\nmore", "0 of 1 ready\nmore"):
+            screen.tell(found.category, found.check, cause)
+        screen.done(found)
+        return [found]
+
+    monkeypatch.setattr(command, "_check", fake)
+    result = CliRunner().invoke(cli, ["check"])
+    assert result.stderr == "waiting: C: it holds (0 of 1 ready)\n"
 
 
 def test_pre_and_proxy_exclude_each_other() -> None:
