@@ -12,7 +12,7 @@ import yaml
 
 from cli.output import CommandFailed, say
 from core.k8s.manifests import InvalidManifest, read_manifests
-from injector.decide import Refuse, Skip
+from injector.decide import Inject, Refuse, Skip
 from injector.mark import mark, unmark, wish_of
 from injector.mesh import DEFAULT_MESH, InvalidMesh, Mesh, read_mesh
 from injector.patch import apply_patch, review
@@ -40,13 +40,16 @@ _FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
 @click.option("--manual", is_flag=True, help="Write the sidecar itself, as the webhook would, instead of asking the webhook for it.")
 @click.option("--mesh", "mesh_file", type=_FILE, help="Mesh settings for --manual: mesh.yaml of the ConfigMap pillion-config.")
 def inject(file: str, manual: bool, mesh_file: str | None) -> None:
-    """Print the manifests of FILE (``-`` for standard input) with their workloads in the mesh; comments are lost."""
+    """Print the manifests of FILE (``-`` for standard input) with their workloads in the mesh; comments are lost.
+
+    What becomes of each workload is said on standard error.
+    """
     if mesh_file and not manual:
         raise click.UsageError("--mesh is for --manual: otherwise the webhook uses its own settings")
     mesh = _mesh(mesh_file)
     documents = _read(file)
     namespaces = _namespace_annotations(documents)
-    for document, keys in _workloads(documents):
+    for document, keys in (found := list(_workloads(documents))):
         pod = _pod(document, keys)
         if wish_of(pod) == "disabled":
             say(f"{_name(document)}: left as it is: it is disabled by its annotation", err=True)
@@ -56,9 +59,14 @@ def inject(file: str, manual: bool, mesh_file: str | None) -> None:
                 pod = mark(pod)
             except ValueError as error:
                 raise CommandFailed(f"{_name(document)}: {error}") from None
+        namespace = namespaces.get(_namespace(document), {})
         if manual and document["kind"] != "Namespace":
-            pod = _with_sidecar(document, pod, namespaces.get(_namespace(document), {}), mesh)
+            pod = _with_sidecar(document, pod, namespace, mesh)
+        else:
+            say(f"{_name(document)}: annotated{_outlook(document, pod, namespace)}", err=True)
         _replace(document, keys, pod)
+    if not found:
+        say(f"{file}: nothing in it has pods, so it is printed as it is", err=True)
     _write(documents)
 
 
@@ -77,12 +85,31 @@ def uninject(file: str) -> None:
     _write(documents)
 
 
+def _outlook(document: Mapping[str, Any], pod: Mapping[str, Any], namespace: Mapping[str, str]) -> str:
+    """What the webhook will do with its pods; a running mesh may have settings of its own, which are not known here."""
+    if document["kind"] == "Namespace":
+        return "; pods that are created in it from now on get a sidecar"
+    match review(pod, namespace, DEFAULT_MESH)[0]:
+        case Inject():
+            return (
+                "; its pods get their sidecar when they are created" if document["kind"] != "Pod" else "; it gets its sidecar when created"
+            )
+        case Skip(reason="already-injected"):
+            return "; the sidecar is written in already"
+        case Skip(sentence=sentence):
+            return f", but it will get no sidecar: {sentence}"
+        case Refuse(sentence=sentence):
+            return f", but the injector will refuse it: {sentence}"
+
+
 def _with_sidecar(document: Mapping[str, Any], pod: Mapping[str, Any], namespace: Mapping[str, str], mesh: Mesh) -> dict[str, Any]:
     decision, patch = review(pod, namespace, mesh)
     if isinstance(decision, Refuse):
         raise CommandFailed(f"{_name(document)}: {decision.sentence}")
     if isinstance(decision, Skip):
         say(f"{_name(document)}: left as it is: {decision.sentence}", err=True)
+    else:
+        say(f"{_name(document)}: the sidecar is written in", err=True)
     return apply_patch(pod, patch)
 
 

@@ -94,6 +94,28 @@ def test_a_namespace_is_annotated_and_what_is_disabled_stays() -> None:
     assert documents(run("uninject", "-", given=[first, second])) == [namespace, disabled]
 
 
+def test_what_becomes_of_each_workload_is_said_beside_the_manifests() -> None:
+    host, wrong = json.loads(json.dumps(POD)), mark(POD)
+    host["spec"]["hostNetwork"] = True
+    wrong["metadata"]["annotations"]["config.pillion.dev/log-level"] = "loud"
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}}
+    deployment = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web"}, "spec": {"template": POD}}
+    said = run("inject", "-", given=[namespace, deployment, host, wrong]).stderr.splitlines()
+    assert said[:2] == [
+        "namespace shop: annotated; pods that are created in it from now on get a sidecar",
+        "deployment web: annotated; its pods get their sidecar when they are created",
+    ]
+    assert said[2].startswith("pod a: annotated, but it will get no sidecar: the pod uses the network of its node")
+    assert said[3].startswith("pod a: annotated, but the injector will refuse it: annotation config.pillion.dev/log-level of the pod is")
+    assert run("inject", "--manual", "-", given=deployment).stderr == "deployment web: the sidecar is written in\n"
+
+
+def test_a_file_without_workloads_is_printed_as_it_is_and_that_is_said() -> None:
+    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "x"}}
+    result = run("inject", "-", given=config)
+    assert documents(result) == [config] and result.stderr == "-: nothing in it has pods, so it is printed as it is\n"
+
+
 def test_what_cannot_be_injected_by_hand_is_said() -> None:
     host = json.loads(json.dumps(POD))
     host["spec"]["hostNetwork"] = True
