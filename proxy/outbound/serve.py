@@ -10,13 +10,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import trio
 
 from core import alpn
-from core.addrs import parse_addr
+from core.addrs import from_sockaddr, parse_addr
 from policy.wire import Destination, Endpoint
 from proxy.balance import EndpointLoad
 from proxy.config import Config
@@ -98,14 +99,14 @@ class Outbound:
     def _refuse_loops(self, accepted: Accepted) -> None:
         """Our own ports are never a destination: a connection made to them directly would be forwarded to ourselves for ever.
 
-        Nor is the caller. While one way of capture follows another, conntrack meets connections in their middle, may take the answer for
-        the question, and then names the caller itself as the original destination.
+        They are reached by every address of the pod, not only by those that Kubernetes lists: all of 127.0.0.0/8, a second interface's.
+        Nor is the caller a destination. While one way of capture follows another, conntrack meets connections in their middle, may take the
+        answer for the question, and then names the caller itself as the original destination.
         """
         if tuple(accepted.dst) == tuple(accepted.client):
             raise Failure(Cause.LOOP, f"{accepted.dst} is the caller itself, which it did not dial")
         ours = (self.config.inbound_listen.port, self.config.outbound_listen.port)
-        local = accepted.dst.ip in self.config.pod_ips or accepted.dst.ip in ("127.0.0.1", "::1")
-        if local and accepted.dst.port in ours:
+        if accepted.dst.port in ours and (_is_local(accepted.dst.ip, self.config.pod_ips) or not _was_led_here(accepted)):
             raise Failure(Cause.LOOP, f"{accepted.dst} is a port of the sidecar itself")
 
     async def _listen(self, accepted: Accepted, destination: Destination) -> Sniffed:
@@ -206,6 +207,15 @@ class Outbound:
             link, splice = join(relay, accepted.stream, None, sniffed.data, dialled, record.ended, idle_s)
             state.changed.add(recheck)
             self.live.add(link, None, closed)
+
+
+def _is_local(ip: str, pod_ips: tuple[str, ...]) -> bool:
+    return ip in pod_ips or ipaddress.ip_address(ip).is_loopback
+
+
+def _was_led_here(accepted: Accepted) -> bool:
+    """Whether capture brought the connection; another one was made to our listener by the address that it came in at."""
+    return from_sockaddr(accepted.stream.sock.getsockname()) != accepted.dst
 
 
 def _discard(chosen: Chosen) -> None:

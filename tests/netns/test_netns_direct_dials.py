@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -33,6 +34,25 @@ def test_the_sidecars_own_ports_lead_nowhere(arena: Arena, caller: str, port: in
     before = len(arena.seen())
     assert arena.ask(caller, arena.ip("web", family), port).status in (0, 502), "a reset, which a meshed caller sees as 502"
     assert not [head for head in arena.seen()[before:] if "/health" not in head]
+
+
+@pytest.mark.parametrize("ip", ["127.0.0.1", "127.0.0.2", "127.255.255.254", "::ffff:127.0.0.3", "0.0.0.0", "::1", "203.0.113.9"])
+@pytest.mark.parametrize("port", [4140, 4143])
+def test_an_app_that_dials_its_own_sidecar_is_reset(arena: Arena, port: int, ip: str) -> None:
+    """One such connection, led on, would come back for ever, and take every descriptor of the sidecar."""
+    in_pod = ["nsenter", "-t", str(arena.pid("web")), "-n", "ip", "address"]
+    subprocess.run([*in_pod, "add", "203.0.113.9/32", "dev", "lo"], check=True)  # as a second network's: none that Kubernetes lists
+    try:
+        with pytest.raises(ConnectionResetError):  # maybe before connect(2) has returned
+            _ask_for_anything(arena, ip, port)
+    finally:
+        subprocess.run([*in_pod, "del", "203.0.113.9/32", "dev", "lo"], check=True)
+
+
+def _ask_for_anything(arena: Arena, ip: str, port: int) -> bytes:
+    with arena.dial("web", ip, port) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        return sock.recv(100)
 
 
 @CALLERS

@@ -266,6 +266,17 @@ async def test_a_redirect_that_names_a_port_of_the_sidecar_is_refused_before_any
         assert made.metric(made.client, "pillion_errors_total", direction="outbound", error="loop-detected") == 2
 
 
+async def test_a_port_of_the_sidecar_is_refused_by_every_loopback_address():
+    """All of 127.0.0.0/8 leads to its listener: it would be dialled on, accepted, and dialled on again."""
+    async with mesh(H11App(Slow())) as made:
+        for ip in ("127.0.0.1", "127.0.0.2", "127.255.255.254", "::1"):
+            stream = await made.dial(OriginalDst(Addr(ip, 4140)))
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some(1)
+        assert made.metric(made.client, "pillion_errors_total", direction="outbound", error="loop-detected") == 4
+        assert made.client_controller.destinations.keys() == {str(VIP)}, "nobody was asked"
+
+
 async def test_a_redirect_that_names_the_caller_is_refused_before_anything_is_asked():
     async with mesh(H11App(Slow())) as made:
         stream = await made.dial_with_reversed_target()
