@@ -160,8 +160,8 @@ def retargeted(path: str, prefix: str | None, target: bytes) -> bytes:
 def _head_edit(action: Action, share: Share) -> HeadEdit:
     """The rule's changes, then the backend's on what these made; in the answer the other way round."""
     strip, add = _fields(action.edit, share.edit)
-    again = frozenset(action.retry.codes) if action.retry is not None else None
-    answer = AnswerRule(*_fields(share.response, action.response), again)
+    retry_on = frozenset(action.retry.codes) if action.retry is not None else None
+    answer = AnswerRule(*_fields(share.response, action.response), retry_on)
     host, retarget = b"", None
     for rewrite in (action.rewrite, share.rewrite):
         if rewrite is not None:

@@ -69,7 +69,7 @@ class InboundGate:
             self._guard_trailers()
         return self._forward(decision, exchange, token)
 
-    def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
+    def retry_unprocessed(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
         """See requests.Gate: a fresh connection to the same app, under the policy of now."""
         assert isinstance(exchange, Note)
         self._record.retried(cause)
@@ -79,7 +79,7 @@ class InboundGate:
         self._upstream = None
         return self._forward(decision, exchange, token)
 
-    def send_again(self, exchange: object, token: int, cause: Cause) -> bool:
+    def retry_by_rule(self, exchange: object, token: int, cause: Cause) -> bool:
         """See requests.Gate: no rule asks for it here."""
         return False
 

@@ -30,11 +30,11 @@ class RefusingGate:
         self._relay.later(self.engine.drain)
         return Answer(self._cause, self.explain)
 
-    def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
+    def retry_unprocessed(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
         """See requests.Gate; nothing was ever sent anywhere."""
         return self.request(head, token)
 
-    def send_again(self, exchange: object, token: int, cause: Cause) -> bool:
+    def retry_by_rule(self, exchange: object, token: int, cause: Cause) -> bool:
         """See requests.Gate; nothing was ever sent anywhere."""
         return False
 

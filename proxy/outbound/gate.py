@@ -104,7 +104,7 @@ class _Gate(ABC):
             exchange.patience.sent(now)
         return Forward(upstream, way.edit, exchange)
 
-    def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
+    def retry_unprocessed(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
         """See requests.Gate: on a fresh connection, to the endpoint the balancer prefers now; not to one that cannot reach its app."""
         assert isinstance(exchange, Exchange)
         load, balancer, now = exchange.load, exchange.way.balancer, self._now()
@@ -112,7 +112,7 @@ class _Gate(ABC):
         other = balancer.choose(now, avoid=tried)
         if other is None:
             if tried:
-                return LATER if self.send_again(exchange, token, cause) else Answer(cause, self.explain, exchange)
+                return LATER if self.retry_by_rule(exchange, token, cause) else Answer(cause, self.explain, exchange)
             other = load
         if tried:
             load.failed(now)
@@ -122,7 +122,7 @@ class _Gate(ABC):
         self._open(exchange, token, tried)
         return LATER
 
-    def send_again(self, exchange: object, token: int, cause: Cause) -> bool:
+    def retry_by_rule(self, exchange: object, token: int, cause: Cause) -> bool:
         """See requests.Gate: after a pause, and to another endpoint if there is one."""
         assert isinstance(exchange, Exchange)
         patience, now = exchange.patience, self._now()
@@ -233,7 +233,7 @@ class _Gate(ABC):
         if exchange is None:
             return
         if isinstance(found, Cause):
-            if found is not Cause.ROUTE_TIMEOUT and self.send_again(exchange, token, found):
+            if found is not Cause.ROUTE_TIMEOUT and self.retry_by_rule(exchange, token, found):
                 return
         elif exchange.patience is not None:
             exchange.patience.sent(self._now())

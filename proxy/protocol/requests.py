@@ -24,38 +24,42 @@ class RequestHead(Protocol):
     grpc: bool
     """The content type begins with ``application/grpc``: failures become a grpc-status."""
     bodiless: bool
-    """No body follows, so the request can be sent again as long as nothing was answered."""
+    """No body follows: the head alone is enough to send the request again."""
 
     def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
-        """For each lower-case name its value, or None. Between the values of several fields of a name stands LF, which no value holds:
-        rules that looked at the first one only could be walked around where the app acts on another. Cookies are one value anyway.
-        ``host`` is there in HTTP/2 too, where only :authority says it."""
+        """The value of each of these lower-case names, None where there is no such field.
+
+        When a name occurs in several fields, their values are joined by LF, which no value can contain. A rule that saw only the first
+        of them could be evaded, because the app might act on another. Cookie fields are joined by ``; `` as the one value they are.
+        ``host`` is answered under HTTP/2 too, where only ``:authority`` carries it.
+        """
         ...
 
     def respelled(self, names: Spellings) -> bool:
-        """Whether a field has another spelling of one of these names."""
+        """Whether some field's name is another spelling of one of these names (core.spelling)."""
         ...
 
 
 class AnswerRule(NamedTuple):
-    """What is changed in the head of an answer, and which answers are not wanted. Trailers and interim answers (1xx) are left alone.
+    """What is changed in the head of an answer, and which answers cause a retry. Trailers and interim answers (1xx) are left alone.
 
-    strip: lower-case names whose fields are removed wherever they occur. add: fields appended, lower-case name and value. again: after an
-    answer of these statuses, and where there is none, the gate is asked whether to send the request again; None: it is not asked.
+    strip: lower-case names whose fields are removed wherever they occur. add: fields appended, lower-case name and value. retry_on: the
+    statuses after which `Gate.retry_by_rule` is asked, as it is when no answer came at all; None when the rule has no retries.
     """
 
     strip: tuple[bytes, ...] = ()
     add: tuple[tuple[bytes, bytes], ...] = ()
-    again: frozenset[int] | None = None
+    retry_on: frozenset[int] | None = None
 
 
 class HeadEdit(NamedTuple):
     """What is changed in a request head on its way: constant for a connection, so that it costs no decision per request.
 
-    strip: lower-case names whose fields are removed wherever they occur. add: fields appended, lower-case name and value. host: what
-    Host or :authority becomes, empty when it stays. retarget: makes the target to send of the received one (origin-form), None when it
-    stays; both are for requests with a path. answer: what becomes of the answer, None when it goes on as it is. trailers: names that
-    decided about the request: a receiver that merges trailers into the head must not find one there. Names have all their spellings.
+    strip: lower-case names whose fields are removed wherever they occur. add: fields appended, lower-case name and value. host: the new
+    Host or :authority, empty to keep the received one. retarget: makes the new request target from the received one (origin-form), None
+    to keep it. Neither is applied to a request without a path (CONNECT). answer: what is done to the answer, None for nothing. trailers:
+    names removed from the trailers, because the request was decided on by them: a receiver that merges trailers into the head must not
+    find others there. `strip` and `trailers` remove every spelling of a name (core.spelling).
     """
 
     strip: tuple[bytes, ...] = ()
@@ -96,8 +100,8 @@ class Answer:
 
 
 IDEMPOTENT: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
-"""Methods of which acting twice is acting once (RFC 9110 section 9.2.2): without a rule that says so, only these are sent again to where
-the first one may have been acted on."""
+"""Idempotent methods (RFC 9110 section 9.2.2). When an upstream may have acted on a request already, only these are sent again, unless a
+rule of the route allows more."""
 
 LATER: Final = None
 """The gate will call the engine's ``proceed``; until then the engine holds the request."""
@@ -123,19 +127,28 @@ class Gate(Protocol):
         """Decide. token: the stream id under HTTP/2, a running number under HTTP/1; names the request in ``proceed``."""
         ...
 
-    def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
-        """Nobody acted on the request and it can be sent again: where to, or which failure. cause: UPSTREAM_RESET when the upstream died
-        before a byte of its answer; one of rescue.UNREACHED when the sidecar that was asked could not connect to its app."""
+    def retry_unprocessed(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
+        """Decide where a request goes that failed and can safely be sent again (gRPC's "transparent retry"), or what to answer.
+
+        cause: UPSTREAM_RESET when the upstream closed before a byte of its answer; one of rescue.UNREACHED when the sidecar that was asked
+        could not connect to its app.
+        """
         ...
 
-    def send_again(self, exchange: object, token: int, cause: Cause) -> bool:
-        """The request's rule has an `AnswerRule.again`, all of the request is at hand, and the client got nothing of an answer: shall it be
-        sent again? True: the gate will call ``proceed``, not before this call has returned. cause: what became of it so far."""
+    def retry_by_rule(self, exchange: object, token: int, cause: Cause) -> bool:
+        """Decide whether a request is sent again because its route has a retry policy, even though an app may have acted on it.
+
+        Asked only when the rule has `AnswerRule.retry_on`, the whole request is at hand, and the client was sent nothing of an answer.
+        True: the gate will call ``proceed``, but not before this call has returned. cause: why the last attempt failed.
+        """
         ...
 
     def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
-        """The request is answered by a tunnel, which may outlive the policy that let it in: why there must not be one, None when there
-        may. Asked when it begins and, once the gate has called the engine's ``review``, again."""
+        """Decide whether the request may become a tunnel, or stay one: None, or the cause for which it must end.
+
+        A tunnel may outlive the policy that let its request in. So this is asked when the tunnel begins, and again whenever the gate has
+        called the engine's ``review``.
+        """
         ...
 
     def finished(self, exchange: object, status: int, cause: Cause | None, grpc_status: int, bodies: Bodies) -> None:

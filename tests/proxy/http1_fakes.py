@@ -70,7 +70,7 @@ class FakeGate:
         self.token = 0
         self.retried_for: Cause | None = None
         self.no_tunnel: Cause | None = None
-        self.sends_again = 0  # so many times
+        self.rule_retries = 0  # so many times
         self.tunnels: list[tuple[object, bytes]] = []
 
     def request(self, head: RequestHead, token: int) -> Verdict | None:
@@ -81,15 +81,15 @@ class FakeGate:
         assert not isinstance(self.verdict, str)
         return self.verdict
 
-    def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
-        self.log.append(("retry", exchange))
+    def retry_unprocessed(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
+        self.log.append(("retry_unprocessed", exchange))
         self.retried_for = cause
         return self.request(head, token)
 
-    def send_again(self, exchange: object, token: int, cause: Cause) -> bool:
-        self.log.append(("send_again", exchange, cause))
-        self.sends_again -= 1
-        return self.sends_again >= 0
+    def retry_by_rule(self, exchange: object, token: int, cause: Cause) -> bool:
+        self.log.append(("retry_by_rule", exchange, cause))
+        self.rule_retries -= 1
+        return self.rule_retries >= 0
 
     def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
         self.tunnels.append((exchange, head.target))

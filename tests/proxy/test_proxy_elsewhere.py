@@ -52,7 +52,7 @@ def test_a_request_that_reached_no_app_is_sent_again_whole(pieces: tuple[bytes, 
     pair.arrive(*pieces)
     pair.first.received(REFUSED)
     assert pair.first_sink.out == pair.up.out == b"".join(pieces)
-    assert (pair.gate.log, pair.gate.retried_for) == ([("retry", 1)], Cause.CONNECT_REFUSED)
+    assert (pair.gate.log, pair.gate.retried_for) == ([("retry_unprocessed", 1)], Cause.CONNECT_REFUSED)
     pair.upstream.received(OK)
     assert pair.down.out == OK and pair.client._kept is None, "an idle connection holds no body"
     assert pair.first.reusable and pair.idle[0] is pair.first, "the sidecar is well, only its app is not"
@@ -87,7 +87,7 @@ def test_it_is_sent_again_once_only() -> None:
     pair.first.received(REFUSED)
     assert sink.out == HEAD
     second.received(REFUSED)
-    assert [entry[0] for entry in pair.gate.log] == ["retry", "finished"]
+    assert [entry[0] for entry in pair.gate.log] == ["retry_unprocessed", "finished"]
     assert pair.down.out == rescue.http1_answer(Cause.CONNECT_REFUSED, close=False, explain=False)
     assert pair.gate.log[-1] == ("finished", 2, 502, Cause.CONNECT_REFUSED)
 
@@ -128,7 +128,7 @@ def test_other_answers_of_a_sidecar_are_passed_on(cause: Cause) -> None:
     pair.arrive(HEAD)
     pair.first.received(answer)
     assert b"pillion-proxy-error: " + cause.value.encode() in pair.down.out
-    assert not [entry for entry in pair.gate.log if entry[0] == "retry"]
+    assert not [entry for entry in pair.gate.log if entry[0] == "retry_unprocessed"]
 
 
 # ---- HTTP/2
@@ -161,7 +161,7 @@ def test_a_call_that_reached_no_app_is_sent_again_whole(body: bytes) -> None:
     stream = chain.ask(GRPC, body)
     refuse(chain)
     second = chain.servers[1][0]
-    assert (chain.gate.told("retry"), chain.gate.retried_for) == ([("retry", stream)], Cause.CONNECT_REFUSED)
+    assert (chain.gate.told("retry_unprocessed"), chain.gate.retried_for) == ([("retry_unprocessed", stream)], Cause.CONNECT_REFUSED)
     assert (second.headers(1, h2.events.RequestReceived), second.body(1)) == (dict(GRPC), body)
     assert second.of(h2.events.StreamEnded, 1)
     second.h2.send_headers(1, [(":status", "200"), ("content-type", "application/grpc"), ("grpc-status", "0")], end_stream=True)
@@ -196,7 +196,7 @@ def test_a_call_is_sent_again_once_only() -> None:
     refuse(chain)
     chain.servers[1][2].received(frame(HEADERS, 5, 1, GONE))
     chain.run()
-    assert chain.gate.told("retry") == [("retry", stream)]
+    assert chain.gate.told("retry_unprocessed") == [("retry_unprocessed", stream)]
     got = chain.client.headers(stream, h2.events.ResponseReceived)
     assert (got[":status"], got["grpc-status"], got["pillion-proxy-error"]) == ("200", "14", "connect-refused")
     assert chain.gate.log[-1] == ("finished", stream, 200, Cause.CONNECT_REFUSED)
@@ -206,7 +206,7 @@ def test_a_body_longer_than_what_is_kept_is_answered() -> None:
     chain = two()
     stream = chain.ask(UPLOAD, b"x" * 65)
     refuse(chain)
-    assert not chain.gate.told("retry")
+    assert not chain.gate.told("retry_unprocessed")
     got = chain.client.headers(stream, h2.events.ResponseReceived)
     assert (got[":status"], got["pillion-proxy-error"]) == ("502", "connect-refused")
 
@@ -217,7 +217,7 @@ def test_a_call_with_trailers_that_left_is_answered() -> None:
     chain.client.h2.send_headers(stream, [("x-sum", "1")], end_stream=True)
     chain.run()
     refuse(chain)
-    assert not chain.gate.told("retry")
+    assert not chain.gate.told("retry_unprocessed")
     assert chain.client.headers(stream, h2.events.ResponseReceived)[":status"] == "502"
 
 
@@ -225,7 +225,7 @@ def test_what_an_app_says_moves_no_call_and_is_not_passed_on() -> None:
     chain = two(meshed=False)
     stream = chain.ask(GRPC, b"x")
     refuse(chain)
-    assert not chain.gate.told("retry")
+    assert not chain.gate.told("retry_unprocessed")
     got = chain.client.headers(stream, h2.events.ResponseReceived)
     assert got["grpc-status"] == "14" and "pillion-proxy-error" not in got
     assert chain.gate.log == [("finished", stream, 200, None)]
@@ -238,7 +238,7 @@ def test_the_same_words_mean_different_things_from_an_app_and_from_a_sidecar() -
         for chain in (app, sidecar):
             chain.ask(GRPC)
             refuse(chain)
-        assert (len(app.gate.told("retry")), len(sidecar.gate.told("retry"))) == (0, 1)
+        assert (len(app.gate.told("retry_unprocessed")), len(sidecar.gate.told("retry_unprocessed"))) == (0, 1)
 
 
 def test_a_refused_stream_with_its_body_is_sent_again_whole_too() -> None:
@@ -246,7 +246,7 @@ def test_a_refused_stream_with_its_body_is_sent_again_whole_too() -> None:
     stream = chain.ask(GRPC, b"body")
     chain.far.received(frame(RST_STREAM, 0, 1, struct.pack(">I", 7)))
     chain.run()
-    assert (chain.gate.told("retry"), chain.gate.retried_for) == ([("retry", stream)], Cause.UPSTREAM_RESET)
+    assert (chain.gate.told("retry_unprocessed"), chain.gate.retried_for) == ([("retry_unprocessed", stream)], Cause.UPSTREAM_RESET)
     assert chain.servers[1][0].body(1) == b"body"
 
 
@@ -259,4 +259,4 @@ def test_nothing_is_kept_once_an_answer_has_begun() -> None:
     assert end.kept is None
     chain.far.received(frame(RST_STREAM, 0, 1, struct.pack(">I", 7)))
     chain.run()
-    assert not chain.gate.told("retry") and [event.error_code for event in chain.client.of(h2.events.StreamReset)] == [7]
+    assert not chain.gate.told("retry_unprocessed") and [event.error_code for event in chain.client.of(h2.events.StreamReset)] == [7]

@@ -18,8 +18,8 @@ CHUNKED = b"POST /a HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r
 
 def pair(times: int = 1, *codes: int, replay_bytes: int = 16) -> Pair:
     made = Pair(Http1Limits(replay_bytes=replay_bytes))
-    made.gate.edit = HeadEdit(answer=AnswerRule(again=frozenset(codes or (503,))))
-    made.gate.sends_again = times
+    made.gate.edit = HeadEdit(answer=AnswerRule(retry_on=frozenset(codes or (503,))))
+    made.gate.rule_retries = times
     return made
 
 
@@ -40,7 +40,7 @@ def test_an_unwanted_answer_is_never_seen_and_its_connection_serves_on() -> None
     assert made.up.out == HEAD
     made.upstream.received(OK)
     assert made.down.out == OK
-    assert made.gate.log == [("send_again", 1, Cause.RETRIABLE_STATUS), ("finished", 1, 200, None)]
+    assert made.gate.log == [("retry_by_rule", 1, Cause.RETRIABLE_STATUS), ("finished", 1, 200, None)]
 
 
 def test_the_last_answer_is_given_as_it_is() -> None:
@@ -59,7 +59,7 @@ def test_other_answers_are_given(answer: bytes) -> None:
     made = pair()
     made.client.received(HEAD)
     made.upstream.received(answer)
-    assert made.down.out == answer and made.gate.sends_again == 1
+    assert made.down.out == answer and made.gate.rule_retries == 1
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_body_that_is_too_long_is_sent_once() -> None:
     made = pair(replay_bytes=7)
     made.client.received(POST + b"12345678")
     made.upstream.received(BUSY)
-    assert made.down.out == BUSY and made.gate.sends_again == 1
+    assert made.down.out == BUSY and made.gate.rule_retries == 1
 
 
 @pytest.mark.parametrize("served", [False, True])
@@ -124,7 +124,7 @@ def test_a_connection_that_dies_is_no_answer(served: bool) -> None:
         made.exchange()
     made.client.received(POST + b"12345678")
     made.upstream.lost(True)
-    assert made.down.out == b"" and made.gate.log == [("send_again", len(made.gate.seen), Cause.UPSTREAM_RESET)]
+    assert made.down.out == b"" and made.gate.log == [("retry_by_rule", len(made.gate.seen), Cause.UPSTREAM_RESET)]
     go_on(made, fresh=True)
     assert made.up.out == POST + b"12345678"
 
@@ -159,7 +159,7 @@ def test_what_may_become_a_tunnel_is_sent_once(request_: bytes) -> None:
     made = pair()
     made.client.received(request_)
     made.upstream.received(BUSY)
-    assert made.down.out.startswith(b"HTTP/1.1 503 ") and made.gate.sends_again == 1
+    assert made.down.out.startswith(b"HTTP/1.1 503 ") and made.gate.rule_retries == 1
 
 
 def test_a_client_that_leaves_while_its_request_waits_cancels_it() -> None:
@@ -183,10 +183,10 @@ def test_pipelined_requests_wait_for_the_one_that_is_sent_again() -> None:
 
 def test_without_a_rule_nothing_is_asked() -> None:
     made = Pair(Http1Limits(replay_bytes=16))
-    made.gate.sends_again = 9
+    made.gate.rule_retries = 9
     made.client.received(HEAD)
     made.upstream.received(BUSY)
-    assert made.down.out == BUSY and made.gate.sends_again == 9
+    assert made.down.out == BUSY and made.gate.rule_retries == 9
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -304,7 +304,7 @@ def test_a_stale_upstream_is_retried_once(how: str) -> None:
     second = pair.upstream
     first.ended() if how == "ended" else first.lost(True)
     assert pair.up.take() == HEAD and pair.down.out == b""
-    assert pair.gate.log == [("retry", 2)]
+    assert pair.gate.log == [("retry_unprocessed", 2)]
     second.lost(True)
     assert pair.down.take() == BAD_GATEWAY
     assert pair.gate.log[-1] == ("finished", 3, 502, Cause.UPSTREAM_RESET)
@@ -317,9 +317,9 @@ def test_a_stale_upstream_is_retried_once(how: str) -> None:
 class RetryGate(FakeGate):
     """Hands out a dead upstream first."""
 
-    def retry(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
+    def retry_unprocessed(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
         self.verdict = "forward"
-        return super().retry(exchange, head, token, cause)
+        return super().retry_unprocessed(exchange, head, token, cause)
 
 
 @pytest.mark.parametrize("request_", [HEAD, POST, SLOW])
@@ -330,7 +330,7 @@ def test_any_request_is_retried_of_which_nothing_was_sent(request_: bytes) -> No
     pair.gate.verdict = Forward(dead, pair.gate.edit, "dead")
     pair.connect()
     pair.client.received(request_)
-    assert pair.up.out == request_ and pair.gate.log == [("retry", "dead")]
+    assert pair.up.out == request_ and pair.gate.log == [("retry_unprocessed", "dead")]
 
 
 def test_a_client_that_leaves_in_its_body_gets_no_half_response_in_order() -> None:

@@ -17,8 +17,8 @@ GET = [(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "
 
 def chain(times: int = 1) -> Chain:
     made = Chain(Http2Limits(replay_bytes=16))
-    made.gate.edit = HeadEdit(answer=AnswerRule(again=frozenset((503,))))
-    made.gate.sends_again = times
+    made.gate.edit = HeadEdit(answer=AnswerRule(retry_on=frozenset((503,))))
+    made.gate.rule_retries = times
     made.add_server()
     return made
 
@@ -53,7 +53,7 @@ def test_an_unwanted_answer_is_never_seen_and_the_request_goes_whole(server: int
     answer(made, "200", b"ok", server=server)
     assert made.client.headers(stream, h2.events.ResponseReceived)[":status"] == "200"
     assert made.client.body(stream) == b"ok"
-    assert made.gate.log == [("send_again", stream, Cause.RETRIABLE_STATUS), ("finished", stream, 200, None)]
+    assert made.gate.log == [("retry_by_rule", stream, Cause.RETRIABLE_STATUS), ("finished", stream, 200, None)]
     assert not made.near.streams_by_id and not made.far.streams_by_id
 
 
@@ -98,7 +98,7 @@ def test_a_body_that_is_too_long_is_sent_once() -> None:
     stream = made.ask(GRPC, b"x" * 17)
     answer(made, "503")
     assert made.client.headers(stream, h2.events.ResponseReceived)[":status"] == "503"
-    assert made.gate.sends_again == 1
+    assert made.gate.rule_retries == 1
 
 
 @pytest.mark.parametrize("code", [h2.errors.ErrorCodes.INTERNAL_ERROR, h2.errors.ErrorCodes.CANCEL])
@@ -107,7 +107,7 @@ def test_a_reset_is_no_answer(code: h2.errors.ErrorCodes) -> None:
     stream = made.ask(GRPC, b"some")
     made.server.h2.reset_stream(1, code)
     made.run()
-    assert made.gate.log == [("send_again", stream, Cause.UPSTREAM_RESET)]
+    assert made.gate.log == [("retry_by_rule", stream, Cause.UPSTREAM_RESET)]
     go_on(made, stream, server=1)
     assert made.servers[1][0].body(1) == b"some"
     answer(made, "200", server=1)
@@ -119,7 +119,7 @@ def test_a_connection_that_dies_is_no_answer() -> None:
     stream = made.ask(GRPC, b"some")
     made.far.lost(True)
     made.run()
-    assert made.gate.log == [("send_again", stream, Cause.UPSTREAM_RESET)]
+    assert made.gate.log == [("retry_by_rule", stream, Cause.UPSTREAM_RESET)]
     go_on(made, stream, server=1)
     assert made.servers[1][0].body(1) == b"some"
 
@@ -184,7 +184,7 @@ def test_a_request_that_waits_for_a_free_stream_can_be_late_too() -> None:
 
 def test_without_a_rule_nothing_is_asked() -> None:
     made = Chain(Http2Limits(replay_bytes=16))
-    made.gate.sends_again = 9
+    made.gate.rule_retries = 9
     stream = made.ask(GET)
     answer(made, "503")
-    assert made.client.headers(stream, h2.events.ResponseReceived)[":status"] == "503" and made.gate.sends_again == 9
+    assert made.client.headers(stream, h2.events.ResponseReceived)[":status"] == "503" and made.gate.rule_retries == 9

@@ -72,8 +72,8 @@ class Script:
             chain.add_server(meshed=True)
             chain.run()
         if choice((True, False)):
-            chain.gate.edit = HeadEdit(answer=AnswerRule(again=frozenset((503,))))
-            chain.gate.sends_again = choice((1, 1000))
+            chain.gate.edit = HeadEdit(answer=AnswerRule(retry_on=frozenset((503,))))
+            chain.gate.rule_retries = choice((1, 1000))
         chain.gate.decide = chain.gate.again = lambda _head, token: self.verdict(token)
         self.next_id = 1
         self.ends: list[tuple[Connection, FakeSink, Wire]] = [(chain.near, chain.client_sink, Wire(chain.client_sink))]

@@ -107,7 +107,7 @@ def test_a_replayable_request_is_sent_again_when_its_upstream_dies(how: str) -> 
     chain.run()
     assert chain.gone == [chain.far]
     assert (chain.far.usable, chain.far.capacity) == (False, 0)
-    assert chain.gate.told("retry") == [("retry", stream)]
+    assert chain.gate.told("retry_unprocessed") == [("retry_unprocessed", stream)]
     assert server.headers(1, h2.events.RequestReceived) == dict(GET)
     server.h2.send_headers(1, OK, end_stream=True)
     chain.run()
@@ -127,7 +127,7 @@ def test_a_request_that_kills_its_upstreams_kills_two_and_no_more() -> None:
     for _, _, upstream in chain.servers[:2]:
         upstream.lost(True)
     chain.run()
-    assert chain.gate.told("retry") == [("retry", stream)]
+    assert chain.gate.told("retry_unprocessed") == [("retry_unprocessed", stream)]
     assert not chain.servers[2][0].of(h2.events.RequestReceived)
     assert chain.client.headers(stream, h2.events.ResponseReceived)[":status"] == "502"
 
@@ -138,7 +138,7 @@ def test_a_request_that_may_have_been_acted_on_is_not_sent_again(headers: list[t
     stream = chain.ask(headers, body, end=end)
     chain.far.lost(False)
     chain.run()
-    assert not chain.gate.told("retry")
+    assert not chain.gate.told("retry_unprocessed")
     got = chain.client.headers(stream, h2.events.ResponseReceived)
     if headers is GRPC:
         assert (got[":status"], got["grpc-status"], got["pillion-proxy-error"]) == ("200", "14", "upstream-reset")
@@ -167,7 +167,7 @@ def test_goaway_hands_back_what_was_not_processed_and_lets_the_rest_finish() -> 
     chain.run()
     chain.far.received(frame(GOAWAY, 0, 0, u32(1) + u32(0)))
     chain.run()
-    assert chain.gate.told("retry") == [("retry", second)]
+    assert chain.gate.told("retry_unprocessed") == [("retry_unprocessed", second)]
     assert server.headers(1, h2.events.RequestReceived) == dict(GRPC)
     assert chain.gone == [chain.far]
     assert chain.server_sink.fate == ""
@@ -185,7 +185,7 @@ def test_a_refused_stream_is_sent_again_only_before_its_body() -> None:
     for stream in (1, 3):
         chain.server.h2.reset_stream(stream, 7)
     chain.run()
-    assert chain.gate.told("retry") == [("retry", 1)]
+    assert chain.gate.told("retry_unprocessed") == [("retry_unprocessed", 1)]
     assert server.of(h2.events.RequestReceived, 1)
     assert [e.error_code for e in chain.client.of(h2.events.StreamReset, with_body)] == [7]
 
@@ -194,7 +194,7 @@ def test_a_gate_that_sends_to_dead_upstreams_for_ever_is_stopped() -> None:
     chain = Chain()
     chain.far.lost(True)
     stream = chain.ask(GET)
-    assert len(chain.gate.told("retry")) == 2
+    assert len(chain.gate.told("retry_unprocessed")) == 2
     assert chain.client.headers(stream, h2.events.ResponseReceived)[":status"] == "502"
     assert len(chain.gate.told("finished")) == 1
 
@@ -331,7 +331,7 @@ def test_waiting_requests_are_handed_back_when_the_upstream_leaves() -> None:
     chain.run()
     chain.far.received(frame(GOAWAY, 0, 0, u32(1) + u32(0)))
     chain.run()
-    assert chain.gate.told("retry") == [("retry", waiting)]
+    assert chain.gate.told("retry_unprocessed") == [("retry_unprocessed", waiting)]
     assert server.body(1) == b"held"  # nothing of it had left, so all of it was still there
 
 
@@ -479,7 +479,7 @@ def test_a_request_that_waits_too_long_is_handed_back() -> None:
     chain.run()
     assert chain.far.streams == 0
     assert chain.client.headers(stream, h2.events.ResponseReceived)[":status"] == "504"
-    assert chain.gate.log == [("retry", stream), ("finished", "gave up", 504, Cause.UPSTREAM_TIMEOUT)]
+    assert chain.gate.log == [("retry_unprocessed", stream), ("finished", "gave up", 504, Cause.UPSTREAM_TIMEOUT)]
 
 
 def test_a_client_that_reads_nothing_at_all_is_aborted() -> None:
@@ -533,7 +533,7 @@ def test_a_client_that_leaves_while_a_retry_is_decided_is_reported_once() -> Non
     stream = chain.ask(GET)
     chain.far.lost(True)
     chain.near.lost(True)
-    assert chain.gate.log == [("retry", stream), ("cancelled", stream)]
+    assert chain.gate.log == [("retry_unprocessed", stream), ("cancelled", stream)]
 
 
 def test_an_answer_without_a_note_is_not_reported() -> None:
@@ -541,10 +541,10 @@ def test_an_answer_without_a_note_is_not_reported() -> None:
     chain.gate.again = lambda _head, _token: Answer(Cause.NO_ENDPOINTS, True)
     stream = chain.ask(GET)
     chain.far.lost(True)
-    assert chain.gate.log == [("retry", stream)]
+    assert chain.gate.log == [("retry_unprocessed", stream)]
     chain.gate.decide = lambda _head, _token: Answer(Cause.DENIED, True)
     chain.ask(GET)
-    assert chain.gate.log == [("retry", stream)]
+    assert chain.gate.log == [("retry_unprocessed", stream)]
 
 
 def test_a_reset_by_the_upstream_gives_back_what_its_stream_held() -> None:

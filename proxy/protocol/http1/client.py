@@ -265,7 +265,7 @@ class Http1Client(ClientConnection):
             if head is self._memo:
                 self._edited, self._out = head, out
         if not up.reusable:
-            return self._ask_again(Cause.UPSTREAM_RESET)  # it died between the verdict and now
+            return self._retry_unprocessed(Cause.UPSTREAM_RESET)  # it died between the verdict and now
         self._up = up
         self._state = WAIT
         if head.bodiless:

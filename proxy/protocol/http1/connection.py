@@ -1,8 +1,11 @@
-"""One client connection of HTTP/1.1 apart from its requests: what it is waiting for, its responses, its end.
+"""One client connection of HTTP/1.1 apart from reading requests: its state, what the upstream reports, retries, and its end.
 
-Theory of operation. A connection is in one of the states below. While an exchange is open, upstream.py reports how the response goes;
-when it is over, `_settle` says what becomes of the connection: the next request, throwing away what is left of a body that was answered
-early, or a close that lets the client read its last answer. Must not read requests, that is client.py. Pure.
+Theory of operation. A connection is in one of the states below. While an exchange is open, upstream.py reports how the response goes. A
+request that failed is sent again through the gate when nobody has acted on it, or when its rule has retries; else the client sees an
+answer, or a cut if one had begun. When the exchange is over, `_settle` decides what becomes of the connection: it reads the next request,
+throws away what is left of a body that was answered early, or closes so that the client can still read its last answer.
+
+Must not read requests, that is client.py. Pure.
 """
 
 from __future__ import annotations
@@ -162,35 +165,36 @@ class ClientConnection:
         self._go(FOR_UPSTREAM)
 
     def upstream_broken(self, cause: Cause, stale: bool) -> None:
-        """The exchange cannot be completed. stale: the upstream had served before and died before any byte of this response."""
+        """The exchange cannot be completed. stale: the connection had served before and closed before any byte of this response, as a
+        pooled connection does whose server had just closed it."""
         self._up = None
         if stale and self.head.replayable and not self._retried:
-            self._ask_again(cause)
-        elif not self._send_again(cause):
+            self._retry_unprocessed(cause)
+        elif not self._retry_by_rule(cause):
             self._fail(cause)
 
     def upstream_unreached(self, cause: Cause) -> None:
         """Nothing of the request reached an app. cause: one of rescue.UNREACHED."""
         self._up = None
         if not self._retried and self._rewind():
-            self._ask_again(cause)
-        elif not self._send_again(cause):
+            self._retry_unprocessed(cause)
+        elif not self._retry_by_rule(cause):
             self._fail(cause)
 
     def unwanted(self, status: int) -> bool:
-        """Whether the request is sent again instead of giving the client an answer of this status; the upstream lets go of it then."""
+        """Whether the rule wants a retry after an answer of this status. If so, the client never sees it, and the upstream drops it."""
         edit = self._edit
         rule = edit.answer if edit is not None else None
-        return rule is not None and rule.again is not None and status in rule.again and self._send_again(Cause.RETRIABLE_STATUS)
+        return rule is not None and rule.retry_on is not None and status in rule.retry_on and self._retry_by_rule(Cause.RETRIABLE_STATUS)
 
-    # Sending a request again.
+    # Retries.
 
-    def _send_again(self, cause: Cause) -> bool:
-        """Let the gate send the request again, if its rule says so; whoever was asked may have acted on it."""
+    def _retry_by_rule(self, cause: Cause) -> bool:
+        """Let the gate send the request again by its rule, although the app may have acted on it. False: there is no such retry."""
         edit, head = self._edit, self.head
-        if edit is None or edit.answer is None or edit.answer.again is None or self._status or head.upgrades or head.connects:
+        if edit is None or edit.answer is None or edit.answer.retry_on is None or self._status or head.upgrades or head.connects:
             return False
-        if (self._kept is None and not head.bodiless) or not self._gate.send_again(self._exchange, self._token, cause):
+        if (self._kept is None and not head.bodiless) or not self._gate.retry_by_rule(self._exchange, self._token, cause):
             return False
         self._up = None
         self._rewind()
@@ -199,7 +203,7 @@ class ClientConnection:
         return True
 
     def _rewind(self) -> bool:
-        """Take back what was sent of the body, as if it had just arrived. False: not all of it is at hand."""
+        """Put what was sent of the body back into `_held`, as if it had just arrived. False: not all of it was kept."""
         if self.head.bodiless:
             return True
         kept, self._kept = self._kept, None
@@ -209,13 +213,13 @@ class ClientConnection:
         self._span = len(kept)
         return True
 
-    def _ask_again(self, cause: Cause) -> None:
-        """Nobody has acted on the request: let the gate send it elsewhere, once."""
+    def _retry_unprocessed(self, cause: Cause) -> None:
+        """Nobody has acted on the request: let the gate send it elsewhere, but only once."""
         if self._retried:
             return self._fail(cause)
         self._retried = True
         self._go(FOR_UPSTREAM)
-        verdict = self._gate.retry(self._exchange, self.head, self._token, cause)
+        verdict = self._gate.retry_unprocessed(self._exchange, self.head, self._token, cause)
         if verdict is not None:
             return self._follow(verdict)
         self._state = DECIDING

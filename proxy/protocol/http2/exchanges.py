@@ -1,8 +1,8 @@
 """The exchanges on a client's connection: from the gate's verdict to the end, whatever the upstream's end reports.
 
 Theory of operation. The gate's verdict opens a stream at an upstream or is an answer of ours. From then on upstream.py reports:
-`upstream_answered`, `upstream_failed`, `unwanted`. A request that failed goes back to the gate when sending it again cannot be noticed, or
-when its rule wants it sent again; else the client sees an answer if none has begun, or a reset.
+`upstream_answered`, `upstream_failed`, `unwanted`. A request that failed goes back to the gate when nobody has acted on it, or when its
+rule has retries; else the client sees an answer if none has begun, or a reset.
 
 For each request that the gate was asked about, exactly one of `Gate.finished` and (while a verdict is owed) `Gate.cancelled` is called at
 the end; neither after an answer for which the gate left no note. Must not read requests, that is client.py. Pure.
@@ -72,7 +72,8 @@ class Exchanges(Connection):
     def upstream_failed(self, end: ClientStream, cause: Cause, code: int | None, *, unprocessed: bool) -> None:
         """The upstream's end is gone before its response was complete. code: what it was reset with. unprocessed: nobody acted on it.
 
-        Sent again through the gate when that cannot be noticed; else the client sees an answer if there was none yet, or RST_STREAM.
+        The request is sent again through the gate where that is safe or its rule says so; else the client sees an answer, or RST_STREAM
+        if it has seen the beginning of one.
         """
         other = end.other
         assert isinstance(other, UpstreamStream)
@@ -85,16 +86,16 @@ class Exchanges(Connection):
             self.send_reset(end.id, code or frames.INTERNAL_ERROR)
             return self._finish(end, cause)
         died = code is None and cause is Cause.UPSTREAM_RESET
-        again = unprocessed or (died and end.head.bodiless and end.head.method in IDEMPOTENT)
+        safe = unprocessed or (died and end.head.bodiless and end.head.method in IDEMPOTENT)
         most = self.limits.max_attempts if unprocessed and cause not in UNREACHED else 2
-        if again and end.attempts < most and rewind(other):
-            verdict = self.gate.retry(end.exchange, end.head, end.id, cause)
+        if safe and end.attempts < most and rewind(other):
+            verdict = self.gate.retry_unprocessed(end.exchange, end.head, end.id, cause)
             if verdict is None:
                 end.deciding = True
                 return None
             return self._act(end, verdict)
-        if self._may_send_again(end, cause):
-            return self._send_again(end)
+        if self._may_retry_by_rule(end, cause):
+            return self._await_retry(end)
         drop(other)
         if code is None:
             return self._answer(end, cause, self.gate.explain)
@@ -102,15 +103,15 @@ class Exchanges(Connection):
         return self._finish(end, cause)
 
     def unwanted(self, end: ClientStream, status: int) -> bool:
-        """Whether the request is sent again instead of giving the client an answer of this status; the upstream has to let go of it then,
-        and call `dismissed`."""
+        """Whether the rule wants a retry after an answer of this status. If so, the client never sees it: the upstream drops the stream
+        and calls `dismissed`."""
         rule = end.edit.answer
         return (
             rule is not None
-            and rule.again is not None
-            and status in rule.again
+            and rule.retry_on is not None
+            and status in rule.retry_on
             and not end.over
-            and self._may_send_again(end, Cause.RETRIABLE_STATUS)
+            and self._may_retry_by_rule(end, Cause.RETRIABLE_STATUS)
         )
 
     def dismissed(self, end: ClientStream) -> None:
@@ -119,16 +120,16 @@ class Exchanges(Connection):
         assert isinstance(other, UpstreamStream)
         self.forget_held(end)
         other.detach()
-        self._send_again(end)
+        self._await_retry(end)
 
-    def _may_send_again(self, end: ClientStream, cause: Cause) -> bool:
-        """Whether the gate sends the request again, because its rule says so; whoever was asked may have acted on it."""
+    def _may_retry_by_rule(self, end: ClientStream, cause: Cause) -> bool:
+        """Whether the gate sends the request again by its rule, although the app may have acted on it."""
         rule, other = end.edit.answer, end.other
-        if rule is None or rule.again is None or end.head.connect or (other.sent and other.kept is None):
+        if rule is None or rule.retry_on is None or end.head.connect or (other.sent and other.kept is None):
             return False
-        return self.gate.send_again(end.exchange, end.id, cause)
+        return self.gate.retry_by_rule(end.exchange, end.id, cause)
 
-    def _send_again(self, end: ClientStream) -> None:
+    def _await_retry(self, end: ClientStream) -> None:
         rewind(end.other)
         end.deciding = True
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Http2Limits:
     """Bounds of a connection; the same type serves the client's end and the upstream's.
 
