@@ -5,15 +5,14 @@ h2spec is built once from the Go modules that h2spec/go.sum pins, and kept in th
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 
 from core.addrs import Addr
+from tests.conformance.go_tools import go_tool
 from tests.ports import unused_port
 from tests.scenarios.mesh import mesh
 from tests.scenarios.peers import program, run
@@ -41,21 +40,7 @@ WORSE: dict[Case, str] = {
 
 @pytest.fixture(scope="session")
 def h2spec() -> str:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pillion" / "bin"
-    binary = cache / "h2spec-2.2.1"
-    if not binary.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        made = binary.with_suffix(f".{os.getpid()}")
-        command = ["go", "build", "-mod=readonly", "-trimpath", "-o", str(made), "github.com/summerwind/h2spec/cmd/h2spec"]
-        environ = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": ""}
-        built = subprocess.run(command, cwd=_MODULES, env=environ, capture_output=True, text=True, check=False, timeout=300)
-        if built.returncode:
-            reason = f"h2spec could not be built from Go modules: {built.stderr.strip()[-500:]}"
-            if os.environ.get("CI") == "true":
-                pytest.fail(reason, pytrace=False)
-            pytest.skip(reason)
-        made.rename(binary)
-    return str(binary)
+    return go_tool("h2spec-2.2.1", _MODULES, "github.com/summerwind/h2spec/cmd/h2spec")
 
 
 async def _failed(h2spec: str, server: Addr, report: Path) -> tuple[int, set[Case]]:
