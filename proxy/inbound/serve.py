@@ -37,7 +37,7 @@ from proxy.rescue import Cause, Failure
 from proxy.telemetry.record import InboundRecord, Recorder
 from proxy.transport.accept import Accepted
 from proxy.transport.connect import Dialer, Dialled
-from proxy.transport.join import begin, join, who_speaks_first
+from proxy.transport.join import ClientSide, begin, join, who_speaks_first
 from proxy.transport.link import NO_RECEIVER, Link
 from proxy.transport.relay import Relay
 from proxy.transport.secure import Security
@@ -260,7 +260,8 @@ class Inbound:
 
         idle_s = self.config.opaque_idle_timeout_s
         with self.relay.batch():  # nothing of it ends before it is counted
-            link, splice = join(self.relay, accepted.stream, peer.records, peer.data, app, finished, idle_s, screened=screened)
+            client = ClientSide(accepted.stream, peer.records, peer.data)
+            link, splice = join(self.relay, client, app, finished, idle_s, screened=screened)
             self.live.add(link, None, lambda: record.closed(link.read_bytes, link.written_bytes))
             port.changed.add(recheck)
             recheck()  # the policy may have changed while the app was dialled

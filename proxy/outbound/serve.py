@@ -31,7 +31,7 @@ from proxy.rescue import Cause, Failure
 from proxy.telemetry.record import OutboundRecord, Recorder
 from proxy.transport.accept import Accepted
 from proxy.transport.connect import Dialled
-from proxy.transport.join import begin, join, who_speaks_first
+from proxy.transport.join import ClientSide, begin, join, who_speaks_first
 from proxy.transport.link import NO_RECEIVER
 from proxy.transport.sniff import Sniffed, sniff
 
@@ -204,7 +204,7 @@ class Outbound:
             record.closed(link.read_bytes, link.written_bytes)
 
         with relay.batch():  # nothing of it ends before it is counted
-            link, splice = join(relay, accepted.stream, None, sniffed.data, dialled, record.ended, idle_s)
+            link, splice = join(relay, ClientSide(accepted.stream, None, sniffed.data), dialled, record.ended, idle_s)
             state.changed.add(recheck)
             self.live.add(link, None, closed)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import trio
 
@@ -56,25 +56,28 @@ def begin(relay: Relay, link: Link, receiver: Receiver, received: bytes) -> None
         relay.later(deliver, link)
 
 
+class ClientSide(NamedTuple):
+    """A client's connection that is ready to be joined. records: None means plaintext. received: plaintext that was read already."""
+
+    stream: RawStream
+    records: Records | None
+    received: bytes
+
+
 def join(
-    relay: Relay,
-    client: RawStream,
-    records: Records | None,
-    received: bytes,
-    upstream: Dialled,
-    finished: Callable[[str], None],
-    idle_s: float,
-    *,
-    screened: bool = False,
+    relay: Relay, client: ClientSide, upstream: Dialled, finished: Callable[[str], None], idle_s: float, *, screened: bool = False
 ) -> tuple[Link, Splice]:
-    """Hand both connections to the relay as one splice, with what was already received from either side first; screened: see Splice."""
-    client_link = relay.adopt(client.release(), NO_RECEIVER, records)
+    """Hand both connections to the relay as one splice, with what was already received from either side first.
+
+    finished, idle_s, screened: see Splice.
+    """
+    client_link = relay.adopt(client.stream.release(), NO_RECEIVER, client.records)
     upstream_link = relay.adopt(upstream.sock, NO_RECEIVER, upstream.records)
     splice = Splice(client_link, upstream_link, finished, idle_s, screened=screened)
     client_link.receiver, upstream_link.receiver = splice.client, splice.upstream
     with relay.batch():
-        if received:
-            splice.client.received(received)
+        if client.received:
+            splice.client.received(client.received)
         if upstream.early:
             splice.upstream.received(upstream.early)
         client_link.start()
