@@ -12,7 +12,10 @@ from typing import Any
 
 import trio
 
+from injector.fixed import ADMIN_PORT
+
 _ANSWER_MAX = 4096  # bytes of an HTTP answer that are read: its first line decides
+_FAILED = "failed: "  # how a sidecar's answer to a failed probe begins (proxy.probes.FAILED)
 Exec = Callable[[list[str], float], Awaitable[str | None]]
 """(command, timeout in seconds) -> why it failed, None when it exited with 0."""
 
@@ -92,8 +95,8 @@ async def _http(action: Mapping[str, Any], host: str, port: int) -> str | None:
         headers |= {str(header["name"]): str(header["value"]) for header in action.get("httpHeaders") or []}
         lines = [f"GET {action.get('path') or '/'} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "Connection: close"]
         await stream.send_all("\r\n".join([*lines, "", ""]).encode())
-        answer = b""
-        while b"\n" not in answer and len(answer) < _ANSWER_MAX:
+        answer, whole = b"", port == ADMIN_PORT  # a sidecar's answer says why an app's probe failed
+        while (whole or b"\n" not in answer) and len(answer) < _ANSWER_MAX:
             chunk = await stream.receive_some(_ANSWER_MAX)
             if not chunk:
                 break
@@ -104,7 +107,15 @@ async def _http(action: Mapping[str, Any], host: str, port: int) -> str | None:
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         return "the answer is not HTTP"
     status = int(words[1])
-    return None if 200 <= status < 400 else f"HTTP status {status}"
+    if 200 <= status < 400:
+        return None
+    return (_reason(answer) if whole else "") or f"HTTP status {status}"
+
+
+def _reason(answer: bytes) -> str:
+    """What a sidecar says about the probe that it made, "" if it is something else that listens there: text for a terminal."""
+    body = answer.partition(b"\r\n\r\n")[2].decode("ascii", "replace").strip()
+    return body.removeprefix(_FAILED) if body.startswith(_FAILED) and body.isprintable() else ""
 
 
 async def _grpc(host: str, port: int, service: str) -> str | None:

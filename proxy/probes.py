@@ -15,18 +15,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import h11
 import trio
 
+from core.runtime import logs
 from core.runtime.admin import Request, Response, text_response
 from proxy.protocol.grpc_health import HealthCheck, NotHealthy
 
 if TYPE_CHECKING:
     import ssl
 
+_log = logs.logger("probes")
+
 PREFIX = "/pillion-probe/"
 
+FAILED = "failed: "
+"""How the answer to a failed probe begins; local.probing reads it."""
 _REDIRECTS_MAX = 10  # kubelet's
 _HEAD_BYTES_MAX = 64 << 10
 _TIMEOUT_S = (0.1, 300.0)
 _AGAIN_S = (0.02, 0.1)  # the first pause, and the longest
+_TELL_S = 1.0  # between two lines about one probe: any pod may ask, as often as it likes
 
 
 class InvalidProbe(ValueError):
@@ -110,13 +116,14 @@ class ProbeRunner:
     """Performs the declared probes against one address of the pod. ip: the pod's own, which apps listen on; never loopback.
 
     The admin port answers every pod: whoever asks while a probe is performed gets its result, so that strangers cost the app no more than
-    the kubelet alone, and do not stand in a queue before it.
+    the kubelet alone, and do not stand in a queue before it. Of a failure the kubelet tells its status alone, so the log says why.
     """
 
     def __init__(self, probes: Mapping[str, Probe], ip: str) -> None:
         self._probes = dict(probes)
         self._ip = ip
         self._attempts: dict[str, _Attempt] = {}
+        self._told: dict[str, tuple[str, float]] = {}
 
     async def handle(self, request: Request) -> Response:
         """200 ``ok``, or 503 with the reason; 404 for a path that no probe was declared for."""
@@ -129,18 +136,33 @@ class ProbeRunner:
                 return other.answer
         attempt = self._attempts[request.path] = _Attempt()
         try:
-            attempt.answer = await self._asked(probe)
+            attempt.answer = await self._asked(request.path, probe)
             return attempt.answer
         finally:
             del self._attempts[request.path]
             attempt.over.set()
 
-    async def _asked(self, probe: Probe) -> Response:
+    async def _asked(self, path: str, probe: Probe) -> Response:
         try:
             await perform(probe, self._ip)
         except ProbeFailed as failure:
-            return text_response(f"failed: {failure}", 503)
+            self._tell(path, str(failure))
+            return text_response(f"{FAILED}{failure}", 503)
+        self._tell(path, "")
         return text_response("ok")
+
+    def _tell(self, path: str, why: str) -> None:
+        """Log a probe that begins to fail, fails for another reason, or passes again."""
+        before, when = self._told.get(path, ("", float("-inf")))
+        now = trio.current_time()
+        if why == before or now - when < _TELL_S:
+            return
+        self._told[path] = why, now
+        name = path.removeprefix(PREFIX)
+        if why:
+            _log.info("probe failed", probe=name, reason=why)
+        else:
+            _log.info("probe passed", probe=name)
 
 
 async def perform(probe: Probe, ip: str) -> None:

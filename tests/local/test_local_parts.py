@@ -64,6 +64,25 @@ async def test_an_http_probe_reads_the_status(nursery: trio.Nursery, response: b
     nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("failed: port 8081 cannot be connected to\n", "port 8081 cannot be connected to"),
+        ("failed: \x1b[31m", "HTTP status 503"),
+        ("something else listens there", "HTTP status 503"),
+    ],
+)
+async def test_what_a_sidecar_says_of_a_probe_is_the_reason(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, body: str, expected: str
+) -> None:
+    whole = f"HTTP/1.1 503 Service Unavailable\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
+    listeners = await nursery.start(partial(trio.serve_tcp, host="127.0.0.1"), partial(answer, whole), 0)
+    port = listeners[0].socket.getsockname()[1]
+    monkeypatch.setattr("local.probing.ADMIN_PORT", port)
+    assert await check({"httpGet": {"port": port, "path": "/"}, "timeoutSeconds": 5}, "127.0.0.1", {}, no_exec) == expected
+    nursery.cancel_scope.cancel()
+
+
 async def test_a_probe_says_why_it_failed() -> None:
     assert await check({"exec": {"command": ["true"]}}, "127.0.0.1", {}, no_exec) is None
     assert await check({"exec": {"command": ["false"]}}, "127.0.0.1", {}, no_exec) == "the command exited with 1"

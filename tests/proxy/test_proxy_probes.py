@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent import futures
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from core.runtime.admin import Request
+from local import probing
+from proxy import probes
 from proxy.probes import InvalidProbe, ProbeRunner, read_probes
 from proxy.protocol.grpc_health import HealthCheck, NotHealthy
 from tests.certs import Authority
@@ -186,6 +189,10 @@ class SlowApp:
                 await trio.sleep(0.001)
 
 
+def test_the_local_runner_knows_how_an_answer_begins() -> None:
+    assert probing._FAILED == probes.FAILED
+
+
 @asynccontextmanager
 async def slow_app() -> AsyncIterator[SlowApp]:
     app = SlowApp()
@@ -223,6 +230,26 @@ async def test_who_waits_for_an_attempt_that_is_cut_makes_its_own() -> None:
         await app.was_asked(2)
         app.may_answer.set()
     assert app.statuses == [200] * 3 and app.asked == 2
+
+
+async def test_the_log_says_when_a_probe_begins_to_fail_and_when_it_passes_again(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kubelet's event says only that the status was 503."""
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(probes, "_log", SimpleNamespace(info=lambda event, **fields: told.append((event, fields.get("reason", "")))))
+    outcomes = iter(["", "port 1 cannot be connected to", "port 1 cannot be connected to", "status 500", ""])
+
+    async def performed(_probe: object, _ip: str) -> None:
+        if why := next(outcomes):
+            raise probes.ProbeFailed(why)
+
+    monkeypatch.setattr(probes, "perform", performed)
+    runner = ProbeRunner(read_probes({PATH: {"tcpSocket": {"port": 1}}}), "127.0.0.1")
+    for _ in range(5):
+        await runner.handle(Request("GET", PATH))
+        await trio.sleep(1)
+    assert told == [("probe failed", "port 1 cannot be connected to"), ("probe failed", "status 500"), ("probe passed", "")]
 
 
 async def test_only_declared_paths_are_probed() -> None:
