@@ -1,6 +1,6 @@
-"""Annotations that look like ours and that nobody reads: ``pillion.dev/injct`` leaves a namespace out of the mesh without a word. Pure.
+"""Annotations that are meant for us and that nobody reads: ``pillion.dev/injct`` leaves a namespace out of the mesh without a word.
 
-They are told and not refused: an older injector must start pods that have an annotation which only a newer one knows. Called by
+Pure. They are told and not refused: an older injector must start pods that have an annotation which only a newer one knows. Called by
 local.hints and cli.check.workloads.
 """
 
@@ -15,6 +15,7 @@ from injector.options import NAMES, PREFIX
 _READ = (INJECT, STATUS, BEFORE, *(PREFIX + name for name in NAMES))
 _DOMAINS = tuple(dict.fromkeys(key.partition("/")[0] for key in _READ))
 _BY_NAME = {key.partition("/")[2]: key for key in _READ}
+_LINKERD = {"linkerd.io": INJECT.partition("/")[0] + "/", "config.linkerd.io": PREFIX}
 _ALIKE = 0.9  # of domains: pilion.dev is told (0.95); config.linkerd.io (0.63) is somebody else's
 
 
@@ -25,3 +26,18 @@ def misspelt(annotations: Iterable[str]) -> Iterator[str]:
         near = get_close_matches(name, _BY_NAME, 1)
         if domain in _DOMAINS or (near and get_close_matches(domain, _DOMAINS, 1, _ALIKE)):
             yield f"annotation {key} is read by nobody" + (f"; there is {_BY_NAME[near[0]]}" if near else "")
+
+
+def misplaced(annotations: Iterable[str]) -> Iterator[str]:
+    """A sentence for each of our annotations among those of a workload's own metadata: its pods do not have them."""
+    for key in sorted(set(annotations).intersection(_READ)):
+        yield f"annotation {key} is read by nobody here; it belongs on the pod template (spec.template.metadata) or the namespace"
+
+
+def of_linkerd(annotations: Iterable[str]) -> Iterator[str]:
+    """A sentence for each annotation of Linkerd's with the one that means the same here. For places where Linkerd cannot be."""
+    for key in sorted(set(annotations)):
+        domain, _, name = key.partition("/")
+        if domain in _LINKERD:
+            meant = _LINKERD[domain] + name
+            yield f"annotation {key} is Linkerd's and read by nobody here" + (f"; there is {meant}" if meant in _READ else "")

@@ -116,6 +116,11 @@ class Mesh:
         """All Services with their addresses."""
         return [service for service, _ in self._services]
 
+    @property
+    def api_objects(self) -> list[dict[str, Any]]:
+        """What the policy controller reads, as it was written last."""
+        return [json.loads(content) for content in self._written.values()]
+
     # --- the round -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:

@@ -17,6 +17,7 @@ from core.refs import Ref
 from injector.fixed import SIDECAR_UID
 from injector.undo import uninject
 from local import shapes
+from policy import model
 from policy.admission import parse_object
 
 WORKLOADS = (
@@ -36,6 +37,7 @@ _IDLE = {
 }
 """What else there is in the groups of `_USED`: any other kind there is a mistake in writing."""
 POLICY_GROUPS = ("policy.pillion.dev", "gateway.networking.k8s.io")
+_LINKERD_POLICY = "policy.linkerd.io"
 _CLUSTER_WIDE = (("", "Namespace"),)
 RESERVED_UIDS = frozenset({SIDECAR_UID, 2103, 2104})
 """The sidecar's, and those of identity service and policy controller (see local.control_plane)."""
@@ -71,8 +73,14 @@ def is_run(group: str, kind: str) -> bool:
 
 
 def read_manifest(raw: Mapping[str, Any]) -> Manifest | None:
-    """The object, or None for a kind that means nothing without Kubernetes (Ingress, RBAC ...); raises InvalidObject."""
+    """The object, or None for a kind that means nothing without Kubernetes (Ingress, RBAC ...); raises InvalidObject.
+
+    A policy of Linkerd's is refused: whoever brings one means it to keep somebody out.
+    """
     group, kind = group_kind(raw)
+    if group == _LINKERD_POLICY:
+        expected = f"{model.GROUP}/{model.VERSION}, or for routes {model.GATEWAY_GROUP}/v1 (docs/policy.md says what differs)"
+        raise InvalidObject("apiVersion", expected, shown(raw["apiVersion"]))
     if not is_run(group, kind):
         if kind not in _IDLE.get(group, {kind}):
             known = ", ".join(sorted(kind for of, kind in _USED if of == group))

@@ -34,7 +34,7 @@ def report(
         if why := why_not_ready(pod):
             reasons.append(f"pod {pod.plan.ref.namespace}/{pod.plan.ref.name}: {why}")
     notes = ["images are ignored: every container is a process on this machine's file system", *([note] if note else [])]
-    notes += [*_limits(mesh), *hints(mesh.manifests, mesh.known_services, mesh.facts())]
+    notes += [*_limits(mesh), *hints(mesh.manifests, mesh.known_services, mesh.facts(), mesh.api_objects)]
     return protocol.MeshStatus(
         name=name,
         ready=not reasons,

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cli.check.certificates import is_meshed
-from cli.check.cluster import Cluster, Object, name_of, some
+from cli.check.cluster import NAMESPACE, Cluster, Object, name_of, some
 from cli.check.installation import mesh_settings
 from cli.check.model import Category, Check, Failed, Skipped
 from core.k8s.errors import ApiError
 from core.k8s.fields import InvalidObject
 from injector.decide import SIDECAR_NAME, Inject, Refuse, Skip, decide, wants
-from injector.misspelt import misspelt
+from injector.misspelt import misplaced, misspelt
 from policy.admission import parse_object
 from policy.index import Index, IndexSettings
 from policy.index.destinations import meshed
+from policy.index.idle import idle_servers, unknown_accounts
 from policy.index.report import problems
 
 _KINDS = (
@@ -65,9 +67,15 @@ def _some_lines(found: list[str], most: int = 20) -> str:
 
 
 async def policies_act(cluster: Cluster) -> None:
-    """None is without effect, or in conflict with another."""
+    """None is without effect, in conflict with another, or about names that lead nowhere."""
     index, _ = await _index(cluster)
-    found = [f"{problem.ref}: {problem.message}" for problem in problems(index)]
+    told = [*problems(index), *sorted(idle_servers(index))]
+    with contextlib.suppress(ApiError):  # who may not list them is told the rest
+        accounts = {
+            (item["metadata"]["namespace"], item["metadata"]["name"]) for item in await cluster.objects("", "v1", "serviceaccounts")
+        }
+        told += sorted(unknown_accounts(index, accounts))
+    found = [f"{problem.ref}: {problem.message}" for problem in told]
     if found:
         raise Failed(_some_lines(found))
 
@@ -132,6 +140,10 @@ async def annotations_read(cluster: Cluster) -> None:
     for kind, items in (("namespace", await cluster.objects("", "v1", "namespaces")), ("pod", await cluster.pods())):
         for item in items:
             found += [f"{kind} {name_of(item)}: {sentence}" for sentence in misspelt(item["metadata"].get("annotations") or {})]
+    for kind in ("deployment", "statefulset", "daemonset"):
+        for item in await cluster.objects("apps", "v1", f"{kind}s", cluster.only):
+            if item["metadata"].get("namespace") != NAMESPACE:
+                found += [f"{kind} {name_of(item)}: {sentence}" for sentence in misplaced(item["metadata"].get("annotations") or {})]
     if found:
         raise Failed(_some_lines(found))
 

@@ -153,6 +153,19 @@ def idle_policy(api: FakeApi) -> None:
     api.put({"apiVersion": "policy.pillion.dev/v1alpha1", "kind": "AuthorizationPolicy", "metadata": meta, "spec": spec})
 
 
+def server_for_nobody(api: FakeApi) -> None:
+    spec = {"podSelector": {"matchLabels": {"app": "crat"}}, "port": "http"}
+    meta = {"name": "cart", "namespace": "shop"}
+    api.put({"apiVersion": "policy.pillion.dev/v1alpha1", "kind": "Server", "metadata": meta, "spec": spec})
+
+
+def account_of_nobody(api: FakeApi) -> None:
+    refs = [{"kind": "ServiceAccount", "name": name, "namespace": "pillion"} for name in ("pillion-policy", "polciy")]
+    spec = {"identityRefs": refs}
+    meta = {"name": "friends", "namespace": "shop"}
+    api.put({"apiVersion": "policy.pillion.dev/v1alpha1", "kind": "MeshTLSAuthentication", "metadata": meta, "spec": spec})
+
+
 def unmeshed_server(api: FakeApi) -> None:
     api.find("Namespace", "shop")["metadata"]["annotations"] = {}
     api.put(pod("stock-1", labels={"app": "stock"}))
@@ -163,6 +176,11 @@ def unmeshed_server(api: FakeApi) -> None:
 
 def misspelt_annotation(api: FakeApi) -> None:
     api.find("Namespace", "shop")["metadata"]["annotations"] = {"pillion.dev/injct": "enabled"}
+
+
+def misplaced_annotation(api: FakeApi) -> None:
+    meta = {"name": "cart", "namespace": "shop", "annotations": {"config.pillion.dev/access-log": "all"}}
+    api.put({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": meta, "spec": {}})
 
 
 def plain_pod(api: FakeApi) -> None:
@@ -232,12 +250,15 @@ FAULTS = [
     (low_level, "capture-level", "node node1 (kernel 5.4): nftables. connect: no getsockopt hook"),
     (refused_policy, "policy-understood", "MeshTLSAuthentication shop/odd: "),
     (idle_policy, "policy-effective", "does not exist, so the policy has no effect"),
+    (server_for_nobody, "policy-effective", "server shop/cart: selects no pod"),
+    (account_of_nobody, "policy-effective", "friends: there is no service account polciy in namespace pillion, so nobody comes as it"),
     (unmeshed_server, "policy-enforced", "server shop/stock: pod shop/stock-1 has no sidecar"),
     (
         misspelt_annotation,
         "annotations-read",
         "namespace shop: annotation pillion.dev/injct is read by nobody; there is pillion.dev/inject",
     ),
+    (misplaced_annotation, "annotations-read", "deployment shop/cart: annotation config.pillion.dev/access-log is read by nobody here"),
     (plain_pod, "injected", "shop/plain: was created before it was asked for"),
     (node_pod, "injected", "shop/on-node: the pod uses the network of its node"),
     (refusal_told, "injection-refused", "ReplicaSet shop/cart: log-level is loud"),

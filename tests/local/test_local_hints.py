@@ -15,13 +15,18 @@ from local.objects import Manifest, read_manifest
 from local.services import PodFacts
 
 POD = PodFacts(
-    Ref("", "Pod", "shop", "web-1"), {"app": "web"}, Addresses("10.142.0.10", ""), False, {"http": 8080, "admin": 9000}, meshed=True
+    Ref("", "Pod", "shop", "web-1"),
+    {"app": "web"},
+    Addresses("10.142.0.10", ""),
+    False,
+    {"http": 8080, "admin": 9000, "pillion-inbound": 4143},
+    meshed=True,
 )
 POLICY = "policy.pillion.dev/v1alpha1"
 
 
-def manifest(version: str, kind: str, spec: dict[str, Any]) -> Manifest:
-    found = read_manifest({"apiVersion": version, "kind": kind, "metadata": {"name": "x", "namespace": "shop"}, "spec": spec})
+def manifest(version: str, kind: str, spec: dict[str, Any], name: str = "x") -> Manifest:
+    found = read_manifest({"apiVersion": version, "kind": kind, "metadata": {"name": name, "namespace": "shop"}, "spec": spec})
     assert found is not None
     return found
 
@@ -29,7 +34,18 @@ def manifest(version: str, kind: str, spec: dict[str, Any]) -> Manifest:
 def told(*manifests: Manifest, pods: tuple[PodFacts, ...] = (POD,)) -> list[str]:
     known = {one.ref: one for one in manifests}
     services = [typed for one in manifests if isinstance(typed := read_core_object(one.raw), Service)]
-    return hints(known, services, pods)
+    return hints(known, services, pods, [*(one.raw for one in manifests), *map(api_object, pods)])
+
+
+def api_object(pod: PodFacts) -> dict[str, Any]:
+    """As the runner writes it for the policy controller."""
+    ports = [{"name": name, "containerPort": number} for name, number in pod.ports.items()]
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": pod.ref.name, "namespace": pod.ref.namespace, "labels": dict(pod.labels)},
+        "spec": {"serviceAccountName": "web", "containers": [{"name": "app", "ports": ports}]},
+    }
 
 
 def service(target: int | str, app: str = "web") -> Manifest:
@@ -67,8 +83,37 @@ def test_what_selects_no_pod_is_told(make: Any, kind: str) -> None:
 
 def test_a_policy_names_the_target_and_the_authentication_that_are_missing() -> None:
     assert told(policy("wbe", "clients"), server("http")) == [
-        "authorizationpolicy shop/x: server shop/wbe does not exist, so it lets nobody in",
-        "authorizationpolicy shop/x: meshtlsauthentication shop/clients does not exist, so it lets nobody in",
+        "authorizationpolicy shop/x: server shop/wbe does not exist, so the policy has no effect",
+        "authorizationpolicy shop/x: meshtlsauthentication shop/clients does not exist, so the whole policy grants nothing",
+    ]
+
+
+def test_an_account_that_a_policy_lets_in_and_that_is_not_there_is_told() -> None:
+    identities = ["spiffe://cluster.local/ns/shop/sa/wbe", "spiffe://cluster.local/ns/shop/*", "spiffe://elsewhere/ns/shop/sa/wbe"]
+    assert told(manifest(POLICY, "MeshTLSAuthentication", {"identities": identities})) == [
+        "meshtlsauthentication shop/x: there is no service account wbe in namespace shop, so nobody comes as it"
+    ]
+    account = read_manifest({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "batch", "namespace": "shop"}})
+    assert account is not None
+    refs = [{"kind": "ServiceAccount", "name": name} for name in ("batch", "web")] + [{"kind": "Namespace", "name": "shop"}]
+    assert told(manifest(POLICY, "MeshTLSAuthentication", {"identityRefs": refs}), account) == []
+
+
+def test_a_server_that_another_one_displaces_is_told() -> None:
+    first = server("http")
+    second = manifest(POLICY, "Server", {"podSelector": {"matchLabels": {"app": "web"}}, "port": 8080}, "y")
+    assert told(first, second) == ["server shop/y: no effect on port 8080 of pod shop/web-1: the older server shop/x selects it too"]
+
+
+def test_a_route_names_the_parent_and_the_backend_that_are_missing() -> None:
+    parents = [{"group": POLICY.partition("/")[0], "kind": "Server", "name": "wbe"}]
+    of_server = manifest("gateway.networking.k8s.io/v1", "HTTPRoute", {"parentRefs": parents, "rules": [{}]}, "a")
+    parents = [{"group": "", "kind": "Service", "name": "x", "port": 80}]
+    rules = [{"backendRefs": [{"name": "y", "port": 80}]}]
+    of_service = manifest("gateway.networking.k8s.io/v1", "HTTPRoute", {"parentRefs": parents, "rules": rules}, "b")
+    assert told(of_server, of_service, service("http")) == [
+        "httproute shop/a: there is no Server wbe in namespace shop",
+        "httproute shop/b: there is no Service y in namespace shop; its share of the requests gets an error",
     ]
 
 
@@ -91,4 +136,26 @@ def test_an_annotation_that_nobody_reads_is_told_where_it_stands() -> None:
     assert told(*(one for one in found if one is not None)) == [
         "namespace shop: annotation pillion.dev/injct is read by nobody; there is pillion.dev/inject",
         "deployment shop/x: annotation config.pillion.dev/log-levl is read by nobody; there is config.pillion.dev/log-level",
+    ]
+
+
+def test_an_annotation_of_linkerd_is_told_with_ours() -> None:
+    annotations = {"linkerd.io/inject": "enabled", "config.linkerd.io/await": "true", "config.linkerd.io/proxy-uid": "1"}
+    found = read_manifest({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop", "annotations": annotations}})
+    assert found is not None
+    assert told(found) == [
+        "namespace shop: annotation config.linkerd.io/await is Linkerd's and read by nobody here; there is config.pillion.dev/await",
+        "namespace shop: annotation config.linkerd.io/proxy-uid is Linkerd's and read by nobody here",
+        "namespace shop: annotation linkerd.io/inject is Linkerd's and read by nobody here; there is pillion.dev/inject",
+    ]
+
+
+def test_our_annotation_on_a_deployment_instead_of_its_template_is_told() -> None:
+    template = {"metadata": {"labels": {"app": "x"}}, "spec": {"containers": [{"name": "x", "command": ["x"]}]}}
+    raw = manifest("apps/v1", "Deployment", {"selector": {"matchLabels": {"app": "x"}}, "template": template}).raw
+    found = read_manifest({**raw, "metadata": {**raw["metadata"], "annotations": {"pillion.dev/inject": "enabled"}}})
+    assert found is not None
+    assert told(found) == [
+        "deployment shop/x: annotation pillion.dev/inject is read by nobody here; "
+        "it belongs on the pod template (spec.template.metadata) or the namespace"
     ]

@@ -154,6 +154,13 @@ def test_two_containers_need_two_names() -> None:
     assert refusal(raw) == "spec.template.spec.containers[0].name"
 
 
+def test_a_policy_of_linkerd_is_refused_and_not_left_out() -> None:
+    spec = {"podSelector": {"matchLabels": {"app": "web"}}, "port": 8080}
+    with pytest.raises(InvalidObject) as refused:
+        read_manifest({"apiVersion": "policy.linkerd.io/v1beta3", "kind": "Server", "metadata": {"name": "web"}, "spec": spec})
+    assert refused.value.path == "apiVersion" and "policy.pillion.dev/v1alpha1" in str(refused.value)
+
+
 def test_a_wrong_policy_is_refused_where_its_author_sees_the_file() -> None:
     raw = {
         "apiVersion": "policy.pillion.dev/v1alpha1",
