@@ -1,4 +1,4 @@
-"""One connection under the relay's care: reading, writing, holding what the socket does not take, and ending in order.
+"""One connection that the relay carries: reading, writing, holding what the socket does not take, and ending in order.
 
 A `Link` is the `Sink` of its engine. Links never wait and never call back into a receiver from within a call of it: what has to be told
 later goes through the relay. Made by `Relay.adopt` only; connections whose bytes are TLS records are `tls_link`'s.
@@ -31,7 +31,7 @@ NEVER: Final = float("inf")
 
 
 class Link:
-    """One plaintext connection under the relay's care; a `Sink` for its engine. Made by `Relay.adopt`.
+    """One plaintext connection that the relay carries; a `Sink` for its engine. Made by `Relay.adopt`.
 
     read_bytes, written_bytes: application bytes so far, for metrics. on_gone: called once when the socket is closed, after the pass.
     """
@@ -212,7 +212,7 @@ class Link:
         self._watch()
 
     def succeed(self, link: Link) -> None:
-        """Take the place of another link of the same socket, as it is watched; that one is dead from then on. Called by `Relay.secure`."""
+        """Replace another link of the same socket, which is dead from then on; what epoll watches stays the same. For `Relay.secure`."""
         self._mask = link._mask
         link._stop()
 
@@ -274,7 +274,20 @@ class Link:
                 self.receiver.lost(reset)
 
     def doomed(self) -> None:
-        """The loop's turn to tell the receiver that a send failed."""
+        """The loop's turn to tell the receiver that a send failed.
+
+        What the peer said before is still there to be read: an app that refuses an upload answers and closes, and is then said to have
+        reset the connection, over what it did not read.
+        """
+        while self.reading:
+            try:
+                data = self._recv(READ_MAX)
+            except OSError:
+                break
+            if not data:
+                break
+            self.read_bytes += len(data)
+            self.receiver.received(data)
         self._lose(reset=True)
 
     @property

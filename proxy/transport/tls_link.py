@@ -1,7 +1,7 @@
-"""A connection under the relay's care whose bytes are TLS records: the same as any `Link` to its engine, which sees plaintext.
+"""A connection that the relay carries and whose bytes are TLS records; its engine sees plaintext, as with any other `Link`.
 
-What TLS adds: records that say something to TLS itself and are answered, an end that must have been said (close_notify), and buffers
-that go back when a connection falls silent.
+What TLS adds: records that concern TLS itself and that OpenSSL answers, an end that counts only if it was announced (close_notify), and
+buffers that are given back when a connection falls silent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ANSWERS_MAX: Final = 8192  # some 300 key updates, for which any peer has a hun
 
 
 class TlsLink(Link):
-    """One TLS connection under the relay's care; a `Sink` for its engine. Made by `Relay.adopt` or `Relay.secure`."""
+    """One TLS connection that the relay carries; a `Sink` for its engine. Made by `Relay.adopt` or `Relay.secure`."""
 
     __slots__ = ("_answered", "_decrypt", "_encrypt", "_records", "_recv_into", "active")
 
@@ -38,7 +38,7 @@ class TlsLink(Link):
         self._relay.later(self._deliver_leftover, self)
 
     def rest(self) -> None:
-        """The relay's call when nothing was read or written for a while: a buffer that waits for the next burst is memory for nothing."""
+        """Give buffers back. The relay calls this when nothing was read or written for a while."""
         self._records.slim()
 
     def _used(self) -> None:
@@ -114,6 +114,10 @@ class TlsLink(Link):
     def _refuse_record(self) -> None:
         if alert := self._records.output():
             self._put_on_wire(alert)
+        self._lose(reset=True)
+
+    def doomed(self) -> None:
+        # a sidecar that answers early goes on reading for a while (`Link.close`): its answer came before any reset
         self._lose(reset=True)
 
     def write(self, data: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import select
 import socket
 import threading
 import time
@@ -123,6 +124,39 @@ async def test_a_reset_is_carried_as_a_reset(relay):
     with pytest.raises(ConnectionResetError):
         await trio.to_thread.run_sync(server.recv, 1)
     server.close()
+
+
+class Hearing(Placeholder):
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[bytes | str] = []
+
+    def received(self, data: bytes) -> None:
+        self.heard.append(data)
+
+    def ended(self) -> None:
+        self.heard.append("ended")
+
+    def lost(self, reset: bool) -> None:
+        self.heard.append("reset" if reset else "cut off")
+
+
+async def test_an_answer_that_came_before_a_reset_is_heard_when_a_send_fails(relay):
+    app, outer = tcp_pair()
+    outer.setblocking(False)
+    upload = Hearing()
+    link = relay.adopt(outer, upload, None)
+    link.start()
+    link.write(b"a long upload")
+    app.sendall(b"too long")
+    app.close()  # over what it did not read, which makes a reset of it
+    died = select.poll()
+    died.register(outer, 0)
+    assert died.poll(10_000)
+    with relay.batch():  # before the loop looks at what there is to read
+        link.write(b" that goes on")
+    assert upload.heard == [b"too long", "reset"]
 
 
 async def test_a_reader_that_does_not_read_stops_its_writer(relay):
