@@ -61,7 +61,7 @@ def classify(status: int, grpc_status: int = -1, *, cut: bool = False) -> Litera
 
 
 class HttpSeries:
-    """The HTTP metrics of one label set, bound. by_answer: counters of responses, see `answer`; incremented by `record.Outcome`."""
+    """The HTTP metrics of one label set, bound. `record.Outcome` adds to them. by_answer: counters of responses, see `answer`."""
 
     __slots__ = ("__weakref__", "_labels", "_responses", "by_answer", "latency_ms", "requests")
 
@@ -71,10 +71,6 @@ class HttpSeries:
         self._labels = labels
         self._responses = responses
         self.by_answer: dict[int, Counter] = {}
-
-    def request(self) -> None:
-        """A request was received whole enough to be decided on."""
-        self.requests.value += 1
 
     def answer(self, key: int, status: int, grpc_status: int, cut: bool) -> Counter:
         """The counter of such responses; from now on in `by_answer` under ``key``, unless there are too many."""
@@ -92,33 +88,26 @@ class HttpSeries:
 class TcpSeries:
     """The transport metrics of one label set, bound."""
 
-    __slots__ = ("__weakref__", "_closes", "_labels", "open", "opens", "read_bytes", "written_bytes")
+    __slots__ = ("__weakref__", "closes", "open", "opens", "read_bytes", "written_bytes")
 
-    def __init__(self, labels: Labels, opens: Counter, now_open: Gauge, closes: Family[Counter], read: Counter, written: Counter) -> None:
+    def __init__(self, opens: Counter, now_open: Gauge, closes: Counter, read: Counter, written: Counter) -> None:
         self.opens = opens
         self.open = now_open
+        self.closes = closes
         self.read_bytes = read
         self.written_bytes = written
-        self._labels = labels
-        self._closes = closes
 
     def opened(self) -> None:
         """A connection was accepted or established."""
         self.opens.value += 1
         self.open.value += 1
 
-    def closed(self, errno: str = "") -> None:
-        """It ended. errno: the name (``ECONNRESET``) when it did not end in order."""
+    def closed(self, read_bytes: int, written_bytes: int) -> None:
+        """It ended, in whatever way. read_bytes, written_bytes: from and to the peer, without TLS."""
         self.open.value -= 1
-        self._closes.series((*self._labels, ("errno", errno))).value += 1
-
-    def read(self, count: int) -> None:
-        """Bytes from the peer. Adding to ``read_bytes.value`` is the same, faster."""
-        self.read_bytes.value += count
-
-    def wrote(self, count: int) -> None:
-        """Bytes to the peer. Adding to ``written_bytes.value`` is the same, faster."""
-        self.written_bytes.value += count
+        self.closes.value += 1
+        self.read_bytes.value += read_bytes
+        self.written_bytes.value += written_bytes
 
 
 class Metrics:
@@ -154,7 +143,7 @@ class Metrics:
         self._retries = self._counters("retries_total", "Requests sent again: nobody had acted on them, or a route says so.")
         self._opens = self._counters("tcp_open_total", "Connections opened.")
         self._open = self._gauges("tcp_open_connections", "Connections open now.")
-        self._closes = self._counters("tcp_close_total", "Connections closed, by how.")
+        self._closes = self._counters("tcp_close_total", "Connections closed.")
         self._read = self._counters("tcp_read_bytes_total", "Bytes read from peers.")
         self._written = self._counters("tcp_write_bytes_total", "Bytes written to peers.")
         forever = math.inf  # renewals are hours apart: these few series must not start again at 0
@@ -181,7 +170,7 @@ class Metrics:
         series = self._tcp.get(labels)
         if series is None:
             read, written = self._read.series(labels), self._written.series(labels)
-            series = TcpSeries(labels, self._opens.series(labels), self._open.series(labels), self._closes, read, written)
+            series = TcpSeries(self._opens.series(labels), self._open.series(labels), self._closes.series(labels), read, written)
             self._tcp[labels] = series
         return series
 

@@ -301,9 +301,7 @@ class InboundRecord(_Record):
 
     def closed(self, read_bytes: int, written_bytes: int) -> None:
         """The connection is over."""
-        self._tcp.read(read_bytes)
-        self._tcp.wrote(written_bytes)
-        self._tcp.closed()
+        self._tcp.closed(read_bytes, written_bytes)
         self._log_opaque(read_bytes, written_bytes)
 
     def _bind(self, decision: Decision) -> Outcome:
@@ -351,7 +349,5 @@ class OutboundRecord(_Record):
 
     def closed(self, read_bytes: int, written_bytes: int) -> None:
         """The connection is over."""
-        self._tcp.read(read_bytes)
-        self._tcp.wrote(written_bytes)
-        self._tcp.closed()
+        self._tcp.closed(read_bytes, written_bytes)
         self._log_opaque(read_bytes, written_bytes)
