@@ -59,8 +59,8 @@ VERSION = "0.1.0"
 _log = logs.logger("proxy")
 _access = logs.logger("access")
 
-_OWN_FILES = 256  # descriptors that connections leave to everything else: the admin port's, without which the pod is taken for dead
-_REPLAY_BYTES = 16 << 10  # of a request's body: what a call is, not what an upload is
+_OWN_FILES = 256  # descriptors kept free of connections: without one for the admin port, probes fail and the pod is taken for dead
+_REPLAY_BYTES = 16 << 10  # of a request's body kept for a retry: enough for an API call, too little for an upload
 
 
 class _Certificates:
@@ -146,18 +146,18 @@ class Sidecar:
         return self._sockets() < self._most_sockets
 
     def admit_inbound(self) -> bool:
-        """Whether one more connection from outside may be: whoever calls the app must not use up what it needs to call others."""
+        """Whether one more connection from outside may be accepted. The last eighth is the app's: callers must not keep it from calling."""
         return self._sockets() < self._most_sockets - self._most_sockets // 8
 
     def _sockets(self) -> int:
-        """Those of all connections, with the one that each of those that only arrived will need to go on."""
+        """Sockets in use, and those that connections still on their way to the relay will use: two each."""
         return self.relay.open_links - len(self.arrivals) + 2 * self.live.arriving
 
     def take_inbound(self, accepted: Accepted) -> None:
         """Begin to serve what was meant for this pod.
 
-        Redirection catches whatever is delivered to the pod's link, and the original destination is what the sender wrote. A neighbour on
-        the same network could write 127.0.0.1, or any other host, and have it dialled from inside the pod.
+        Redirection catches whatever is delivered to the pod's link, and the original destination is what the sender wrote. Without this
+        check a neighbour on the same network could write 127.0.0.1, or any other host, and have it dialled from inside the pod.
         """
         ours = accepted.dst.ip in self.config.pod_ips
         if not ours and accepted.dst.port not in (self.config.inbound_listen.port, self.config.outbound_listen.port):
@@ -192,7 +192,7 @@ class Sidecar:
             self._over(direction, accepted, failed)
 
     def _over(self, direction: Direction, accepted: Accepted, error: Exception | None) -> None:
-        """A connection is being served, or cannot be because of ``error``."""
+        """A connection has left its path: the relay serves it now, or ``error`` says why not."""
         if error is not None:
             self._tell(direction, accepted, error)
             accepted.stream.abort()

@@ -4,12 +4,12 @@ Two endpoints are drawn at random and the one with the smaller cost wins (linker
 jumps up at once with a slow answer and decays over time, so that a stalled endpoint loses its traffic within one answer and gets
 another chance later. Pure: randomness and time are arguments.
 
-Of very many endpoints only some are in play at a time, others as time goes on: a sidecar would otherwise keep a connection to each of a
-thousand pods, each of which costs memory at both ends and is cold in every cache when its turn comes (Finagle calls this an aperture).
-How many they are follows from how much there is to do: more join while those in play have two requests each to answer, and leave when
-they have less. Fewer would cost less per request, but then some pods get much and others nothing at any one time; the least number, the
-turns and an order of its own for each balancer keep that within bounds, and spread many sidecars over all. A balancer whose endpoints in
-play are dear or failing draws from all of them.
+Of very many endpoints only some are in play at a time (Finagle calls this an aperture), and they take turns. Otherwise a sidecar would
+keep a connection to each of a thousand pods, which costs memory at both ends, and each would be cold in every cache when it is used. The
+load decides how many are in play: one joins when those in play have two requests each in flight, and leaves when they have fewer. A smaller
+number would cost less per request, but would load some pods much and others not at all. The minimum, the turns, and the random order that
+each balancer has of its own limit that, and spread many sidecars over all pods. When the endpoints in play are slow or failing, the
+balancer draws from all.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from policy.wire import Endpoint
 DEFAULT_RTT_S = 0.030  # Linkerd's default_rtt: what an endpoint is assumed to cost before it answered once
 DECAY_S = 10.0  # Linkerd's decay: an average loses 63 % of its distance to newer samples in this time
 LEAST_IN_PLAY = 16  # endpoints at a time; with no more than these, all
-EACH = 2  # exchanges in flight at each of those in play, on average, before another one joins them
-TURN_S = 1.0  # then one of them makes room for the next
-DEAR_S = 1.0  # what the better of two costs when those in play had better not be relied on
+EACH = 2  # exchanges in flight at each endpoint in play, on average, from which on another one joins
+TURN_S = 1.0  # after this time one of those in play makes room for the next
+DEAR_S = 1.0  # when the better of two in play costs this much, all endpoints are drawn from
 FAILURE_COST_S = 5.0  # what a failed connection counts as, so that the next picks go elsewhere
 
 
@@ -62,7 +62,7 @@ class EndpointLoad:
         self._active = count
 
     def count_in(self, tally: Tally | None) -> None:
-        """From now on its exchanges are counted there, and nowhere else."""
+        """Count its exchanges in this tally from now on, and in no other; None: in none."""
         if self._tally is not None:
             self._tally.exchanges -= self._active
         if tally is not None:
@@ -100,7 +100,7 @@ class Balancer:
 
     @property
     def in_flight(self) -> int:
-        """Exchanges at the endpoints in play: a counter, because who asks is a request that finds many others."""
+        """Exchanges at the endpoints in play. Kept as a counter: adding them up for each request would cost most under load."""
         return self._tally.exchanges
 
     def in_play(self) -> list[EndpointLoad]:

@@ -1,7 +1,7 @@
-"""How much sending again a rule may add to its traffic: a share of its requests, and a few a second besides.
+"""How many retries a rule may add to its traffic: a share of its requests, and a few a second besides.
 
-Without a bound a backend that fails under its load would be given a multiple of it. The numbers are those of Linkerd's retry budget and
-of the Gateway API's (GEP-3388). Pure: time is an argument.
+Without a bound, retries would multiply the load of a backend that fails because of its load. The numbers are those of Linkerd's retry
+budget and of the Gateway API's (GEP-3388). Pure: time is an argument.
 """
 
 from __future__ import annotations

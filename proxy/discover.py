@@ -26,9 +26,9 @@ from proxy.routing import Routing
 
 _UNUSED_S = 90.0  # a destination nobody dialled for this long is forgotten (Linkerd keeps 5 s outbound, 90 s inbound)
 _RECENT_PORTS = 64  # undeclared ports of ours that stay known although no connection uses them
-_PORTS_MAX = 1024  # undeclared ports with connections: who scans us must not use up what the controller accepts from one sidecar
-_DESTINATIONS_MAX = 4096  # what the controller accepts from one sidecar; with so many in use, dialling a new address is refused
-_EVICTED = 256  # at a time, when as many are known but not all in use
+_PORTS_MAX = 1024  # undeclared ports with connections: a port scan must not use up the subscriptions the controller allows a sidecar
+_DESTINATIONS_MAX = 4096  # what the controller accepts from one sidecar; while all of them are in use, a new address is refused
+_EVICTED = 256  # unused ones that are forgotten together when the limit is reached
 
 
 class PolicySource(Protocol):
@@ -52,7 +52,7 @@ class PolicySource(Protocol):
 
 
 class PortState:
-    """The policy of one of our ports. authorizer is None until the first one arrived; listeners hear of every replacement.
+    """The policy of one of our ports. authorizer: None until the first policy arrived. changed: called at every replacement.
 
     Whoever holds the object keeps the port subscribed.
     """
@@ -219,7 +219,7 @@ class Discovery:
                 self._forget(state)
 
     def _evict(self) -> bool:
-        """Make room: forget those that are unused for longest. False: all are in use."""
+        """Make room: forget those that have been unused for longest. False: all are in use."""
         unused = sorted((state for state in self.destinations.values() if not state.users), key=lambda state: state.unused_since)
         for state in unused[:_EVICTED]:
             self._forget(state)

@@ -66,8 +66,11 @@ class _Rule:
 
 
 class Routing:
-    """The routes of one destination. port: the dialled one. before: what this replaces; endpoints keep their averages, rules their
-    budgets of retries: a backend whose endpoints come and go must not be given a new one each time."""
+    """The routes of one destination.
+
+    port: the dialled one. before: what this replaces. Endpoints that stay keep their latency averages and rules their retry budgets: a
+    destination that changes often must not get a fresh budget each time.
+    """
 
     def __init__(self, destination: Destination, port: int, before: Routing | None, random: Callable[[], float], now: float) -> None:
         self._port = port
@@ -146,7 +149,7 @@ def location(redirect: wire.Redirect, head: RequestHead, port: int) -> Redirect 
 def retargeted(path: str, prefix: str | None, target: bytes) -> bytes:
     """``target`` with ``path`` in the place of its path, or of that prefix of it (HTTPPathModifier); the query stays.
 
-    The prefix is counted in segments: escapes may make it longer in one than in the other.
+    The prefix is counted in segments, not in bytes, because escapes can make the received one longer.
     """
     _, mark, query = target.partition(b"?")
     rest = ""
@@ -158,7 +161,7 @@ def retargeted(path: str, prefix: str | None, target: bytes) -> bytes:
 
 
 def _head_edit(action: Action, share: Share) -> HeadEdit:
-    """The rule's changes, then the backend's on what these made; in the answer the other way round."""
+    """The rule's changes, and the backend's applied to their result; in the answer the other way round."""
     strip, add = _fields(action.edit, share.edit)
     retry_on = frozenset(action.retry.codes) if action.retry is not None else None
     answer = AnswerRule(*_fields(share.response, action.response), retry_on)

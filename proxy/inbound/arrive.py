@@ -27,8 +27,8 @@ Going = Callable[[Accepted], Awaitable[None]]
 class Arrivals:
     """Connections that the relay carries and nobody serves yet.
 
-    go_on: starts a task that serves a connection from here on. over: told of a connection that is served now (None), or why it is not;
-    one of the two is called once for every connection taken.
+    go_on: starts a task that serves a connection from here on. over: told that a connection is served now (None), or why it is not. Exactly
+    one of the two is called, once, for every connection taken.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Arrivals:
         return self._open
 
     def take(self, accepted: Accepted) -> bool:
-        """Begin to serve a connection. False: it needs a task from the beginning."""
+        """Begin to serve a connection. False: its first step has to wait for something, so it needs a task from the beginning."""
         try:
             port = self.inbound.known_port(accepted)
         except Failure:

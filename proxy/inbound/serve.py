@@ -50,7 +50,7 @@ _SILENT = Sniffed(b"", Detected.OPAQUE)
 
 
 class Heard(NamedTuple):
-    """What the client said first. to_app: a connection made while both were silent, which is used if the client's words allow it."""
+    """What the client said first. to_app: a connection made while the client was silent; used if what it said then turns out opaque."""
 
     sniffed: Sniffed
     to_app: Dialled | None = None
@@ -58,7 +58,10 @@ class Heard(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Authenticated:
-    """Who is there and what it speaks. identity None comes with a reason. data: plaintext already received. records: under our TLS."""
+    """Who the client is and what it speaks.
+
+    reason: why there is no identity, "" with one. data: plaintext that was received already. records: None without our TLS.
+    """
 
     identity: WorkloadId | None
     reason: str
@@ -131,11 +134,11 @@ class Inbound:
             raise Failure(Cause.LOOP, f"{accepted.dst} is a port of the sidecar itself")
 
     async def _listen(self, accepted: Accepted, port: PortState, said: bytes | None) -> Heard:
-        """The client's first words, or, when it stays silent, whoever speaks first.
+        """The client's first words; or, when it stays silent, the words of whoever speaks first.
 
-        A silent client may be waiting for the app (SMTP, MySQL). Only a client that may use the port as opaque bytes gets the app
-        connected for it. One whose requests may pass has the time of an idle connection to make one; one that must prove who it is, that
-        of a handshake to begin; and one whom no policy could let in is told at once.
+        A silent client may be waiting for the app to speak (SMTP, MySQL). The app is dialled only for a client that may use the port as
+        opaque bytes. One whose requests may pass may be silent as long as any idle connection; one that has to prove its identity, as long
+        as a handshake may take; and one that no policy can let in is treated as opaque at once, and refused.
         """
         config = self.config
         if said != b"":
@@ -178,7 +181,7 @@ class Inbound:
         return otherwise
 
     async def _refuse(self, accepted: Accepted, cause: Cause) -> None:
-        """Answer what is HTTP; everything else is cut by who called us."""
+        """Answer a client of HTTP; any other is cut by the caller."""
         with contextlib.suppress(Failure, HandshakeFailed, trio.BrokenResourceError):
             config = self.config
             sniffed = await sniff(accepted.stream, config.detect_silence_s, config.detect_timeout_s)
@@ -269,7 +272,10 @@ class Inbound:
     async def _open_opaque(
         self, authorization: Authorization, forwarder: Forwarder, record: InboundRecord, to_app: Dialled | None, said: bytes
     ) -> Dialled:
-        """The connection to the app, for a client that may use it as opaque bytes; raises Failure. said: what may not be HTTP."""
+        """The connection to the app, if the client may use the port as opaque bytes; raises Failure.
+
+        to_app: one that exists already. said: what the client sent, if requests must not pass as opaque bytes here.
+        """
         decision = authorization.connection()
         record.connection(decision)
         if isinstance(decision, Permit) and not (said and FirstLine().is_http_untrusted(said)):
@@ -288,8 +294,10 @@ def _unauthenticated(sniffed: Sniffed, declared: Detected | None) -> Authenticat
 
 
 async def _say_no(accepted: Accepted, records: Records | None) -> None:
-    """Tell a meshed peer that nothing its client could say would help, before its connection is reset: what is only reset while its
-    client is silent, the peer takes for a port of requests (outbound.serve)."""
+    """Send close_notify to a meshed peer before its connection is reset: nothing that its client could say would change the refusal.
+
+    A reset alone, while its client is silent, would tell the peer that the port takes requests only (`Outbound._break_silence`).
+    """
     if records is not None:
         with trio.move_on_after(1):
             await accepted.stream.send_all(records.close_notify())

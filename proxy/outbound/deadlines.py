@@ -1,4 +1,4 @@
-"""Deadlines of requests: calls that are due at a time, unless what they are for ends before, as nearly always.
+"""Deadlines of requests: calls that are due at a time, and are nearly always dropped before, because the request has ended.
 
 Theory of operation. Few durations are in use, one or two for each rule that has a timeout, and deadlines of one duration come due in the
 order in which they were set. So there is a queue for each duration, and setting and dropping a deadline are one dictionary operation
@@ -28,7 +28,7 @@ class Deadline:
         queue[self] = None
 
     def drop(self) -> None:
-        """It is not needed any more, also when it came due together with what makes it needless. Idempotent."""
+        """It is not needed any more: the call is not made, even if it is due in this very pass. Idempotent."""
         self._queue.pop(self, None)
         self._call = _nothing
 

@@ -1,9 +1,9 @@
 """The gate of outbound requests: choose an endpoint for each, and a connection to it (steps 5 to 7).
 
 One gate for each client connection. With one endpoint the client connection keeps its upstream connection, one to one; with several,
-each request goes where the balancer says and connections come from the pools. Where the Service has routes, these say which balancer
-(proxy.routing). An endpoint that cannot be reached costs the request nothing as long as another one is there: nothing was sent yet. So it
-is with one whose sidecar says that it cannot reach its app, as while a pod ends: the request goes elsewhere once.
+each request goes where the balancer says and connections come from the pools. Where the Service has routes, they choose the balancer
+(proxy.routing). A request whose endpoint cannot be reached goes to another one, because nothing of it was sent yet. The same happens, once,
+when the endpoint's sidecar answers that it cannot reach its app, as it does while a pod ends.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ class Services(NamedTuple):
 
 
 class Exchange:
-    """What a gate remembers of a request in flight. way: where it may go, and its header changes. note: the record's own. patience: None
-    when it may take as long as it does."""
+    """What a gate remembers of a request in flight.
+
+    way: where it may go, and its header changes. note: what the record keeps of it. patience: its timeouts and retries, None without any.
+    """
 
     __slots__ = ("load", "note", "patience", "way")
 
@@ -188,7 +190,7 @@ class _Gate(ABC):
         return Exchange(nowhere, self._straight, self._record.begin(None, head, now))
 
     def _open(self, exchange: Exchange, token: int, tried: frozenset[str] = frozenset()) -> None:
-        """tried: addresses that the request need not go to any more."""
+        """Begin to dial for a request. tried: addresses that were tried for it in vain."""
         exchange.load.active += 1
         self._owed[token] = exchange
         self._services.nursery.start_soon(self._dial, exchange.load, exchange.way.balancer, token, tried)
@@ -228,7 +230,7 @@ class _Gate(ABC):
             exchange.load = to
 
     def _proceed(self, token: int, found: Http1Upstream | Http2Upstream | Cause) -> None:
-        """Pay the verdict that is owed; the client may have left meanwhile."""
+        """Give the engine the verdict it waits for, unless the client has left meanwhile."""
         exchange = self._owed.pop(token, None)
         if exchange is None:
             return

@@ -1,4 +1,4 @@
-"""How long a request may take by its rule, in all and for each time it is sent to a backend, and how often it is sent."""
+"""The timeouts and retries of one request, as its rule has them: in all, and for each attempt (GEP-1742, GEP-1731)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 from proxy.outbound.deadlines import Deadline, Deadlines
 from proxy.routing import Limits
 
-_LONGEST_BACKOFF = 10  # times the rule's; each pause is twice the one before
-_JITTER = 0.5  # of a pause, added at random: who failed together must not come back together
+_LONGEST_BACKOFF = 10  # the longest pause, as a multiple of the rule's backoff; each pause is twice the one before
+_JITTER = 0.5  # up to this share of a pause is added at random, so that requests that failed together are not retried together
 
 
 class Patience:
@@ -40,7 +40,7 @@ class Patience:
             self._attempt = self._deadlines.after(self._limits.timeouts.attempt_s, self._late)
 
     def pause_s(self, now: float) -> float | None:
-        """It failed, and nothing of an answer was given: how long to wait before it is sent again; None: it is not."""
+        """The last attempt failed: how long to wait before the next one, None when there is none. Takes one retry from the budget."""
         retry, budget = self._limits.retry, self._limits.budget
         if retry is None or self._retries < 1 or not budget.spend(now):
             return None

@@ -119,10 +119,10 @@ class Outbound:
     async def _break_silence(
         self, accepted: Accepted, state: DestinationState, destination: Destination, record: OutboundRecord
     ) -> tuple[Chosen | None, Sniffed]:
-        """The client may be waiting for the server: connect for it, and let whoever speaks first decide.
+        """The client may be waiting for the server to speak: dial an endpoint for it, and let whoever speaks first decide.
 
-        An endpoint whose policy has routes lets nothing opaque in and cuts this connection. Then the client is either no HTTP client,
-        and would be cut as well, or one that has not sent its request yet, and must not suffer: it gets the time to make itself clear.
+        An endpoint whose policy has routes admits nothing opaque and cuts this connection. The silent client then either does not speak
+        HTTP, and will be cut too, or has not sent its request yet. Because of the second kind it gets `detect_timeout_s` to begin.
         """
         declared = DECLARED.get(destination.protocol)
         chosen = None if declared in HTTP else await self._connect_opaque(state, destination, accepted, record)
@@ -159,7 +159,7 @@ class Outbound:
         tried: frozenset[str] = frozenset()
         last = Failure(Cause.NO_ENDPOINTS, f"{destination.ref} has no ready endpoint")
         while (load := state.balancer.choose(now(), avoid=tried)) is not None and len(tried) < 3:
-            load.active += 1  # while it is dialled already, or clients that come together all choose the same
+            load.active += 1  # from dialling on: otherwise clients that arrive together would all choose the same endpoint
             try:
                 return Chosen(load, await dialer.endpoint(load.endpoint, parse_addr(load.endpoint.addr), alpn.OPAQUE))
             except BaseException as error:
@@ -193,7 +193,7 @@ class Outbound:
         secured = dialled.records is not None
 
         def recheck() -> None:
-            """A pod that was dialled before anybody knew it looked external: what is plaintext must not stay so once it is meshed."""
+            """A pod that was dialled before the controller knew it looked external. Once it is known as meshed, plaintext must end."""
             if not secured and _must_be_secured(state, load.endpoint, self.config.pod_ips):
                 splice.cut("now-meshed")
 

@@ -15,7 +15,7 @@ from proxy.transport.relay import Relay
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A connection somebody made to us. dst: what it dialled before the redirect; the listen address itself when nobody redirected it."""
+    """A connection that was accepted. dst: the address it dialled before the redirect; our listen address when it was not redirected."""
 
     stream: RawStream
     client: ClientAddr

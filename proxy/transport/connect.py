@@ -24,7 +24,7 @@ _HANDSHAKE_CAUSES = {"identity-mismatch": Cause.PEER_IDENTITY, "foreign-trust-do
 
 
 class Dialled:
-    """A connection ready for the relay; records None means plaintext. early: plaintext that `wait_words` had to read to see it."""
+    """A connection that we made, ready for the relay. records: None means plaintext. early: plaintext that `wait_words` had to read."""
 
     __slots__ = ("early", "records", "sock")
 
@@ -61,7 +61,7 @@ class Dialled:
 
 
 class Dialer:
-    """Opens connections for both paths. own_ips: addresses of this pod, where our own inbound does not listen in between."""
+    """Opens connections for both paths. own_ips: addresses of this pod; calls to them reach the app without passing a sidecar."""
 
     def __init__(self, security: Security, connect_s: float, own_ips: tuple[str, ...]) -> None:
         self._security = security
@@ -103,7 +103,7 @@ class Dialer:
         except HandshakeFailed as error:
             if error.reason != "protocol":
                 raise _handshake_failure(addr, error) from None
-        # The other side answered in plaintext: its app spoke first because our ClientHello was late, and nothing of ours was used up.
+        # The other side answered in plaintext: our ClientHello was late, and its app spoke first. The app has received nothing: try again.
         try:
             return await self._secure(addr, expect, inside)
         except HandshakeFailed as error:

@@ -20,10 +20,10 @@ Speaker = Literal["client", "server", "http2", "nobody"]
 
 
 async def who_speaks_first(client: RawStream, upstream: Dialled) -> Speaker:
-    """Wait until either side says something or closes; nothing is consumed that is not handed on. The caller bounds the time.
+    """Wait until either side says something or closes, without losing any of it. The caller bounds the time.
 
-    "http2": the server did, and it is one of HTTP/2, so that the client will make requests. "nobody": the server's side was cut before a
-    word, while the client was silent.
+    "http2": the server spoke first, and what it said is HTTP/2, so the client will make requests. "nobody": the server's connection was
+    cut before it said anything, while the client was silent.
     """
     spoken: list[Speaker] = []
     async with trio.open_nursery() as nursery:

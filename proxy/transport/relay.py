@@ -34,8 +34,8 @@ from proxy.transport.tls_bio import Records
 from proxy.transport.tls_link import TlsLink
 from proxy.transport.turn import Turn, turns
 
-_MANY_CLOSED: Final = 200  # connections: some 8 MB; fewer are not worth the milliseconds
-_MANY_EVENTS: Final = 10_000  # a burst of requests: some 2 MB of decisions, heads and buffers that are forgotten again
+_MANY_CLOSED: Final = 200  # connections, some 8 MB: giving back less is not worth the milliseconds it takes
+_MANY_EVENTS: Final = 10_000  # a burst of requests, which leaves some 2 MB of freed decisions, heads and buffers behind
 
 R = TypeVar("R", bound=Receiver)
 
@@ -229,7 +229,7 @@ class Relay:
         self._wheel.setdefault(slot, {})[link] = None
 
     def unschedule(self, link: Link) -> None:
-        """Forget the link: a closed connection must not stay in memory, engine and all, until its idle time would have been over."""
+        """Forget the link. Otherwise a closed connection, engine and all, would stay in memory until its deadline."""
         slot = self._wheel.get(link.bucket)
         if slot is not None:
             slot.pop(link, None)
@@ -244,7 +244,7 @@ class Relay:
                 give_back()
 
     def _slim(self) -> None:
-        """Let connections give buffers back that were used two turns of the wheel ago and not since; of very many, some at each turn."""
+        """Let connections that moved nothing for two turns of the wheel give their buffers back, at most `_SLIM_PER_TURN` at a time."""
         for link in list(islice(self.resting, _SLIM_PER_TURN)):
             del self.resting[link]
             link.rest()
@@ -268,7 +268,7 @@ class Relay:
 
 
 class Quiet:
-    """Says once after each burst of work that it is over: then what it left behind can be given back without being in anybody's way.
+    """Says once, after each burst of work, that it is over: the moment to give freed memory back without delaying anybody.
 
     closed: connections so far. events: readiness of sockets so far.
     """
@@ -280,7 +280,7 @@ class Quiet:
         self._before = self._given_at = (0, 0)
 
     def now(self) -> bool:
-        """Asked every second: nothing happened since it was asked last, and much since it last said yes."""
+        """Asked every second. True when nothing happened since the last question, but much since the last True."""
         state = (self.closed, self.events)
         quiet, self._before = state == self._before, state
         if quiet and (self.closed - self._given_at[0] > _MANY_CLOSED or self.events - self._given_at[1] > _MANY_EVENTS):

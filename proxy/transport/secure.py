@@ -42,7 +42,7 @@ class Security:
         self._clients: dict[bytes, SSL.Context] = {}
 
     def current(self) -> Credentials:
-        """Our credentials, with contexts made from them; raises Failure(NO_IDENTITY). Ask before dialling, so that nobody is bothered."""
+        """Our credentials, with contexts made from them; raises Failure(NO_IDENTITY). Call it before dialling, not to dial in vain."""
         credentials = self._credentials.value
         if credentials is None:
             raise Failure(Cause.NO_IDENTITY, "no certificate was issued to this workload yet")

@@ -1,7 +1,7 @@
 """Step 3: read until it is clear what the client speaks, without consuming anything: the bytes are handed on as they came.
 
-A client that stays silent may be waiting for the server to speak first (SMTP, MySQL). After ``silence_s`` that is what it is taken
-for: the caller connects on, and whoever speaks first decides. A client that began to speak gets ``finish_s`` to make itself clear.
+A client that stays silent may be waiting for the server to speak first (SMTP, MySQL). After ``silence_s`` that is assumed: the caller
+dials the server, and the first to speak decides. A client that began to speak has ``finish_s`` to send enough to be recognised.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ async def sniff(stream: trio.abc.ReceiveStream, silence_s: float, finish_s: floa
 
 
 def classify(data: bytes) -> Sniffed | None:
-    """What these first bytes are, None while that is open."""
+    """What these first bytes are; None when more are needed to say."""
     protocol = detect_untrusted(data)
     if protocol is not Detected.TLS:
         return None if protocol is None else Sniffed(data, protocol)

@@ -2,7 +2,7 @@
 
 Theory of operation. The relay has an epoll of its own. Watched by a trio task, every wake-up costs two more system calls (trio's
 epoll_wait, and epoll_ctl to arm its one-shot watch again) and a pass through the scheduler; with one busy connection that is most of
-what the relay does. So it is turned round: trio's epoll becomes one more descriptor in the relay's, and the relay waits in the moment
+what the relay does. So the roles are swapped: trio's epoll becomes one more descriptor in the relay's, and the relay waits in the moment
 in which trio is about to wait, through trio's public instrument hook ``before_io_wait(timeout)``. It carries connections until trio
 itself has something to do: its epoll is readable, the timeout is over, or a call into an engine made a task runnable. Then it returns
 and trio goes on as always. Tasks never wait longer than one pass, and the relay never waits for a task that does not exist.
@@ -78,8 +78,11 @@ def _nothing() -> None: ...
 
 
 def _internals() -> tuple[int, deque[Any], Any]:
-    """trio's epoll descriptor, its queue of runnable tasks, and who waits for all of them to be blocked (tests with a virtual clock,
-    which we must not disturb by waking trio); raises LookupError when this trio has no such things."""
+    """trio's epoll descriptor, its queue of runnable tasks, and the tasks that wait until all others are blocked.
+
+    The last are tests with a virtual clock, which we must not disturb by waking trio. Raises LookupError when this trio has no such
+    things.
+    """
     try:
         runner: Any = trio._core._run.GLOBAL_RUN_CONTEXT.runner
         fd, runnable, waiting = runner.io_manager._epoll.fileno(), runner.runq, runner.waiting_for_idle
