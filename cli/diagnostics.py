@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
@@ -10,6 +11,8 @@ import msgspec
 from cli.output import CommandFailed, namespace_option, output_option, print_json, print_table, ref_text, say
 from cli.where import Asked, Where, where_options
 from core.addrs import InvalidAddr, parse_addr
+
+_NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")  # a Service's begins with a letter: no address does
 
 
 @click.group()
@@ -101,21 +104,21 @@ def _grant_row(grant: dict[str, Any]) -> tuple[str, ...]:
 @where_options
 @output_option
 def endpoints(address: str | None, workload: str | None, namespace: str, where: Where, output: str) -> None:
-    """Show what stands behind ADDRESS (IP:PORT).
+    """Show what stands behind ADDRESS: IP:PORT, or a Service's NAME:PORT, NAME.NAMESPACE:PORT or full name.
 
     For the controller, or with --of for a workload's sidecar: then without ADDRESS every one that it has dialled.
     """
-    if address:
-        _check_address(address, where)
+    if not (address or workload):
+        raise click.UsageError("name an ADDRESS (IP:PORT or SERVICE.NAMESPACE:PORT), or --of WORKLOAD")
+    meant = _read_address(address, namespace, where) if address else None
     running = Asked(where)
+    addresses = running.service_addresses(*meant) if isinstance(meant, tuple) else [meant] if meant else []
     if workload:
         pod = running.pods(namespace, workload)[0]
         held = msgspec.json.decode(running.sidecar(pod, "/endpoints"))
-        known = {addr: found for addr, found in held.items() if address in (None, addr)}
-    elif address:
-        known = {address: running.policy("/diagnostics/endpoints", addr=address)}
+        known = {addr: found for addr, found in held.items() if not address or addr in addresses}
     else:
-        raise click.UsageError("name an ADDRESS (IP:PORT), or --of WORKLOAD")
+        known = {addr: running.policy("/diagnostics/endpoints", addr=addr) for addr in addresses}
     if output == "json":
         print_json(known)
         return
@@ -123,12 +126,18 @@ def endpoints(address: str | None, workload: str | None, namespace: str, where: 
     print_table(("ADDRESS", "KIND", "OBJECT", "ENDPOINT", "POD", "IDENTITY"), rows, "nothing was dialled yet")
 
 
-def _check_address(address: str, where: Where) -> None:
+def _read_address(text: str, namespace: str, where: Where) -> str | tuple[str, str, int]:
+    """An address, or (namespace, name, port) of a Service's name as an app in ``namespace`` would dial it; raises CommandFailed."""
     try:
-        parse_addr(address)
+        return str(parse_addr(text))
     except InvalidAddr:
+        host, _, port = text.rpartition(":")
+        name, *further = host.split(".")
+        a_port = port.isascii() and port.isdigit() and len(port) <= 5
+        if _NAME.fullmatch(host) and a_port and further[1:2] in ([], ["svc"]):
+            return further[0] if further else namespace, name, int(port)
         source = "pillion local status" if where.local else "kubectl get services -A"
-        raise CommandFailed(f"{address!r}: expected IP:PORT, an IPv6 address in brackets", f"{source}, which shows addresses") from None
+        raise CommandFailed(f"{text!r}: expected IP:PORT, an IPv6 address in brackets, or SERVICE.NAMESPACE:PORT", source) from None
 
 
 def _destination_rows(addr: str, found: dict[str, Any] | None) -> list[tuple[object, ...]]:

@@ -88,6 +88,13 @@ class ClusterMesh:
             raise CommandFailed(f"{workload} in namespace {namespace} is not meshed", "pillion check --proxy")
         return meshed
 
+    def service_ips(self, namespace: str, name: str) -> tuple[str, ...]:
+        """A Service's own addresses, none of a headless one; raises CommandFailed when there is no such Service."""
+        found = self._call(self._core.list_namespaced_service, namespace, field_selector=f"metadata.name={name}").items
+        if not found:
+            raise CommandFailed(f"there is no Service {name} in namespace {namespace}", "kubectl get services -A")
+        return tuple(ip for ip in found[0].spec.cluster_i_ps or () if ip != "None")
+
     def sidecar(self, pod: FoundPod, path: str) -> bytes:
         """GET a path of the sidecar's admin port, over the pod's own loopback."""
         argv = ["python", "-I", "-S", "-c", _FETCH, str(ADMIN_PORT), path]

@@ -79,6 +79,15 @@ class LocalMesh:
             raise CommandFailed(f"{workload} in namespace {namespace} is not meshed: {why}", hint)
         return kept
 
+    def service_ips(self, namespace: str, name: str) -> tuple[str, ...]:
+        """A Service's own addresses; raises CommandFailed when there is no such Service."""
+        status = self.ask(protocol.Status())
+        assert isinstance(status, protocol.MeshStatus)
+        found = next((one for one in status.services if (one.namespace, one.name) == (namespace, name)), None)
+        if found is None:
+            raise CommandFailed(f"there is no Service {name} in namespace {namespace}", "pillion local status")
+        return found.addresses
+
     def sidecar(self, pod: protocol.PodStatus, path: str) -> bytes:
         """GET a path of the sidecar's admin port; raises CommandFailed unless it answers 200."""
         interpreter = os.path.realpath(sys.executable)  # outside of a virtual environment that the pod's user may not enter

@@ -17,6 +17,7 @@ import click
 from cli.output import CommandFailed
 from cli.pods import CONTROL_NAMESPACE, ClusterMesh, FoundPod, configured
 from cli.reach import LocalMesh
+from core.addrs import Addr, canonical_ip
 from identity.admin_client import IdentityAdmin
 from local import protocol
 from local.state import BadName, state_folder
@@ -73,6 +74,13 @@ class Asked:
     def pods(self, namespace: str, workload: str) -> Sequence[protocol.PodStatus | FoundPod]:
         """The meshed pods of a name; never empty."""
         return self._mesh.pods(namespace, workload)
+
+    def service_addresses(self, namespace: str, name: str, port: int) -> list[str]:
+        """What an app that dials a Service reaches first, as IP:PORT; never empty."""
+        ips = self._mesh.service_ips(namespace, name)
+        if not ips:
+            raise CommandFailed(f"service {namespace}/{name} has no address of its own, its name leads to the pods", "give a pod's IP:PORT")
+        return [str(Addr(canonical_ip(ip), port)) for ip in ips]
 
     def sidecar(self, pod: protocol.PodStatus | FoundPod, path: str) -> bytes:
         """GET a path of the sidecar's admin port."""

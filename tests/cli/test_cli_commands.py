@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from click.testing import CliRunner, Result
@@ -85,7 +86,10 @@ class FakeMesh:
                 reasons=(),
                 notes=(),
                 pods=PODS,
-                services=(),
+                services=(
+                    protocol.ServiceStatus("shop", "web", ("10.1.0.9", "fd00::9"), (80,), ()),
+                    protocol.ServiceStatus("shop", "db", (), (5432,), ()),
+                ),
                 control_plane={},
                 pid=1,
                 state="/run",
@@ -313,11 +317,36 @@ def test_a_controllers_own_error_is_passed_on(mesh: FakeMesh, controller: dict[s
     assert result.stderr.startswith("error: the policy controller answered 503: no Service is known yet\n")
 
 
-@pytest.mark.parametrize("address", ["web.shop:80", "10.0.0.1", "fd00::1:80", "[fd00::1]"])
+@pytest.mark.parametrize("address", ["web.shop", "web.shop:http", "web.shop.pod:80", "10.0.0.1", "10.0.0.1.:80", "fd00::1:80", "[fd00::1]"])
 def test_an_address_that_is_none_is_refused_with_where_to_find_one(mesh: FakeMesh, address: str) -> None:
     result = run("diagnostics", "endpoints", "--name", "default", address)
     assert result.exit_code == 1 and address in result.stderr
-    assert result.stderr.endswith("\n  try: pillion local status, which shows addresses\n")
+    assert result.stderr.endswith("\n  try: pillion local status\n")
+
+
+@pytest.mark.parametrize("words", [["web:80", "-n", "shop"], ["web.shop:80"], ["web.shop.svc:80"], ["web.shop.svc.cluster.local:80"]])
+def test_endpoints_are_asked_for_by_the_name_that_an_app_dials(
+    mesh: FakeMesh, controller: dict[str, tuple[int, object]], words: list[str]
+) -> None:
+    for address in ("10.1.0.9:80", "[fd00::9]:80"):
+        found = {"kind": "service", "ref": {**SERVER, "kind": "Service", "name": "web"}, "endpoints": []}
+        controller[f"/diagnostics/endpoints?{urlencode({'addr': address})}"] = (200, found)
+    result = run("diagnostics", "endpoints", *words, "-o", "json")
+    assert result.exit_code == 0, result.output
+    assert list(json.loads(result.stdout)) == ["10.1.0.9:80", "[fd00::9]:80"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("wbe.shop:80", "there is no Service wbe in namespace shop"),
+        ("web:80", "there is no Service web in namespace default"),
+        ("db.shop:5432", "service shop/db has no address of its own"),
+    ],
+)
+def test_a_service_that_is_not_there_or_has_no_address_is_said(mesh: FakeMesh, name: str, said: str) -> None:
+    result = run("diagnostics", "endpoints", name)
+    assert result.exit_code == 1 and said in result.stderr
 
 
 def test_identity_shows_every_pods_certificate(mesh: FakeMesh) -> None:
