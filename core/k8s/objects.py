@@ -160,7 +160,7 @@ class Pod(View, frozen=True):
     def ips(self) -> tuple[str, ...]:
         """status.podIPs (or podIP) in canonical text, first one first."""
         listed = tuple(entry.ip for entry in self.status.pod_ips) or (self.status.pod_ip,)
-        return tuple(dict.fromkeys(ip for ip in map(_canonical, listed) if ip))
+        return tuple(dict.fromkeys(ip for ip in map(canonical_address, listed) if ip))
 
     @property
     def finished(self) -> bool:
@@ -208,7 +208,7 @@ class Service(View, frozen=True):
     @property
     def vips(self) -> tuple[str, ...]:
         """Virtual addresses in canonical text; none for a headless or ExternalName Service."""
-        return tuple(dict.fromkeys(ip for ip in map(_canonical, (*self.spec.cluster_ips, self.spec.cluster_ip)) if ip))
+        return tuple(dict.fromkeys(ip for ip in map(canonical_address, (*self.spec.cluster_ips, self.spec.cluster_ip)) if ip))
 
 
 class EndpointConditions(View, frozen=True):
@@ -262,7 +262,7 @@ class EndpointSlice(View, frozen=True):
         return self.metadata.labels.get(self.SERVICE_LABEL, "")
 
 
-def _canonical(text: str) -> str:
+def canonical_address(text: str) -> str:
     """The address as the sidecars spell it, "" for what is none ("None" of a headless Service)."""
     try:
         ip = ipaddress.ip_address(text)

@@ -1,7 +1,8 @@
 """What stands behind a dialled address: a Service's ready endpoints, a pod, nothing of the mesh, or a port that is not there. Pure.
 
 An endpoint has an identity only when its sidecar is known to be there (the injector's annotation) and to take the port. Then the
-dialling sidecar demands that identity, so a stale answer can fail a connection but never send it to somebody else in plaintext.
+dialling sidecar demands that identity, so a stale answer can fail a connection but never send it to somebody else in plaintext. An endpoint
+whose pod is not known (yet) is left out, because nobody can say whether it has a sidecar; one that names no pod is the pod at its address.
 """
 
 from __future__ import annotations
@@ -71,10 +72,11 @@ def _ready(store: Store, service: Service, port: ServicePort, ipv6: bool) -> dic
     family, other = ("IPv6", "IPv4") if ipv6 else ("IPv4", "IPv6")
     for wanted in (family, other):
         found = {
-            addr: _target(store, endpoint, service.metadata.namespace)
+            addr: pod
             for slice_ in slices
             if slice_.address_type == wanted
             for endpoint, addr in _slice_addrs(slice_, port)
+            for pod in _behind(store, endpoint, addr, slice_.metadata.namespace)
         }
         if found:
             return found
@@ -96,11 +98,13 @@ def _slice_addrs(slice_: EndpointSlice, port: ServicePort) -> Iterator[tuple[Sli
             continue  # an address nobody can dial is no endpoint; the API server validates these
 
 
-def _target(store: Store, endpoint: SliceEndpoint, namespace: str) -> Pod | None:
+def _behind(store: Store, endpoint: SliceEndpoint, addr: Addr, namespace: str) -> tuple[Pod | None, ...]:
+    """The pod that an endpoint is, None when it is no pod; nothing when it is one that is not known."""
     ref = endpoint.target_ref
     if ref is None or ref.kind != "Pod":
-        return None
-    return store.pods.get(ref.namespace or namespace, {}).get(ref.name)
+        return (store.pod_at(addr.ip),)
+    pod = store.pods.get(ref.namespace or namespace, {}).get(ref.name)
+    return (pod,) if pod is not None else ()
 
 
 def _endpoint(addr: Addr, pod: Pod | None, settings: IndexSettings) -> wire.Endpoint:

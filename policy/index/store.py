@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from core.k8s.objects import EndpointSlice, Namespace, Object, Pod, Service
+from core.k8s.objects import EndpointSlice, Namespace, Object, Pod, Service, canonical_address
 from core.refs import Ref
 from policy.gateway import InboundRoute
 from policy.model import AuthorizationPolicy, MeshTLSAuthentication, NetworkAuthentication, Server
@@ -27,6 +27,7 @@ class Store:
         self.services_by_ip: dict[str, dict[Named, Service]] = {}
         self.slices: dict[Named, dict[str, EndpointSlice]] = {}
         self.slices_of_pod: dict[Named, dict[Ref, Named]] = {}
+        self.slices_of_ip: dict[str, dict[Ref, Named]] = {}
         self.servers: dict[str, dict[str, Server]] = {}
         self.policies: dict[str, dict[str, AuthorizationPolicy]] = {}
         self.policies_by_required: dict[Ref, dict[Ref, AuthorizationPolicy]] = {}
@@ -74,6 +75,8 @@ class Store:
                 yield self.slices, (namespace, object_.service), name, object_
             for pod in pods_of(object_):
                 yield self.slices_of_pod, pod, object_.ref, (namespace, object_.service)
+            for ip in unnamed_ips_of(object_):
+                yield self.slices_of_ip, ip, object_.ref, (namespace, object_.service)
         elif isinstance(object_, Server):
             yield self.servers, namespace, name, object_
         elif isinstance(object_, AuthorizationPolicy):
@@ -109,7 +112,10 @@ class Store:
 
     def services_of(self, pod: Pod) -> Iterator[Service]:
         """Services that have the pod among their endpoints, ready or not."""
-        for namespace, name in set(self.slices_of_pod.get((pod.metadata.namespace, pod.metadata.name), {}).values()):
+        found = set(self.slices_of_pod.get((pod.metadata.namespace, pod.metadata.name), {}).values())
+        for ip in pod.ips:
+            found.update(self.slices_of_ip.get(ip, {}).values())
+        for namespace, name in found:
             service = self.services.get(namespace, {}).get(name)
             if service is not None:
                 yield service
@@ -119,3 +125,12 @@ def pods_of(slice_: EndpointSlice) -> set[Named]:
     """Pods that an EndpointSlice names as targets."""
     refs = (endpoint.target_ref for endpoint in slice_.endpoints)
     return {(ref.namespace or slice_.metadata.namespace, ref.name) for ref in refs if ref is not None and ref.kind == "Pod"}
+
+
+def unnamed_ips_of(slice_: EndpointSlice) -> set[str]:
+    """Addresses of endpoints that name no pod, as somebody writes them by hand: they may be some pod's all the same."""
+    return {
+        canonical_address(endpoint.addresses[0])
+        for endpoint in slice_.endpoints
+        if endpoint.addresses and (endpoint.target_ref is None or endpoint.target_ref.kind != "Pod")
+    }

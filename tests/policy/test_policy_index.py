@@ -356,8 +356,25 @@ def test_a_namespaces_skip_list_takes_no_identity_from_pods_that_were_injected_w
     assert [found.identity for found in index.destination("10.96.0.1:80").endpoints] == [lab.CART.uri]
 
 
-def test_an_endpoint_whose_pod_is_not_known_has_no_identity() -> None:
+def test_an_endpoint_whose_pod_is_not_known_is_left_out_until_it_is() -> None:
+    """It may have a sidecar: nobody must be sent there in plaintext because slices come before pods."""
     index = indexed(lab.service(), lab.endpoints("cart-0"))
+    assert index.destination("10.96.0.1:80").endpoints == ()
+    assert CART_VIP in index.apply(parsed(lab.pod()))
+    assert [found.identity for found in index.destination("10.96.0.1:80").endpoints] == [lab.CART.uri]
+    assert CART_VIP in index.delete(parsed(lab.pod()).ref)
+    assert index.destination("10.96.0.1:80").endpoints == ()
+
+
+def test_an_endpoint_that_names_no_pod_is_the_pod_at_its_address() -> None:
+    """Slices written by hand name none; what is meshed must prove itself behind them too."""
+    by_hand = lab.endpoints("cart-0")
+    del by_hand["endpoints"][0]["targetRef"]
+    index = indexed(lab.service(), by_hand)
+    assert index.destination("10.96.0.1:80").endpoints == (wire.Endpoint("10.0.0.5:8080"),), "no pod: beyond the mesh"
+    assert CART_VIP in index.apply(parsed(lab.pod()))
+    assert [found.identity for found in index.destination("10.96.0.1:80").endpoints] == [lab.CART.uri]
+    assert CART_VIP in index.delete(parsed(lab.pod()).ref)
     assert index.destination("10.96.0.1:80").endpoints == (wire.Endpoint("10.0.0.5:8080"),)
 
 

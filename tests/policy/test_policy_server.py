@@ -319,7 +319,9 @@ async def test_nothing_is_left_of_a_peer_that_went() -> None:
 
 
 def test_what_no_sidecar_would_read_is_shortened_or_denied(monkeypatch: pytest.MonkeyPatch) -> None:
-    index = indexed(lab.pod(), lab.service(), lab.server(accessPolicy="all-unauthenticated"), lab.endpoints(*(f"p-{n}" for n in range(64))))
+    names = [f"p-{n}" for n in range(64)]
+    pods = [lab.pod(), *(lab.pod(name, f"10.0.0.{5 + n}") for n, name in enumerate(names))]
+    index = indexed(*pods, lab.service(), lab.server(accessPolicy="all-unauthenticated"), lab.endpoints(*names))
     policy, destination = index.inbound_policy("shop", "cart-0", 8080), index.destination("10.96.0.1:80")
     assert wire.decode_to_sidecar_untrusted(encoded_policy(8080, policy)) == wire.PortPolicy(8080, policy)
     monkeypatch.setattr(wire, "MAX_LINE_BYTES", 1000)
