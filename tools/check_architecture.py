@@ -1,7 +1,8 @@
 """Keep the list of modules in ARCHITECTURE.md equal to the tree: names, ● for promised purity, first sentence of each docstring.
 
-The list stands between two comments; ``--write`` replaces it. Also refuses a module without a docstring, and a promise of purity in
-setup.cfg for a module that is not there. Called by ``make lint`` (to compare) and ``make architecture`` (to write).
+The list stands between two comments; ``--write`` replaces it. Also refuses a module without a docstring, a promise of purity in setup.cfg
+for a module that is not there, and a file named elsewhere on the page that is not there. Called by ``make lint`` (to compare) and
+``make architecture`` (to write).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import configparser
+import re
 import sys
 from pathlib import Path
 
@@ -69,6 +71,13 @@ def listing() -> tuple[list[str], list[str]]:
     return [*lines, ""], wrong
 
 
+def missing_files(page: str) -> list[str]:
+    """What is wrong with the files that the page names in code quotes, by their path or its end."""
+    present = [f"/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("*/**/*.py")]
+    named = sorted(set(re.findall(r"`([\w/]+\.py)`", page)))
+    return [f"{PAGE.name}: there is no {name}" for name in named if not any(path.endswith(f"/{name}") for path in present)]
+
+
 def main() -> int:
     """Exit code 0 when page and tree agree."""
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -80,6 +89,7 @@ def main() -> int:
     present, end, after = rest.partition(END)
     if not begin or not end:
         wrong.append(f"{PAGE.name}: the comments around the list of modules are missing")
+    wrong += missing_files(before + after)
     wanted = "\n".join(lines) + "\n"
     if write and begin and end:
         PAGE.write_text(before + begin + wanted + end + after, encoding="utf-8")
