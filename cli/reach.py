@@ -22,6 +22,7 @@ from identity.admin_client import IdentityAdmin
 from injector.fixed import ADMIN_PORT, SIDECAR_NAME
 from local import client, protocol
 from local.state import BadName, state_folder
+from local.workloads import who_else
 
 _TIMEOUT_S = 10.0
 _ANSWER_BYTES_MAX = 64 << 20
@@ -68,10 +69,8 @@ class LocalMesh:
         assert isinstance(status, protocol.MeshStatus)
         found = match_pods(status.pods, namespace, workload)
         if not found:
-            others = sorted({f"{pod.namespace}/{pod.name}" for pod in status.pods})
-            raise CommandFailed(
-                f"no pod or workload {workload!r} in namespace {namespace}", f"one of: {', '.join(others) or 'none'}; see -n"
-            )
+            others = [(pod.namespace, pod.owner.partition("/")[2]) for pod in status.pods]
+            raise CommandFailed(f"no pod or workload {workload!r} in namespace {namespace}", who_else(others, namespace, workload))
         kept = [pod for pod in found if pod.meshed or not meshed]
         if not kept:
             hint = "annotate its pod template with pillion.dev/inject: enabled"

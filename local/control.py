@@ -89,8 +89,8 @@ class _Control:
         plans = {pod.plan.ref: pod for pod in self._mesh.pods.values()}
         found = [plans[plan.ref] for plan in workloads.match_workload([pod.plan for pod in plans.values()], namespace, name)]
         if not found:
-            others = sorted(f"{pod.ref.namespace}/{pod.ref.name}" for pod in (pod.plan for pod in plans.values()))
-            raise LookupError(f"no pod or workload {name!r} in namespace {namespace}; pods: {', '.join(others) or 'none'}")
+            others = [(pod.plan.ref.namespace, pod.plan.owner.name) for pod in plans.values()]
+            raise LookupError(f"no pod or workload {name!r} in namespace {namespace}; try {workloads.who_else(others, namespace, name)}")
         return found
 
     def _logs(self, request: protocol.Logs) -> protocol.LogFiles:

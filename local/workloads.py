@@ -17,6 +17,7 @@ from core.k8s.kinds import kind_meant
 from core.refs import Ref
 from local.objects import Manifest, pod_template
 
+_NAMED = 10  # workloads that an error lists
 MAX_REPLICAS = 200  # a mistyped number must not take the machine down
 _ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # Kubernetes' own for generated names: spells no words
 
@@ -128,6 +129,16 @@ def match_workload(pods: Iterable[PodPlan], namespace: str, name: str) -> list[P
         mine = [pod for pod in mine if pod.owner.kind.lower() == kind or kind == "pod"]
     exact = [pod for pod in mine if pod.ref.name == name]
     return exact or sorted((pod for pod in mine if pod.owner.name == name), key=lambda pod: pod.ref.name)
+
+
+def who_else(workloads: Iterable[tuple[str, str]], namespace: str, name: str) -> str:
+    """What may have been meant by a name that nothing in the namespace has. workloads: (namespace, name) of all there are."""
+    known = sorted(set(workloads))
+    if elsewhere := [of for of, other in known if other == name.rpartition("/")[2] and of != namespace]:
+        return " or ".join(f"-n {of}" for of in elsewhere)
+    near = [f"{of}/{other}" for of, other in known if of == namespace] or [f"{of}/{other}" for of, other in known]
+    further = f" and {len(near) - _NAMED} more" if len(near) > _NAMED else ""
+    return f"one of: {', '.join(near[:_NAMED])}{further}; see -n" if near else "pillion local status; no pod is there yet"
 
 
 def service_account_of(raw: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from core.k8s.fields import InvalidObject
 from local.objects import Manifest, read_manifest
-from local.workloads import match_workload, pods_of
+from local.workloads import match_workload, pods_of, who_else
 
 
 def workload(kind: str, name: str = "web", **spec: Any) -> Manifest:
@@ -76,3 +76,14 @@ def test_a_name_is_a_pod_first_and_a_workload_else() -> None:
     assert match_workload(pods, "shop", "deployment/db") == []
     assert len(match_workload(pods, "shop", "sts/db")) == 1
     assert match_workload(pods, "default", "web") == []
+
+
+def test_a_name_that_nothing_has_is_answered_with_what_may_be_meant() -> None:
+    there = [("shop", "web"), ("shop", "cart"), ("shop", "web"), ("ops", "web"), ("ops", "tool")]
+    assert who_else(there, "default", "deploy/tool") == "-n ops"
+    assert who_else(there, "default", "web") == "-n ops or -n shop"
+    assert who_else(there, "ops", "tol") == "one of: ops/tool, ops/web; see -n"
+    assert who_else(there, "default", "nobody") == "one of: ops/tool, ops/web, shop/cart, shop/web; see -n"
+    many = [("shop", f"w{number:02}") for number in range(12)]
+    assert who_else(many, "shop", "web").endswith("shop/w09 and 2 more; see -n")
+    assert who_else([], "shop", "web") == "pillion local status; no pod is there yet"
