@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 import trio
 from OpenSSL import SSL
@@ -36,6 +37,7 @@ _READ_BYTES = 65536
 _SEND_BYTES = 65536  # small answers leave together up to about this many bytes
 _FEW_HANDSHAKES = 4  # at a time: who has more is cut when there is no room, and who has not is never cut for somebody else
 _LINES_PER_TURN = 100  # after so many requests of one peer the others get their turn
+_ANSWERS_PER_TURN = 100  # looked up, though most may be what the peer has already
 
 
 class PolicyServer:
@@ -199,15 +201,16 @@ class PolicyServer:
                 break
             messages: list[bytes] = []
             size = 0
-            while subscriber.due and size < _SEND_BYTES:
-                subject = next(iter(subscriber.due))
+            for subject in tuple(islice(subscriber.due, _ANSWERS_PER_TURN)):
                 del subscriber.due[subject]
                 message = self._subscriptions.message(subscriber, subject)
                 if message:
                     messages.append(message)
                     size += len(message)
+                    if size >= _SEND_BYTES:
+                        break
             with trio.move_on_after(self._limits.send_s) as sending:
-                await stream.send_all(b"".join(messages))
+                await stream.send_all(b"".join(messages))  # others get their turn here, also when there is nothing to send
             if sending.cancelled_caught:
                 self.counters.refuse("slow-reader")
                 _log.warning("subscriber cut", reason="slow-reader", pod="/".join(subscriber.pod), send_s=self._limits.send_s)

@@ -262,6 +262,42 @@ async def test_a_slow_reader_costs_one_entry_per_subscription_and_then_sees_the_
         nursery.cancel_scope.cancel()
 
 
+async def test_a_peer_that_watches_every_port_lets_the_others_have_their_turn() -> None:
+    """Each change in its namespace has all of its ports looked up, though next to none has another answer: not in one go."""
+    index, server = served()
+    turns = _Turns()
+    look_up = index.inbound_policy
+
+    def counted(namespace: str, pod: str, port: int) -> wire.InboundPolicy:
+        turns.looked_up += 1
+        return look_up(namespace, pod, port)
+
+    index.inbound_policy = counted  # type: ignore[method-assign]
+    trio.lowlevel.add_instrument(turns)
+    async with serving(server) as connect:
+        peer = connect()
+        await peer.say(HELLO, *(wire.WatchPort(port) for port in range(1, 2001)))
+        for _ in range(2000):
+            await peer.hear()
+        turns.all = 0
+        server.changed(index.apply(parsed(lab.server(port=1500))))
+        found = await peer.hear()
+        assert isinstance(found, wire.PortPolicy) and found.port == 1500
+        assert await peer.is_quiet()
+        assert turns.all == 2000 and turns.most <= 100
+
+
+class _Turns(trio.abc.Instrument):
+    """How many policies were looked up in all, and at most without a turn for any other task."""
+
+    looked_up = all = most = 0
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.all += self.looked_up
+        self.most = max(self.most, self.looked_up)
+        self.looked_up = 0
+
+
 async def test_a_peer_that_never_reads_is_cut(autojump_clock: trio.testing.MockClock) -> None:
     _, server = served()
     near, far = trio.testing.memory_stream_pair()
