@@ -89,11 +89,11 @@ class _Gate(ABC):
             if isinstance(chosen, Redirect):
                 return Answer(Cause.REDIRECTED, self.explain, self._unsent(now, head), chosen)
             if isinstance(chosen, Cause):
-                return Answer(chosen, self.explain, self._unsent(now, head))
+                return self._nowhere(chosen, now, head)
             way = chosen
         load = way.balancer.choose(now)
         if load is None:
-            return Answer(Cause.NO_ENDPOINTS, self.explain, self._unsent(now, head))
+            return self._nowhere(Cause.NO_ENDPOINTS, now, head)
         exchange = Exchange(load, way, self._record.begin(load.endpoint, head, now))
         if way.limits is not None:
             exchange.patience = Patience(way.limits, self._services.deadlines, partial(self._late, token), now)
@@ -183,6 +183,11 @@ class _Gate(ABC):
         self._destination.release(self._now())
 
     # --- inside ----------------------------------------------------------------------------------------------------------
+
+    def _nowhere(self, cause: Cause, now: float, head: RequestHead) -> Answer:
+        """Refuse a request for which nothing is dialled: so nothing else logs why."""
+        self._record.note(Failure(cause, _NOWHERE_TO_GO.get(cause, "")))
+        return Answer(cause, self.explain, self._unsent(now, head))
 
     def _unsent(self, now: float, head: RequestHead) -> Exchange:
         nowhere = EndpointLoad(_NOWHERE, now)
@@ -282,6 +287,11 @@ class _Gate(ABC):
         """The client is gone: give back what others can use."""
 
 
+_NOWHERE_TO_GO = {
+    Cause.NO_ENDPOINTS: "none of the endpoints that the request may go to is ready",
+    Cause.NO_ROUTE: "no rule of the Service's routes wants the request",
+    Cause.NO_BACKEND: "the request's share by its route leads to nothing that exists",
+}
 _NOWHERE = Endpoint("")
 
 
