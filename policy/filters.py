@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import msgspec
 
 from core.k8s import fields
-from core.k8s.fields import InvalidObject, shown
+from core.k8s.fields import InvalidObject, Strict, shown
 from policy import wire
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9a-z]{1,256}")
@@ -43,11 +43,7 @@ class Unsupported(Exception):
     """The text says what and where."""
 
 
-class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
-    pass
-
-
-class _Field(_Strict, frozen=True):
+class _Field(Strict, frozen=True):
     name: str
     value: str
 
@@ -55,19 +51,19 @@ class _Field(_Strict, frozen=True):
 _Fields = Annotated[tuple[_Field, ...], msgspec.Meta(max_length=16)]
 
 
-class _Modifier(_Strict, frozen=True):
+class _Modifier(Strict, frozen=True):
     set: _Fields = ()
     add: _Fields = ()
     remove: Annotated[tuple[str, ...], msgspec.Meta(max_length=16)] = ()
 
 
-class _PathModifier(_Strict, frozen=True):
+class _PathModifier(Strict, frozen=True):
     type: str
     replace_full_path: str | None = None
     replace_prefix_match: str | None = None
 
 
-class _Redirect(_Strict, frozen=True):
+class _Redirect(Strict, frozen=True):
     scheme: str = ""
     hostname: str = ""
     path: _PathModifier | None = None
@@ -75,7 +71,7 @@ class _Redirect(_Strict, frozen=True):
     status_code: int = 302
 
 
-class _Rewrite(_Strict, frozen=True):
+class _Rewrite(Strict, frozen=True):
     hostname: str = ""
     path: _PathModifier | None = None
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple, Protocol
 import msgspec
 
 from core.k8s import fields
-from core.k8s.fields import InvalidObject, shown
+from core.k8s.fields import InvalidObject, Strict, shown
 from policy import wire
 from policy.durations import seconds_untrusted
 from policy.filters import Filters, Unsupported, read_filters
@@ -60,11 +60,7 @@ class Forwarding(msgspec.Struct, frozen=True):
     unsupported: str = ""
 
 
-class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
-    pass
-
-
-class _BackendRef(_Strict, frozen=True):
+class _BackendRef(Strict, frozen=True):
     name: str
     group: str = ""
     kind: str = "Service"
@@ -74,12 +70,12 @@ class _BackendRef(_Strict, frozen=True):
     filters: tuple[Any, ...] = ()
 
 
-class _Timeouts(_Strict, frozen=True):
+class _Timeouts(Strict, frozen=True):
     request: str = "0s"
     backend_request: str = "0s"
 
 
-class _Retry(_Strict, frozen=True):
+class _Retry(Strict, frozen=True):
     codes: Annotated[tuple[int, ...], msgspec.Meta(max_length=200)] = ()
     attempts: int = 1
     backoff: str = "25ms"

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from core.k8s import fields
-from core.k8s.fields import InvalidObject, Raw, one_of, shown
+from core.k8s.fields import InvalidObject, Raw, Strict, one_of, shown
 from core.k8s.objects import ObjectMeta
 from core.refs import Ref
 from policy import paths, patterns, wire
@@ -59,11 +59,7 @@ class InboundRoute(msgspec.Struct, frozen=True):
         return Ref(GATEWAY_GROUP, "HTTPRoute" if self.kind == "http" else "GRPCRoute", self.metadata.namespace, self.metadata.name)
 
 
-class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
-    pass
-
-
-class _Parent(_Strict, frozen=True):
+class _Parent(Strict, frozen=True):
     name: str
     group: str = GATEWAY_GROUP
     kind: str = "Gateway"
@@ -72,12 +68,12 @@ class _Parent(_Strict, frozen=True):
     port: int | None = None
 
 
-class _Path(_Strict, frozen=True):
+class _Path(Strict, frozen=True):
     type: str = "PathPrefix"
     value: str = "/"
 
 
-class _Value(_Strict, frozen=True):
+class _Value(Strict, frozen=True):
     name: str
     value: str
     type: str = "Exact"
@@ -86,25 +82,25 @@ class _Value(_Strict, frozen=True):
 _Values = Annotated[tuple[_Value, ...], msgspec.Meta(max_length=16)]
 
 
-class _HttpMatch(_Strict, frozen=True):
+class _HttpMatch(Strict, frozen=True):
     path: _Path = _Path()
     headers: _Values = ()
     query_params: _Values = ()
     method: str | None = None
 
 
-class _GrpcMethod(_Strict, frozen=True):
+class _GrpcMethod(Strict, frozen=True):
     type: str = "Exact"
     service: str = ""
     method: str = ""
 
 
-class _GrpcMatch(_Strict, frozen=True):
+class _GrpcMatch(Strict, frozen=True):
     method: _GrpcMethod | None = None
     headers: _Values = ()
 
 
-class _HttpRule(_Strict, frozen=True):
+class _HttpRule(Strict, frozen=True):
     name: str | None = None
     matches: Annotated[tuple[_HttpMatch, ...], msgspec.Meta(max_length=64)] = ()
     filters: tuple[Any, ...] = ()
@@ -114,7 +110,7 @@ class _HttpRule(_Strict, frozen=True):
     session_persistence: Any = None
 
 
-class _GrpcRule(_Strict, frozen=True):
+class _GrpcRule(Strict, frozen=True):
     name: str | None = None
     matches: Annotated[tuple[_GrpcMatch, ...], msgspec.Meta(max_length=64)] = ()
     filters: tuple[Any, ...] = ()
@@ -130,14 +126,14 @@ class _AnySpec(msgspec.Struct, frozen=True, rename="camel"):
     parent_refs: _Parents = ()
 
 
-class _HttpSpec(_Strict, frozen=True):
+class _HttpSpec(Strict, frozen=True):
     parent_refs: _Parents = ()
     hostnames: _Hostnames = ()
     rules: Annotated[tuple[_HttpRule, ...], msgspec.Meta(max_length=16)] = (_HttpRule(),)
     use_default_gateways: str | None = None
 
 
-class _GrpcSpec(_Strict, frozen=True):
+class _GrpcSpec(Strict, frozen=True):
     parent_refs: _Parents = ()
     hostnames: _Hostnames = ()
     rules: Annotated[tuple[_GrpcRule, ...], msgspec.Meta(max_length=16)] = (_GrpcRule(),)

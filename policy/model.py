@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import msgspec
 
 from core.k8s import fields
-from core.k8s.fields import InvalidObject, Raw, one_of, shown
+from core.k8s.fields import InvalidObject, Raw, Strict, one_of, shown
 from core.k8s.objects import ObjectMeta, read_meta
 from core.k8s.selector import LabelSelector, read_selector
 from core.names import InvalidName, parse_workload_id
@@ -106,11 +106,7 @@ class NetworkAuthentication(msgspec.Struct, frozen=True):
         return Ref(GROUP, "NetworkAuthentication", self.metadata.namespace, self.metadata.name)
 
 
-class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
-    pass
-
-
-class _Envelope(_Strict, frozen=True):
+class _Envelope(Strict, frozen=True):
     api_version: str
     kind: str
     metadata: msgspec.Raw | Any
@@ -118,27 +114,27 @@ class _Envelope(_Strict, frozen=True):
     status: Any = None
 
 
-class _ServerSpec(_Strict, frozen=True):
+class _ServerSpec(Strict, frozen=True):
     pod_selector: Any
     port: int | str
     proxy_protocol: str = "unknown"
     access_policy: str = "deny"
 
 
-class _RefSpec(_Strict, frozen=True):
+class _RefSpec(Strict, frozen=True):
     kind: str
     name: str
     group: str = ""
     namespace: str | None = None
 
 
-class _AuthorizationPolicySpec(_Strict, frozen=True):
+class _AuthorizationPolicySpec(Strict, frozen=True):
     target_ref: _RefSpec
     required_authentication_refs: tuple[_RefSpec, ...]
     inherit: bool = True
 
 
-class _AccountSpec(_Strict, frozen=True):
+class _AccountSpec(Strict, frozen=True):
     kind: str
     name: str
     group: str = ""
@@ -149,17 +145,17 @@ _SomeStrings = Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=
 _SomeAccounts = Annotated[tuple[_AccountSpec, ...], msgspec.Meta(min_length=1, max_length=_LIST_MAX)]
 
 
-class _MeshTLSSpec(_Strict, frozen=True):
+class _MeshTLSSpec(Strict, frozen=True):
     identities: _SomeStrings | None = None
     identity_refs: _SomeAccounts | None = None
 
 
-class _NetworkSpec(_Strict, frozen=True):
+class _NetworkSpec(Strict, frozen=True):
     cidr: str
     except_: tuple[str, ...] = msgspec.field(default=(), name="except")
 
 
-class _NetworksSpec(_Strict, frozen=True):
+class _NetworksSpec(Strict, frozen=True):
     networks: Annotated[tuple[_NetworkSpec, ...], msgspec.Meta(min_length=1, max_length=_LIST_MAX)]
 
 

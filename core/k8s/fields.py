@@ -43,6 +43,10 @@ class InvalidObject(ValueError):
         self.found = found
 
 
+class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
+    """Base of parts of objects in which a field that does not exist is an error: a misspelt one must not be dropped in silence."""
+
+
 def shown(value: object) -> str:
     """A value for an error message: JSON, cut off, so that a hostile object cannot fill a log."""
     try:

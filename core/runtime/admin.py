@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 import urllib.parse
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ import trio
 
 from core.addrs import ClientAddr, InvalidAddr, from_sockaddr
 from core.runtime import logs
+from core.runtime.rooms import Rooms
 
 _log = logs.logger("admin")
 
@@ -136,8 +136,8 @@ class AdminServer:
 
     def __init__(self, routes: Routes) -> None:
         self._routes = routes
-        self._opened = 0
-        self._open: dict[int, tuple[str, trio.CancelScope]] = {}
+        # Refusing newcomers would let any pod that holds all connections keep the kubelet's probes out, and so have the pod restarted.
+        self._rooms = Rooms(_CONNECTIONS_MAX, _CONNECTIONS_MAX)
 
     async def serve(self, listeners: list[trio.SocketListener], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; closes the listeners. On cancellation connections are cut, as nothing here is worth waiting for."""
@@ -149,34 +149,17 @@ class AdminServer:
         """Serve one connection until it ends, breaks a rule or idles; never raises for what a client does."""
         client = _client_of(stream)
         try:
-            with trio.CancelScope() as scope:
-                opened = self._make_room(client.ip if client else "", scope)
+            with self._rooms.one(client.ip if client else ""):
                 try:
                     await _Connection(self._routes, stream, client).run()
                 except* (trio.BrokenResourceError, trio.ClosedResourceError):
                     pass  # the client went away: nobody is left to tell
-                finally:
-                    self._open.pop(opened, None)
         except Exception as error:  # raised from here it would end the listener, and with it the process
             _log.error("a bug of ours ended an admin connection", exc_info=error)
         finally:
             with trio.move_on_after(1) as closing:
                 closing.shield = True
                 await stream.aclose()
-
-    def _make_room(self, ip: str, scope: trio.CancelScope) -> int:
-        """Register a connection; when there are too many, the oldest of the client that holds most is cut.
-
-        Refusing the newcomer instead would let any pod that holds the limit keep the kubelet's probes out, and the pod down.
-        """
-        if len(self._open) >= _CONNECTIONS_MAX:
-            held = Counter(holder for holder, _ in self._open.values())
-            greedy = max(held, key=held.__getitem__)
-            oldest = next(number for number, (holder, _) in self._open.items() if holder == greedy)
-            self._open.pop(oldest)[1].cancel()
-        self._opened += 1
-        self._open[self._opened] = ip, scope
-        return self._opened
 
 
 class _Connection:

@@ -1,4 +1,4 @@
-"""A bounded number of connections, of which no client can take all: whoever holds most leaves for the next that comes."""
+"""A bounded number of connections, of which no client can take all: for a newcomer, the client that holds most loses its oldest."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import trio
 
 
 class Full(Exception):
-    """There is no room, and nobody holds so much that he had to leave."""
+    """There is no room, and no client holds so many connections that one of them is cut."""
 
 
 class Rooms:
-    """most: connections in all. most_of_one: of one client, whose oldest is cut for its next. When there are too many in all, the oldest
-    of the client that holds most is cut, unless that has no more than ``few``: a crowd of honest clients must not cut each other.
+    """most: connections in all. When they are reached, the oldest connection of the client that holds most is cut, unless that client has
+    no more than ``few``: a crowd of honest clients must not cut each other. most_of_one: of one client, whose oldest is cut for its next.
     """
 
     def __init__(self, most: int, most_of_one: int, few: int = 0) -> None:
@@ -31,7 +31,7 @@ class Rooms:
 
     @contextmanager
     def one(self, ip: str) -> Iterator[trio.CancelScope]:
-        """Room for a connection of this client; the scope, and so the block, is cancelled when it must leave. Raises Full."""
+        """Room for a connection of this client. Its scope, and so the block, is cancelled when it must leave. Raises Full."""
         if self._held[ip] >= self._most_of_one:
             self._cut_oldest(ip)
         elif len(self._open) >= self._most:
