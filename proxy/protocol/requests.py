@@ -6,11 +6,22 @@ otherwise it returns `LATER` and calls the engine's ``proceed(token, verdict)`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, Protocol
 
 from core.spelling import Spellings
 from proxy.rescue import Cause, Redirect
+
+_DEFAULT_PORTS: Final[Mapping[bytes, tuple[bytes, ...]]] = {b"http": (b":80",), b"https": (b":443",), b"": (b":80", b":443")}
+
+
+def same_authority(one: bytes, other: bytes, scheme: bytes) -> bool:
+    """Whether both name the same host and port, which one may leave out where the scheme has it (RFC 3986 6.2.3, RFC 9113 8.3.1).
+
+    scheme: lower case; empty for CONNECT, whose target is all there is.
+    """
+    one, other = one.lower(), other.lower()
+    return one == other or any(one.removesuffix(port) == other.removesuffix(port) for port in _DEFAULT_PORTS.get(scheme, ()))
 
 
 class RequestHead(Protocol):

@@ -90,6 +90,9 @@ REFUSED_REQUESTS = {
     "Host with two ports": b"GET / HTTP/1.1\r\nHost: a:1:2\r\n\r\n",
     "Host with bad port": b"GET / HTTP/1.1\r\nHost: a:x\r\n\r\n",
     "Host differs from target": b"GET http://a/ HTTP/1.1\r\nHost: b\r\n\r\n",
+    "Host without a port that is no default": b"GET http://a:8080/ HTTP/1.1\r\nHost: a\r\n\r\n",
+    "Host without the port of another scheme": b"GET http://a:443/ HTTP/1.1\r\nHost: a\r\n\r\n",
+    "Host with another default port": b"CONNECT a:443 HTTP/1.1\r\nHost: a:80\r\n\r\n",
     "target without Host": b"GET http://a/ HTTP/1.1\r\n\r\n",
     "empty Host, absolute target": b"GET http://a/ HTTP/1.1\r\nHost:\r\n\r\n",
     "userinfo in target": b"GET http://u@a/ HTTP/1.1\r\nHost: a\r\n\r\n",
@@ -201,6 +204,22 @@ def test_targets_are_reduced_for_decisions_and_sent_on_as_received() -> None:
     assert request(b"CONNECT a:1 HTTP/1.1", b"Host: a:1").connects
     assert request(b"GET http://a/ HTTP/1.0").authority == b"a"
     assert request(b"GET / HTTP/1.0").authority == b""
+
+
+@pytest.mark.parametrize(
+    ("line", "host"),
+    [
+        (b"GET http://a:80/ HTTP/1.1", b"A"),  # Java's HttpURLConnection through an HTTP proxy
+        (b"GET HTTP://A/ HTTP/1.1", b"a:80"),
+        (b"GET https://[::1]:443/ HTTP/1.1", b"[::1]"),
+        (b"CONNECT www.example.com:80 HTTP/1.1", b"www.example.com"),  # the example of RFC 9112 3.2.3
+        (b"CONNECT a:443 HTTP/1.1", b"a"),
+    ],
+)
+def test_a_host_may_leave_out_the_schemes_port_or_the_target_may(line: bytes, host: bytes) -> None:
+    head = request(line, b"Host: " + host)
+    assert head.wire == line + b"\r\nHost: " + host + b"\r\n\r\n"
+    assert head.authority in line
 
 
 @pytest.mark.parametrize("host", [b"a", b"A.b-c_d:8080", b"[::1]:80", b"[fe80::1]", b"127.0.0.1", b""])

@@ -210,3 +210,22 @@ async def test_an_absolute_target_names_the_host_and_is_passed_on():
         ran = await run("curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", "-x", f"http://{entry}", "http://web.shop/path?q")
         assert ran.out == b"200"
         assert seen in ([(b"http://web.shop/path?q", b"web.shop")], [(b"/path?q", b"web.shop")])
+
+
+@pytest.mark.parametrize(
+    "first", [b"GET http://web.shop:80/path HTTP/1.1\r\nHost: web.shop\r\n\r\n", b"CONNECT web.shop:443 HTTP/1.1\r\nHost: web.shop\r\n\r\n"]
+)
+async def test_a_client_of_a_proxy_may_leave_out_the_default_port_in_its_host_field(first: bytes):
+    """As Java's HttpURLConnection does."""
+    said: list[bytes] = []
+
+    async def proxy(stream: trio.SocketStream) -> None:
+        said.append(await read_until(stream, b"\r\n\r\n"))
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n")
+        await stream.aclose()
+
+    async with mesh(proxy) as made:
+        stream = await made.dial()
+        await stream.send_all(first)
+        assert (await read_all(stream)).startswith(b"HTTP/1.1 200 OK\r\n")
+        assert said[0].startswith(first[:-2])

@@ -19,6 +19,7 @@ from typing import Final
 from core.spelling import any_spelling
 from proxy.protocol.http1.heads import CHUNKED, FIELD, TOKEN, UNTIL_CLOSE, HeadError, RequestHead, ResponseHead, without
 from proxy.protocol.http1.limits import Http1Limits
+from proxy.protocol.requests import same_authority
 from proxy.rescue import PROXY_ERROR, Cause
 
 # How the names of fields that decide something begin: host, connection, content-, transfer-encoding, upgrade, expect, keep-alive,
@@ -156,7 +157,7 @@ def _reduce_target(head: RequestHead) -> None:
         if head.length != 0 or head.upgrades:
             raise HeadError(Cause.BAD_REQUEST, "CONNECT with a body or an upgrade")
         head.connects, head.plain = True, False
-        authority = target
+        scheme, authority = b"", target
     elif target == b"*" and head.method == b"OPTIONS":
         return
     else:
@@ -164,9 +165,9 @@ def _reduce_target(head: RequestHead) -> None:
         if absolute is None or not _is_host(absolute[1]):
             raise HeadError(Cause.BAD_REQUEST, "the target is neither a path nor an http URI")
         head.target = (absolute[2] or b"/") + (absolute[3] or b"")
-        authority = absolute[1]
+        scheme, authority = target[: target.index(b":")].lower(), absolute[1]
     # RFC 9112 3.2.2 lets the target win; a next hop that lets Host win would serve another site, so they have to agree.
-    if (head.authority and head.authority.lower() != authority.lower()) or (not head.authority and not head.old):
+    if not same_authority(head.authority, authority, scheme) if head.authority else not head.old:
         raise HeadError(Cause.BAD_REQUEST, "the Host field differs from the authority of the target")
     head.authority = authority
 

@@ -15,6 +15,7 @@ from typing import Final
 
 from core.spelling import Spellings, canonical
 from proxy.protocol.http2.hpack_codec import Section, encode, encode_values, indexed_values, name_prefix
+from proxy.protocol.requests import same_authority
 from proxy.rescue import PROXY_ERROR
 
 _is_name = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+").fullmatch
@@ -233,7 +234,7 @@ def read_request_untrusted(section: Section, into: Request) -> None:
         host = values[shape.host]
         if shape.authority < 0:
             authority = host
-        elif host != authority and host.lower() != authority.lower():
+        elif host != authority and not same_authority(host, authority, values[shape.scheme] if shape.scheme >= 0 else b""):
             raise Malformed("host and :authority disagree")
     if authority != shape.authority_before:
         if not _is_authority(authority):
