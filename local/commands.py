@@ -37,7 +37,16 @@ def _ask(name: str, request: protocol.Request, fds: tuple[int, ...] = ()) -> pro
     return answer
 
 
-_FOLDER = click.Path(exists=True, file_okay=False)
+class _Folder(click.Path):
+    """A folder; who names a file in it, as kubectl wants it, is told so."""
+
+    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if os.path.isfile(value):
+            self.fail(f"{os.fspath(value)} is a file: name its folder, {os.path.dirname(value) or '.'}", param, ctx)
+        return str(super().convert(value, param, ctx))
+
+
+_FOLDER = _Folder(exists=True, file_okay=False)
 _CAPTURE = click.Choice(["auto", "nft", "ebpf"])
 _name = click.option("--name", default="default", show_default=True, help="Which mesh, when several run on this machine.")
 _namespace = click.option("-n", "--namespace", default="default", show_default=True, help="The pod's namespace.")
@@ -80,7 +89,7 @@ def up(folder: str, detach: bool, capture: str, timeout: float, name: str) -> No
         late = "everything else is ready" if status.waits_for_edits else f"not everything was ready within {timeout:g} s"
         late += "; it keeps running"
         raise _fail(*status.reasons, late, next_step=f"pillion local status --name {name}, or pillion local down --name {name}")
-    click.echo(f"{len(status.pods)} pods ready")
+    click.echo(f"{len(status.pods)} pods ready" + ("" if status.pods else f": no manifest in {folder} asks for one"))
 
 
 def _attend(name: str, timeout_s: float) -> None:

@@ -206,6 +206,12 @@ def test_wrong_usage_is_exit_code_2() -> None:
     assert run("diagnostics", "endpoints").exit_code == 2
 
 
+def test_a_file_where_a_folder_is_wanted_names_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "app.yaml").write_text("")
+    result = run("local", "up", "-f", str(tmp_path / "app.yaml"))
+    assert result.exit_code == 2 and f"is a file: name its folder, {tmp_path}" in " ".join(result.stderr.split())
+
+
 def test_version_and_completion() -> None:
     assert json.loads(run("version", "-o", "json").stdout)["pillion"] == "0.1.0"
     for shell in ("zsh", "fish"):
