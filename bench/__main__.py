@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bench import certs, peers, report
 from bench.contestants import pillion
+from bench.contestants.agent import Led
 from bench.contestants.base import Contestant, Context
 from bench.contestants.envoy import Envoy
 from bench.contestants.haproxy import Haproxy
@@ -57,7 +58,7 @@ def contestants(found: peers.Peers, wanted: str) -> list[Contestant]:
         everyone += [Envoy(), Envoy("envoy-h2", between="http2")]
     if found.haproxy:
         everyone.append(Haproxy())
-    everyone += [Pillion(), Pillion("pillion-ebpf", ebpf=True)]
+    everyone += [Pillion(), Pillion("pillion-ebpf", Led())]
     names = set(wanted.split(",")) if wanted else {one.name for one in everyone}
     return [one for one in everyone if one.name in names]
 

@@ -3,14 +3,14 @@
     app (client) ==== capture ====> relay (uid 2102) ==== the pod's own address ====> app (server)
 
 Every way has a pod of its own: plain nftables REDIRECT, eBPF capture without and with acceleration, the same where bytes towards the app
-go back from TCP without a look at who reads, and no capture or relay at all. Rounds are interleaved. Round trips are measured with one
-connection, where four switches between processes are a third of what the accelerated way takes, and with sixteen that all have a message
-under way, where a relay that is woken finds several, as a sidecar in use does. Both with all processes of a way on one processor, where
-the way itself is all that there is, and once more wherever the scheduler puts them, as in a pod: waking an idle processor is then most of
-what is measured, and whether that happens differs from run to run. Bulk goes to a server
+go back from TCP without a look at who reads (bulk only), and no capture or relay at all. Rounds are interleaved. The relay waits by epoll,
+as sidecars do. Round trips are measured with one connection, where four switches between processes are a third of what the accelerated way
+takes, and with sixteen that all have a message under way, where a relay that is woken finds several, as a sidecar in use does. Both with
+all processes of a way on one processor, where the way itself is all that there is, and once more wherever the scheduler puts them, as in a
+pod: waking an idle processor is then most of what is measured, and whether that happens differs from run to run. Bulk goes to a server
 that waits by poll(2), as event loops do, and to one that waits inside recv(2), which the programs treat differently (``reader`` in
 ebpf/bpf/mesh.h). Where it runs is the scheduler's choice. CPU is that of client, relay and server, and of the kernel's workers. The same
-rows with Pillion's own sidecars are P1 to P4 of the contestants ``pillion`` and ``pillion-ebpf``.
+with Pillion's own sidecars in place of the relay is `bench.levels`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from bench.measure import Series, interleaved, median
 from bench.rig import Bench
@@ -35,13 +37,17 @@ from ebpf.wire import PodFacts, Register, Status
 
 ROW = "P8"
 WAYS = ("nftables", "connect", "connect+sockmap", "connect+sockmap, trusting", "direct")
-_SIZES = (100, 1024, 16384)
-_ONE, _ANY = "one processor", "any processor"
-_CONNECTIONS = 16
+_TRUSTING = WAYS[3]
+SIZES = (100, 1024, 16384)
+ONE, ANY = "one processor", "any processor"
+CONNECTIONS = 16
 _BULK = {"bulk, 64 KiB writes": "bulk", "bulk, 64 KiB writes, blocking reader": "blocking"}
 """Work -> role of the client."""
-_RUNS = 9  # of a round: each finds other places for the three processes, one or two processors, which is a factor of four
+_RUNS = {1: 9, CONNECTIONS: 3}  # of a round: each finds other places for the three processes, which is a factor of four
+_MESSAGES = {1: 1000, CONNECTIONS: 300}  # of a run, on each connection
+WARM_UP = 200  # messages that hop sends before those it times
 _APP_UID = 1000
+T = TypeVar("T")
 _PORT, _RELAY_PORT = 9000, 4140
 _FAR, _OWN = "198.18.0.1", "10.6.0.1"  # of nobody (RFC 2544): dialled, captured, never reached
 
@@ -74,22 +80,23 @@ class Way:
         """In the child: the cgroup that the programs hang on."""
         (self.cgroup / "cgroup.procs").write_text(str(os.getpid()))
 
-    @contextlib.contextmanager
-    def on_one_processor(self) -> Iterator[None]:
-        """Server, relay, and whatever this process starts meanwhile."""
-        allowed = os.sched_getaffinity(0)
-        everybody = [0, *self.pids]
-        try:
-            for pid in everybody:
-                os.sched_setaffinity(pid, {min(allowed)})
-            yield
-        finally:
-            for pid in everybody:
-                os.sched_setaffinity(pid, allowed)
+
+@contextlib.contextmanager
+def on_one_processor(pids: Sequence[int]) -> Iterator[None]:
+    """These processes, and whatever this one starts meanwhile."""
+    allowed = os.sched_getaffinity(0)
+    everybody = [0, *pids]
+    try:
+        for pid in everybody:
+            os.sched_setaffinity(pid, {min(allowed)})
+        yield
+    finally:
+        for pid in everybody:
+            os.sched_setaffinity(pid, allowed)
 
 
-def p8(bench: Bench) -> None:
-    """The row; a way that does not work here leaves a failed round."""
+def relayed(bench: Bench) -> None:
+    """The first half of the row; a way that does not work here leaves a failed round."""
     with contextlib.ExitStack() as stack:
         try:
             ways = _start(bench, stack)
@@ -100,27 +107,32 @@ def p8(bench: Bench) -> None:
             bench.say(f"P8 does not start: {error}")
             return
         for way in interleaved(ways, bench.plan.rounds):
-            with way.on_one_processor():
-                _round_trips(bench, way, _ONE)
-            _round_trips(bench, way, _ANY)
+            if way.name != _TRUSTING:
+                with on_one_processor(way.pids):
+                    _round_trips(bench, way, ONE)
+                _round_trips(bench, way, ANY)
             for work, role in _BULK.items():
-                _attempt(bench, way, work, lambda way=way, role=role: _bulk(bench, way, role))  # type: ignore[misc]
+                _attempt(bench, way, work, partial(_bulk, bench, way, role))
         _ratios(bench, ways)
 
 
-def _work(size: int, where: str, connections: int = 1) -> str:
+def trip_work(size: int, where: str, connections: int = 1) -> str:
     return f"round trip, {size:,} bytes, " + (f"{connections} connections, " if connections > 1 else "") + where
 
 
+def _works(way: str) -> list[str]:
+    return [*_BULK] if way == _TRUSTING else [*_trips(), *_BULK]
+
+
 def _trips() -> list[str]:
-    return [_work(size, where, connections) for connections in (1, _CONNECTIONS) for where in (_ONE, _ANY) for size in _SIZES]
+    return [trip_work(size, where, connections) for connections in (1, CONNECTIONS) for where in (ONE, ANY) for size in SIZES]
 
 
 def _round_trips(bench: Bench, way: Way, where: str) -> None:
-    for connections in (1, _CONNECTIONS):
-        for size in _SIZES:
-            work = _work(size, where, connections)
-            _attempt(bench, way, work, lambda size=size, connections=connections: _latency(bench, way, size, connections))  # type: ignore[misc]
+    for connections in (1, CONNECTIONS):
+        for size in SIZES:
+            work = trip_work(size, where, connections)
+            _attempt(bench, way, work, partial(_latency, bench, way, size, connections, _RUNS[connections]))
 
 
 def _attempt(bench: Bench, way: Way, work: str, measure: Callable[[], dict[str, float]]) -> None:
@@ -135,22 +147,32 @@ def _attempt(bench: Bench, way: Way, work: str, measure: Callable[[], dict[str, 
     bench.say(f"P8 {work:38} {way.name:22} " + " ".join(f"{name}={value:,.4g}" for name, value in figures.items()))
 
 
-def _latency(bench: Bench, way: Way, size: int, connections: int) -> dict[str, float]:
-    count = str((100 if bench.plan.quick else 1000) * connections)
-    words = ("latency", str(size), count) if connections == 1 else ("busy", str(size), count, str(connections))
-    runs = [list(map(float, _run(way, *words).split())) for _ in range(_RUNS)]
-    p50, p99 = (median(values) for values in zip(*runs, strict=True))
+def _latency(bench: Bench, way: Way, size: int, connections: int, runs: int) -> dict[str, float]:
+    words = trip(size, connections, _MESSAGES[connections] // (10 if bench.plan.quick else 1))
+    measured = [list(map(float, _run(way, *words).split())) for _ in range(runs)]
+    p50, p99 = (median(values) for values in zip(*measured, strict=True))
     return {"latency_p50": p50, "latency_p99": p99}
+
+
+def trip(size: int, connections: int, messages: int) -> tuple[str, ...]:
+    """What hop is told to measure round trips, without the address. messages: on each connection."""
+    count = str(messages * connections)
+    return ("latency", str(size), count) if connections == 1 else ("busy", str(size), count, str(connections))
 
 
 def _bulk(bench: Bench, way: Way, role: str) -> dict[str, float]:
     size = (128 << 20) if bench.plan.quick else (1 << 30)
-    before = cpu_s(way.pids)
-    mine = os.times()
-    rate = float(_run(way, role, str(size), "65536"))
+    said, spent_s = with_cpu(way.pids, partial(_run, way, role, str(size), "65536"))
+    return {"bandwidth": float(said) / 1e9, "cpu_per_gb": spent_s / (size / 1e9)}
+
+
+def with_cpu(pids: Sequence[int], run: Callable[[], T]) -> tuple[T, float]:
+    """What ``run`` returns, and the CPU seconds of these processes, of those it ran to their end, and of the kernel's workers."""
+    before, mine = cpu_s(pids), os.times()
+    result = run()
     after = os.times()
-    spent = cpu_s(way.pids) - before + after.children_user - mine.children_user + after.children_system - mine.children_system
-    return {"bandwidth": rate / 1e9, "cpu_per_gb": spent / (size / 1e9)}
+    children = after.children_user - mine.children_user + after.children_system - mine.children_system
+    return result, cpu_s(pids) - before + children
 
 
 def _run(way: Way, role: str, *words: str) -> str:
@@ -164,7 +186,7 @@ def _run(way: Way, role: str, *words: str) -> str:
     return done.stdout
 
 
-def cpu_s(pids: list[int]) -> float:
+def cpu_s(pids: Sequence[int]) -> float:
     """Of these processes and of the kernel's workers, in seconds: acceleration moves work there, which must not go uncounted."""
     total = 0
     for entry in Path("/proc").iterdir():
@@ -252,7 +274,7 @@ def _agent(folder: Path, cgroup: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _way(bench: Bench, name: str, number: int, agent: Path, cgroup: Path) -> Iterator[Way]:
     netns = f"hop{os.getpid()}x{number}"
-    series = {work: Series(ROW, work, name) for work in (*_trips(), *_BULK)}
+    series = {work: Series(ROW, work, name) for work in _works(name)}
     bench.series += series.values()
     with contextlib.ExitStack() as stack:
         _ip("netns", "add", netns)
@@ -320,9 +342,10 @@ def _ip(*words: str) -> None:
 def _ratios(bench: Bench, ways: list[Way]) -> None:
     """Each way beside nftables, for who looks at the run."""
     base = next(way for way in ways if way.name == "nftables")
-    for work, reference in base.series.items():
-        for way in ways:
-            for metric, values in way.series[work].samples.items():
-                if metric != "latency_p99" and reference.samples.get(metric) and way is not base:
-                    ratio = median(values) / median(reference.samples[metric])
+    for way in ways:
+        for work, series in way.series.items():
+            for metric, values in series.samples.items():
+                reference = base.series[work].samples.get(metric)
+                if metric != "latency_p99" and reference and way is not base:
+                    ratio = median(values) / median(reference)
                     bench.say(f"P8 {work:38} {way.name:22} {metric} x{ratio:.2f} of nftables")

@@ -19,7 +19,7 @@ TITLES = {
     "P5": "New mutual TLS connections per second of CPU, one request each",
     "P6": "Memory of idle sidecars (proportional set size), all running on one machine",
     "P7": "Idle keep-alive connections with mutual TLS through one inbound sidecar; given back: 15 s after they closed",
-    "P8": "The hop between app and sidecar by each way of capture, with a relay in C; ratios in the table are to plain nftables",
+    "P8": "The hop between app and sidecar by each way of capture, with a relay in C, and with a real pair of sidecars",
     "P9": "Latency at fixed rates, open loop (no coordinated omission), and what the pair adds to it",
     "P11": "From exec to ready, certificate included",
     "P12": "P1 as policy and service grow; growth is CPU per request over that of the smallest size",
@@ -55,6 +55,11 @@ METHOD = """\
   failed request is reported as failed and keeps no figure.
 - CPU is user and system time of the two proxies' processes, from `/proc/<pid>/stat`. Load, server and Pillion's control plane are not in
   it. Memory is the proportional set size.
+- P8 measures one hop by the ways of capture: `bench/load/hop.c` is client, relay (waiting by epoll, as sidecars do) and server. With
+  sixteen connections each has a message under way all the time. "sidecar pair" is Pillion's own two sidecars in place of the relay, in two
+  pods on each rung of the [ladder](ebpf.md#the-ladder): `connect+sockmap` is level 1, `nftables+sockmap` level 2, `nftables` level 3,
+  `connect` level 1 of a pod whose acceleration is switched off. CPU is that of client, relay or sidecars, server and the kernel's workers;
+  for HTTP/1.1 the sidecars' alone, as in P1.
 - Load, proxies and server share the machine's cores, so that a throughput ratio is nearer to 1 than the ratio of what the proxies cost:
   look at CPU per request beside it.
 """
@@ -84,18 +89,10 @@ def performance_page(facts: Facts, rows: Sequence[Result], notes: str = "") -> s
     parts.append("## All figures")
     for row in dict.fromkeys(one.row for one in rows):
         parts.append(f"### {row}: {TITLES[row]}")
-        parts += [
-            f"![{row} {metric}](performance/{row}-{metric}.svg)"
-            for chart_row, metric in CHARTS
-            if chart_row == row and _has(rows, row, metric)
-        ]
+        parts += [f"![{row} {one.metric}](performance/{one.file})" for one in CHARTS if one.row == row and one.shown(rows)]
         parts.append(_figures([one for one in rows if one.row == row and one.metric]))
     parts += ["## How it was measured", METHOD.strip() + "\n" + _tls(facts)]
     return "\n\n".join(parts) + "\n"
-
-
-def _has(rows: Sequence[Result], row: str, metric: str) -> bool:
-    return any((one.row, one.metric) == (row, metric) and one.contestant != "none" for one in rows)
 
 
 def _unexplained(behind: Sequence[str], notes: str) -> list[str]:
@@ -146,12 +143,26 @@ def _failed(rows: Sequence[Result]) -> str:
 
 
 def _figures(rows: Sequence[Result]) -> str:
-    lines = ["| work | metric | contestant | median | spread | to Envoy | to HAProxy |", "|---|---|---|---|---|---|---|"]
+    """Ratios of the hop are to plain nftables, all others to the peers."""
+    hop = rows[0].row == "P8"
+    heads = ("to nftables",) if hop else ("to Envoy", "to HAProxy")
+    lines = [_line("work", "metric", "contestant", "median", "spread", *heads), "|---" * (5 + len(heads)) + "|"]
     for metric in dict.fromkeys((row.work, row.metric) for row in rows):
-        for row in (row for row in rows if (row.work, row.metric) == metric):
+        group = [row for row in rows if (row.work, row.metric) == metric]
+        base = next((row.median for row in group if row.contestant == "nftables"), None)
+        for row in group:
             mark = "**" if row.contestant == US else ""
-            ratios = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in (row.ratio_to_envoy, row.ratio_to_haproxy))
+            beside = (_ratio(row.median, base),) if hop else (row.ratio_to_envoy, row.ratio_to_haproxy)
+            ratios = ("" if ratio is None else f"{ratio:.2f}" for ratio in beside)
             spread = "" if row.spread is None else f"{row.spread:.0%}"
             name = row.metric.replace("_", " ")
-            lines.append(f"| {row.work} | {name} | {mark}{row.contestant}{mark} | {number(row.median)} {row.unit} | {spread} | {ratios} |")
+            lines.append(_line(row.work, name, f"{mark}{row.contestant}{mark}", f"{number(row.median)} {row.unit}", spread, *ratios))
     return "\n".join(lines)
+
+
+def _ratio(figure: float | None, base: float | None) -> float | None:
+    return figure / base if figure is not None and base else None
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -41,13 +41,15 @@ def publish(facts: Facts, rows: Sequence[Result], out: Path, *, page: bool) -> N
 
 
 def write_page(facts: Facts, rows: Sequence[Result], docs: Path = DOCS) -> None:
-    """docs/performance.md and docs/performance/*.svg."""
+    """docs/performance.md and docs/performance/*.svg, none of an earlier run among them."""
     pictures = docs / "performance"
     pictures.mkdir(parents=True, exist_ok=True)
-    for row, metric in CHARTS:
-        picture = chart(rows, row, metric)
-        if picture is not None:
-            (pictures / f"{row}-{metric}.svg").write_text(picture)
+    for old in pictures.glob("P*.svg"):
+        old.unlink()
+    for picture in CHARTS:
+        drawn = chart(rows, picture)
+        if drawn is not None:
+            (pictures / picture.file).write_text(drawn)
     notes = HERE / "notes.md"
     (docs / "performance.md").write_text(performance_page(facts, rows, notes.read_text() if notes.exists() else ""))
     print(f"written: {docs / 'performance.md'}")

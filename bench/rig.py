@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.contestants.base import Contestant, Context, Running, Setup, render
-from bench.load import h2
+from bench.load import h2, wrk
 from bench.measure import Outcome, Series, interleaved, measured
 from bench.stage import APP_PORT, ROOT, Pod, Proc, Stage, StageError, wait_until
 
@@ -242,6 +242,15 @@ def one_round(bench: Bench, entry: Entry, load: Callable[[], Outcome], figures: 
     entry.series.add(made)
     took = time.monotonic() - began
     bench.say(f"{entry.label} {took:4.1f}s " + " ".join(f"{name}={value:,.4g}" for name, value in made.items()))
+
+
+def wrk_load(bench: Bench, connections: int) -> Load:
+    """HTTP/1.1 over so many connections."""
+
+    def load(entry: Entry, seconds: float) -> Outcome:
+        return wrk.run(entry.stage.client, bench.context.peers, entry.running.dial, connections=connections, seconds=seconds)
+
+    return load
 
 
 def per_request(outcome: Outcome, cpu_s: float) -> dict[str, float]:

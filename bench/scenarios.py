@@ -13,19 +13,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from bench import handshake
+from bench import handshake, hop, levels
 from bench.certs import dns_name
 from bench.contestants.base import API_RULES, BULK_RULES, GRPC_RULES, AppProtocol, Setup, grown_rules
-from bench.hop import p8
 from bench.limits import file_limit
-from bench.load import h2, h2load, wrk
+from bench.load import h2, h2load
 from bench.measure import Outcome, Series, interleaved, pss_bytes
 from bench.peers import Peers
 from bench.rig import (
     SIZES,
     Bench,
     Entry,
-    Load,
     Server,
     blobs,
     check_http1,
@@ -37,6 +35,7 @@ from bench.rig import (
     rounds,
     start_one,
     started,
+    wrk_load,
 )
 from bench.stage import ROOT, StageError, wait_until
 
@@ -45,18 +44,11 @@ MB = 1e6
 _SAME_PROCESS_OR_NONE = ("none", "envoy-h2", "pillion-ebpf")
 
 
-def _wrk(bench: Bench, connections: int) -> Load:
-    def load(entry: Entry, seconds: float) -> Outcome:
-        return wrk.run(entry.stage.client, bench.context.peers, entry.running.dial, connections=connections, seconds=seconds)
-
-    return load
-
-
 def p1(bench: Bench) -> None:
     """HTTP/1.1 through the pair, 32 connections."""
     work = "HTTP/1.1, 32 connections"
     with started(bench, "P1", [work], Setup(), nginx, partial(_check_and_note_tls, bench)) as entries:
-        rounds(bench, entries[work], _wrk(bench, 32), per_request)
+        rounds(bench, entries[work], wrk_load(bench, 32), per_request)
 
 
 def _check_and_note_tls(bench: Bench, entry: Entry) -> None:
@@ -70,7 +62,7 @@ def p2(bench: Bench) -> None:
     """HTTP/1.1 through the pair, 1 connection."""
     work = "HTTP/1.1, 1 connection"
     with started(bench, "P2", [work], Setup(), nginx, check_http1) as entries:
-        rounds(bench, entries[work], _wrk(bench, 1), per_request, share=0.5)
+        rounds(bench, entries[work], wrk_load(bench, 1), per_request, share=0.5)
 
 
 def p3(bench: Bench) -> None:
@@ -175,7 +167,7 @@ def p6(bench: Bench) -> None:
                 pids = [pid for entry in made for pid in entry.pids]
                 time.sleep(1)
                 idle = [pss_bytes(pid) / MB for pid in pids]
-                failed = [outcome for entry in made if (outcome := _wrk(bench, 32)(entry, 1)).failed]
+                failed = [outcome for entry in made if (outcome := wrk_load(bench, 32)(entry, 1)).failed]
                 time.sleep(1)
                 loaded = [pss_bytes(pid) / MB for pid in pids]
             except StageError as error:
@@ -232,6 +224,12 @@ def _hold(bench: Bench, entry: Entry, count: int) -> dict[str, float]:
         "active_p50": active["p50_us"],
         "active_p99": active["p99_us"],
     }
+
+
+def p8(bench: Bench) -> None:
+    """The hop between app and sidecar by each way of capture: with a relay in C, and with a real pair of sidecars."""
+    hop.relayed(bench)
+    levels.through_sidecars(bench)
 
 
 def p9(bench: Bench) -> None:
@@ -293,7 +291,7 @@ def p12(bench: Bench) -> None:
             entries = []
             for work, setup in family:
                 entries += stack.enter_context(started(narrowed, "P12", [work], setup, nginx, check_http1))[work]
-            rounds(narrowed, entries, _wrk(bench, 32), per_request, share=0.5)
+            rounds(narrowed, entries, wrk_load(bench, 32), per_request, share=0.5)
         smallest = {entry.series.contestant: entry.series for entry in entries if entry.series.work == family[0][0]}
         for entry in entries:
             base = smallest.get(entry.series.contestant)

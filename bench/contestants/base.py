@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import string
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -87,6 +88,7 @@ class Running:
 
     dial: where the load goes. proxies: whose CPU and memory count, by role. ready_s: seconds from exec to ready, by role.
     alpn: what a client that speaks mutual TLS to the inbound proxy offers for HTTP/1.1. warm: whether it has carried load.
+    redirected: where an agent leads the pair, how many messages of each pod went past TCP.
     """
 
     dial: tuple[str, int]
@@ -94,6 +96,7 @@ class Running:
     ready_s: dict[str, float]
     alpn: str = "http/1.1"
     warm: bool = False
+    redirected: Callable[[], dict[str, int]] | None = None
 
 
 @dataclass(frozen=True)

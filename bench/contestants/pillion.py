@@ -4,7 +4,7 @@ Nothing here is made for the benchmark: redirect, tokens, certificates and polic
 control plane is in a namespace of its own; only the sidecars' CPU and memory count, as only the proxies' do for the others.
 
 Two contestants: `pillion` is led by the same nftables redirect as everybody else; `pillion-ebpf` by the node's agent, with the hops
-between app and sidecar accelerated, which is what runs where the kernel allows it.
+between app and sidecar accelerated, which is what runs where the kernel allows it. `bench.levels` has one for each rung of the ladder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.certs import NAMESPACE, TRUST_DOMAIN
-from bench.contestants.agent import Agent
+from bench.contestants.agent import Agent, Led
 from bench.contestants.base import Context, Running, Setup, http_ok, wait_ready
 from bench.contestants.objects import objects
 from bench.stage import (
@@ -48,11 +48,11 @@ _IDENTITY_PORT, _POLICY_PORT, _IDENTITY_ADMIN, _POLICY_ADMIN = 8080, 8090, 9990,
 
 
 class Pillion:
-    """HTTP/1.1 stays HTTP/1.1 and HTTP/2 stays HTTP/2 between the sidecars. ebpf: captured by the agent instead of nftables."""
+    """HTTP/1.1 stays HTTP/1.1 and HTTP/2 stays HTTP/2 between the sidecars. led: by the node's agent instead of the stage's redirect."""
 
-    def __init__(self, name: str = "pillion", *, ebpf: bool = False) -> None:
+    def __init__(self, name: str = "pillion", led: Led | None = None) -> None:
         self.name = name
-        self._ebpf = ebpf
+        self._led = led
 
     def missing(self, setup: Setup) -> str | None:
         """Takes part in everything."""
@@ -64,8 +64,8 @@ class Pillion:
         tokens = _Tokens(stage.workdir)
         self._control_plane(context, stage, setup, tokens)
         agent = None
-        if self._ebpf:
-            agent = Agent(stage)
+        if self._led is not None:
+            agent = Agent(stage, self._led)
             agent.capture(stage.server)
             if not setup.inbound_only:
                 agent.capture(stage.client)
@@ -83,7 +83,7 @@ class Pillion:
             if agent is not None:
                 agent.steer(pod)
         dial = (stage.endpoints[0], APP_PORT) if setup.inbound_only else (SERVICE_IP, SERVICE_PORT)
-        return Running(dial, proxies, ready, alpn="pillion-http/1.1")
+        return Running(dial, proxies, ready, alpn="pillion-http/1.1", redirected=agent.redirected if agent else None)
 
     def _control_plane(self, context: Context, stage: Stage, setup: Setup, tokens: _Tokens) -> None:
         pod = stage.control()

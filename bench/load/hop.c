@@ -1,7 +1,7 @@
 /* The hop between app and sidecar, with a sidecar that does nothing but relay: what capture itself costs, in C, so that nothing hides it.
  *
  *   hop server PORT               echoes messages, or swallows bytes and answers with their number
- *   hop relay PORT IP PORT        recv() and send() between each connection it accepts and one of its own, told by poll(2)
+ *   hop relay PORT IP PORT        recv() and send() between each connection it accepts and one of its own, told by epoll as sidecars are
  *   hop latency IP PORT SIZE N    prints the median and the 99th percentile of N round trips in microseconds
  *   hop busy IP PORT SIZE N CONNECTIONS  the same with a message under way on each connection all the time, and a server of many
  *   hop bulk IP PORT BYTES CHUNK  prints the bytes per second until the server has counted them all, which waits for them by poll(2)
@@ -168,41 +168,40 @@ static struct {
   int ended;
 } leg[FDS];
 
-/* Whether more may come. */
-static int relay_from(int fd) {
+/* What a connection says goes to the other one, its end too. */
+static void relay_from(int fd, int epoll) {
   int other = leg[fd].other;
   ssize_t n = recv(fd, buffer, READ, MSG_DONTWAIT);
   if (n > 0) send_all(other, buffer, (size_t)n);
-  if (n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR))) return 1;
+  if (n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR))) return;
   shutdown(other, SHUT_WR);
+  epoll_ctl(epoll, EPOLL_CTL_DEL, fd, 0);
   leg[fd].ended = 1;
   if (leg[other].ended) {
     close(other);
     close(fd);
   }
-  return 0;
 }
 
 static void relay(int listener, const char *ip, const char *port) {
-  static struct pollfd wait[FDS] = {{.events = POLLIN}};
-  int count = 1;
-  wait[0].fd = listener;
+  struct epoll_event event[EVENTS];
+  int epoll = new_epoll();
+  watch(epoll, listener);
   for (;;) {
-    poll(wait, (nfds_t)count, -1);
-    int left = 1;
-    for (int i = 1; i < count; i++)
-      if (!wait[i].revents || relay_from(wait[i].fd)) wait[left++] = wait[i];
-    count = left;
-    if (!wait[0].revents) continue;
-    int from = accept(listener, 0, 0);
-    if (from < 0) continue;
-    no_delay(from);
-    int to = connect_to(ip, port), pair[] = {from, to};
-    if (from >= FDS || to >= FDS || count + 2 > FDS) exit(1);
-    for (int i = 0; i < 2; i++) {
-      wait[count++] = (struct pollfd){.fd = pair[i], .events = POLLIN};
-      leg[pair[i]].other = pair[1 - i];
-      leg[pair[i]].ended = 0;
+    int count = epoll_wait(epoll, event, EVENTS, -1);
+    for (int i = 0; i < count; i++) {
+      int from = event[i].data.fd;
+      if (from != listener) {
+        if (!leg[from].ended) relay_from(from, epoll);
+      } else if ((from = accept(listener, 0, 0)) >= 0) {
+        no_delay(from);
+        int to = connect_to(ip, port), pair[] = {from, to};
+        for (int end = 0; end < 2; end++) {
+          watch(epoll, pair[end]);
+          leg[pair[end]].other = pair[1 - end];
+          leg[pair[end]].ended = 0;
+        }
+      }
     }
   }
 }

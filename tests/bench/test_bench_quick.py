@@ -12,6 +12,7 @@ import pytest
 from bench import peers
 from bench.facts import Facts
 from bench.hop import WAYS
+from bench.levels import BULK, HTTP, LEVELS, TRIPS
 from bench.measure import Result
 from bench.report import from_json
 from bench.stage import ROOT
@@ -42,7 +43,11 @@ TAKE_PART = {
     "P5": {"inbound, HTTP/1.1": PROXIES, "pair, opaque TCP": ALL},
     "P6": {"2 sidecars": BY_PROGRAM},
     "P7": {"300 idle connections": PROXIES},
-    "P8": {work: set(WAYS) for work in (*HOPS, "bulk, 64 KiB writes", "bulk, 64 KiB writes, blocking reader")},
+    "P8": {
+        **{work: set(WAYS) - {"connect+sockmap, trusting"} for work in HOPS},
+        **{work: set(WAYS) for work in ("bulk, 64 KiB writes", "bulk, 64 KiB writes, blocking reader")},
+        **{work: set(LEVELS) for work in (*TRIPS, BULK, HTTP)},
+    },
     "P9": {"HTTP/1.1, 2,000 req/s open loop": ALL_AND_HTTP2_BETWEEN},
     "P11": {"exec to ready": BY_PROGRAM},
     "P12": dict.fromkeys(("1 route", "10 routes", "1 endpoint", "10 endpoints"), BY_PROGRAM),

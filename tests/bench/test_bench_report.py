@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import report
-from bench.charts import chart
+from bench.charts import CHARTS, Picture, chart
 from bench.facts import Facts
 from bench.measure import UNITS, Result
 from bench.page import TITLES, performance_page
@@ -103,7 +103,7 @@ def test_failed_rounds_are_on_the_page_with_their_reason() -> None:
 
 
 def test_a_chart_is_well_formed_and_in_scale() -> None:
-    text = chart(P1_BEHIND, "P1", "throughput")
+    text = chart(P1_BEHIND, Picture("P1", "throughput"))
     assert text is not None
     bars = [float(bar.get("width", "0")) for bar in ET.fromstring(text).iter("{http://www.w3.org/2000/svg}rect")][1:]
     assert bars[0] == bars[2]
@@ -111,20 +111,55 @@ def test_a_chart_is_well_formed_and_in_scale() -> None:
 
 
 def test_names_in_a_chart_are_escaped() -> None:
-    text = chart([row("pillion", "throughput", 1.0, work="<&>")], "P1", "throughput")
+    text = chart([row("pillion", "throughput", 1.0, work="<&>")], Picture("P1", "throughput"))
     assert text is not None
     assert "&lt;&amp;&gt;" in text
 
 
+ROUND_TRIPS = [
+    row(who, "latency_p50", value, name="P8", work=f"round trip, {work}")
+    for work, base in (("one processor", 20.0), ("any processor", 60.0), ("16 connections, one processor", 200.0))
+    for who, value in (("nftables", base), ("connect+sockmap", base / 2))
+]
+
+
+def test_a_chart_of_works_that_differ_by_far_has_a_scale_for_each() -> None:
+    text = chart(ROUND_TRIPS, Picture("P8", "latency_p50", "one processor", each=True))
+    assert text is not None
+    bars = [float(bar.get("width", "0")) for bar in ET.fromstring(text).iter("{http://www.w3.org/2000/svg}rect")][1:]
+    assert bars == [bars[0], bars[0] / 2] * 2
+
+
+def test_the_hop_stands_beside_plain_nftables_everybody_else_beside_the_peers() -> None:
+    page = performance_page(FACTS, [*P1_BEHIND, *ROUND_TRIPS])
+    assert "| round trip, any processor | latency p50 | connect+sockmap | 30 us | 10% | 0.50 |" in page
+    assert page.count("| to nftables |") == page.count("| to Envoy | to HAProxy |") == 1
+
+
+def test_the_hop_is_judged_with_one_connection_and_with_sixteen() -> None:
+    works = ("round trip, 100 bytes, one processor", "round trip, 100 bytes, 16 connections, one processor")
+    figures = ((works[0], 6.0), (works[1], 5.0))
+    rows = [row("nftables", "latency_p50", 10.0, name="P8", work=work) for work in works]
+    rows += [row("connect+sockmap", "latency_p50", value, name="P8", work=work) for work, value in figures]
+    found = {one.work: one.met for one in judge(rows) if one.target.row == "P8" and one.figure is not None}
+    assert found == {works[0]: False, works[1]: True}
+
+
+def test_no_two_charts_have_one_name() -> None:
+    assert len({picture.file for picture in CHARTS}) == len(CHARTS)
+
+
 def test_there_is_no_chart_of_nothing() -> None:
-    assert chart([row("none", "throughput", 1.0)], "P1", "throughput") is None
+    assert chart([row("none", "throughput", 1.0)], Picture("P1", "throughput")) is None
 
 
 def test_a_run_written_as_json_can_be_read_again() -> None:
     assert report.from_json(report.as_json(FACTS, P1_BEHIND)) == (FACTS, P1_BEHIND)
 
 
-def test_the_page_refers_to_the_charts_that_are_written(tmp_path: Path) -> None:
+def test_the_page_refers_to_the_charts_that_are_written_and_there_are_no_others(tmp_path: Path) -> None:
+    (tmp_path / "performance").mkdir()
+    (tmp_path / "performance" / "P8-of-an-earlier-run.svg").touch()
     report.write_page(FACTS, P1_BEHIND, tmp_path)
     page = (tmp_path / "performance.md").read_text()
     written = sorted(path.name for path in (tmp_path / "performance").iterdir())
