@@ -1,9 +1,9 @@
 """Which protocol begins with these bytes. A function of the bytes so far, so that it does not matter how they were split.
 
-Errs towards HTTP: a client that begins like an HTTP request is treated as one, and refused if it then is not. That way round because
-HTTP read as opaque bytes would bypass what is done to requests, while opaque bytes that begin with ``GET `` are rare. What no usual
-client of HTTP sends and servers take all the same (empty lines first, a method in lower case, HTTP/1.2) is HTTP when its first line came
-whole; who splits it is taken for opaque, and cut as soon as `FirstLine` sees the line end as a request does.
+Errs towards HTTP: what begins like an HTTP request is treated as one, and refused if it turns out not to be. HTTP taken for opaque bytes
+would bypass what is done to requests, while opaque bytes that begin with ``GET `` are rare. Some requests are unusual, but servers accept
+them (empty lines first, a method in lower case, HTTP/1.2): they are HTTP if their first line arrives whole. If it arrives in pieces they
+are taken for opaque at first, and cut as soon as `FirstLine` sees the line end as a request line does.
 """
 
 from __future__ import annotations
@@ -104,8 +104,10 @@ def _could_be_request(data: bytes) -> bool:
 
 
 def proxy_header_untrusted(data: bytes) -> int | None:
-    """How long the header of the PROXY protocol is that ``data`` begins with (version 1 is a line, 2 is binary): 0 when there is none,
-    None when there is too little to say."""
+    """The length of the PROXY protocol's header at the beginning of ``data`` (version 1 is a line, 2 is binary).
+
+    0: there is none. None: more bytes are needed to say.
+    """
     if data.startswith(_PROXY1):
         end = data.find(b"\n", 0, _PROXY1_MAX)
         return end + 1 if end >= 0 else 0 if len(data) >= _PROXY1_MAX else None
@@ -117,8 +119,8 @@ def proxy_header_untrusted(data: bytes) -> int | None:
 class FirstLine:
     """Watches what is carried as opaque bytes until its first line has ended: a request line makes it HTTP, however it was split.
 
-    A header of the PROXY protocol is no line of it: the servers that take one take requests behind it. Bounded: holds such a header's
-    beginning, then the beginning and the end of the line only.
+    A header of the PROXY protocol before it is skipped: servers that accept one read a request behind it. Memory is bounded: it holds the
+    beginning of such a header, then the beginning and the end of the line.
     """
 
     __slots__ = ("_begin", "_line", "_skip")
@@ -129,7 +131,7 @@ class FirstLine:
         self._line = b""
 
     def is_http_untrusted(self, data: bytes) -> bool | None:
-        """The next bytes: whether the stream is HTTP, None while that is open. Not to be called again after an answer."""
+        """Look at the next bytes: is the stream HTTP? None: not known yet. Not to be called again after True or False."""
         if self._begin is not None:
             data = self._begin + data
             size = proxy_header_untrusted(data)

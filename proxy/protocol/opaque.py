@@ -53,9 +53,12 @@ class Half:
 
 
 class ScreenedHalf(Half):
-    """A client's half that is cut when its bytes turn out to be HTTP: as opaque bytes, requests would carry to the app what is removed
-    from them otherwise, a client's claim to another identity for one. Of such a request, at most a part of its first line got through.
-    A server that speaks first may be told what it likes, unless that is what servers of HTTP say."""
+    """A client's half that is cut when its bytes turn out to be HTTP.
+
+    A request that is carried as opaque bytes would keep what is otherwise removed from it, such as the client's claim to another identity.
+    When it is cut, the app has seen at most a part of the request line. A client whose server speaks first may send anything, unless what
+    the server said is how servers of HTTP begin (`ScreenedAnswer`).
+    """
 
     __slots__ = ("_line",)
 
@@ -75,7 +78,7 @@ class ScreenedHalf(Half):
 
 
 class ScreenedAnswer(Half):
-    """The upstream's half opposite to it."""
+    """The upstream's half of a screened splice: a server that speaks first, and not HTTP, ends the screening of its client."""
 
     __slots__ = ("_words",)
 

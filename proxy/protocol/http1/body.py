@@ -1,9 +1,10 @@
 """Where the body of an HTTP/1.1 message ends: readers that look at received bytes and say up to where they may be sent on.
 
-Theory of operation. A reader is shown a byte string and a position and returns the position up to which everything was checked and belongs
-to the body. Those bytes pass untouched, framing included. What lies behind is either the next message (`done`) or the beginning of a
-chunk-size line or trailer section that is not complete yet: the caller keeps it, bounded by the reader, and shows it again with more. So
-no byte of framing leaves before its whole line was checked, and a broken trailer leaves the message without its last chunk: cut short.
+Theory of operation. A reader is shown a byte string and a position, and returns the position up to which everything was checked and belongs
+to the body. Those bytes pass untouched, framing included. What lies behind is either the next message (`done`), or the beginning of a
+chunk-size line or trailer section that is not complete yet: the caller keeps that, bounded by the reader, and shows it again with more. So
+no byte of framing is sent on before its whole line was checked. A message with a broken trailer section lacks its last chunk, so that its
+receiver takes it for cut short.
 Pure; called by client.py and upstream.py.
 """
 
@@ -159,8 +160,8 @@ class Chunked:
             raise BodyError("a trailer section names a field of the head")
 
     def _is_enough(self, data: bytes, at: int) -> bool:
-        """Whether what is shown again is worth another look: it would cost a sender of single bytes nothing to have all of it looked at
-        for each of them. Raises BodyError."""
+        """Whether what is shown again has become complete. Looks at the new bytes only: a peer that sends single bytes must not make us
+        look at everything for each of them. Raises BodyError."""
         if data.find(self._awaited, max(at, at + self._known - len(self._awaited) + 1)) >= 0:
             self._known = 0
             return True

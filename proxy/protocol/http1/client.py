@@ -3,11 +3,11 @@
 Theory of operation. The connection waits for a head, waits for the gate's verdict, relays a request body, waits for the rest of the
 response, is a tunnel, throws a body away, lingers until the client has read its last answer, or is closed. Bytes that arrive while they
 cannot be used (pipelined requests, a body before the verdict) are held up to a bound, then reading stops. The next request is looked at
-when the exchange before it is over, so there is never more than one.
+only when the exchange before it is over, so there is never more than one.
 
-What a request is must be certain before a byte of it is sent on: head and the part of the body that came with it are checked first, and a
-request with two readings is answered here. What a response is, upstream.py finds out; this module says what becomes of the connection after
-it. Must not choose upstreams or look at policy. Pure; driven by the relay, or by a test.
+No byte of a request is sent on before it is certain what the request is: its head, and the part of the body that came with it, are checked
+first, and a request with two readings is refused here. Responses are read by upstream.py; connection.py says what becomes of the connection
+after them. Must not choose upstreams or look at policy. Pure; driven by the relay, or by a test.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Http1Client(ClientConnection):
     # What the gate and the owner call.
 
     def proceed(self, token: int, verdict: Verdict) -> None:
-        """The gate's late verdict; ignored when it is not about the present request."""
+        """The verdict that the gate owed; ignored when it is about a request that is over."""
         if self._state == DECIDING and token == self._token:
             self._follow(verdict)
 
@@ -60,7 +60,7 @@ class Http1Client(ClientConnection):
                 self.fail(cause)
 
     def expire(self, token: int, cause: Cause) -> None:
-        """The time for a request, or for sending it once, is over. Ignored when it has become a tunnel or is not the present one."""
+        """The time for a request, or for one attempt at it, is over. Ignored when it is a tunnel by now, or not the present request."""
         up = self._up
         if token == self._token and up is not None and self._state != TUNNEL:
             up.cancel()
@@ -330,7 +330,7 @@ class Http1Client(ClientConnection):
         if body.done:
             self._hold(data[end:])
         else:
-            self._held = data[end:]  # bounded by the reader; pausing here would wait for ever
+            self._held = data[end:]  # an unfinished line of framing, bounded by the reader; it needs more bytes, so reading goes on
         return None
 
     def _next(self) -> None:

@@ -111,10 +111,10 @@ class ClientConnection:
     def respond(self, head: ResponseHead, length: int, body: bytes) -> None:
         """The final response has begun: its head, the length of its body as in ResponseHead, and what is there of it."""
         request = self.head
-        # What follows a CONNECT that was turned down was meant for the tunnel: reading it as a request would be a second reading.
+        # Bytes behind a CONNECT that was turned down were meant for the tunnel: they must not be read as a request.
         close = self._draining or not request.keep or length == UNTIL_CLOSE or request.connects
         if not self.sent:
-            # An early answer. Whether the client still sends the body it announced is only certain when nobody told it to wait or to stop.
+            # An early answer. A client that waits for 100 Continue, or reads "close", may leave out the body that it announced.
             close = close or not head.keep or (request.expects and not self._continued)
         self._status = head.status
         self._closing = close
@@ -238,7 +238,7 @@ class ClientConnection:
             self._fail(cause)
 
     def _fail(self, cause: Cause) -> None:
-        """Tell the client by an answer, or by cutting the response that has begun: it must never look complete."""
+        """Tell the client by an answer; or cut the response that has begun, so that it does not look complete."""
         if not self._status:
             return self._answer(cause, self._gate.explain)
         exchange, self._exchange = self._exchange, None

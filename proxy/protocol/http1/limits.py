@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Http1Limits:
-    """What one client connection may cost. Times in seconds; the answer to an excess is in brackets."""
+    """What one client connection may cost. Times in seconds; in brackets, what happens when a limit is exceeded."""
 
     target_bytes: int = 8192  # [414]
     head_bytes: int = 65536  # request line and fields [431]

@@ -1,13 +1,13 @@
 """The upstream's side of HTTP/1.1: one exchange at a time, the response relayed as received.
 
 Theory of operation. An upstream connection is idle, waits for a response head, relays a body, is a tunnel, or is gone. The client's engine
-starts an exchange by handing over the request's first bytes. When head and body of the response arrive in one read, are sent on without
-change and end exactly with the read, one write to the client and two calls end the exchange. Everything else takes the general way
-in `_respond`.
+starts an exchange by handing over the request's first bytes. Fast path: when head and body of a response arrive in one read, need no
+change and end exactly where the read ends, `received` finishes the exchange with a single write to the client. Everything else takes the
+general path in `_respond`.
 
 An upstream is offered for reuse only when nothing is open: the whole request was sent, the response ended by its own framing, nothing
-followed it and both ends keep the connection. In any other case it is closed, because the next response on it might answer an earlier
-request. This module must not decide anything about requests; it talks to connection.py only. Pure.
+followed it and both ends keep the connection. In any other case it is closed: the next response on it might belong to an earlier request.
+This module must not decide anything about requests; it talks to connection.py only. Pure.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Http1Upstream:
     """Receiver of one upstream connection.
 
     on_idle: the exchange is over and the connection may serve another one. on_gone: called once, when the connection is given up for
-    whatever reason, `close` included. Both are called outside of any exchange and may not start one before they return. meshed: a
-    sidecar whose identity was verified answers here: what it says of itself is believed; from anybody else it is removed.
+    whatever reason, `close` included. Both are called outside of any exchange and may not start one before they return. meshed: the
+    other end is a sidecar whose identity was verified, so its `PROXY_ERROR` field is believed; anybody else's is removed.
     """
 
     __slots__ = (
@@ -54,7 +54,7 @@ class Http1Upstream:
         self.sink = sink
         self._meshed = meshed
         self.served = 0
-        """Exchanges completed; more than none makes a sudden end look like a stale pooled connection."""
+        """Exchanges completed. With at least one, a sudden end is taken for that of a stale pooled connection."""
         self._on_idle = on_idle
         self._on_gone = on_gone
         self._client: ClientConnection | None = None
@@ -141,7 +141,7 @@ class Http1Upstream:
             self._client.answered_bytes += len(data)
             self._to_client(self._client, data)
         elif state == _IDLE:
-            self._give_up(self.sink.abort)  # an answer that nobody asked for: whose would the next one be?
+            self._give_up(self.sink.abort)  # an answer that nobody asked for: the next one could be the wrong client's
 
     def ended(self) -> None:
         """See sides.Receiver."""
@@ -290,7 +290,7 @@ class Http1Upstream:
         client.upstream_unreached(cause)
 
     def _dismiss(self, client: ClientConnection, head: ResponseHead, length: int, data: bytes) -> None:
-        """The client gets another response than this one; if all of it is here, the connection may serve others."""
+        """The client will get another response instead. If all of this one has arrived, the connection can be used again."""
         if head.keep and client.sent and len(data) - head.size == length:
             self._client = None
             self._state = _IDLE

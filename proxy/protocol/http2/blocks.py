@@ -3,9 +3,9 @@
 Theory of operation. We tell every peer SETTINGS_HEADER_TABLE_SIZE 0. Once it acknowledged that and announced the size 0 itself (RFC 7541
 section 4.2), what a block means no longer depends on the blocks before it: decoding, checking and encoding it again are one function of
 its bytes, and may be remembered across connections. A block is kept when it comes a second time, so that blocks that never repeat cost a
-lookup and a small integer, no memory. Until both have come a connection decodes with a table of 4096 bytes (RFC 9113 section 6.5.2) and
-remembers nothing. RFC 9113 section 4.3.1 lets us end a connection that goes on without the announcement; stacks that reduce late, or do
-not because they hold nothing in the table, are served instead: they cost the 4 kB that every connection may cost before the handshake.
+lookup and a small integer, no memory. Until both have come, a connection decodes with a table of 4096 bytes (RFC 9113 section 6.5.2) and
+remembers nothing. RFC 9113 section 4.3.1 lets us end a connection that goes on without the announcement. We do not: some stacks announce it
+late, or never, because their table is empty anyway. They cost no more than the 4 kB that any connection may cost before our SETTINGS.
 
 Pure. `BlockReader` belongs to one connection; the memo is shared by the process and bounded.
 """
@@ -201,7 +201,7 @@ class BlockReader:
         self._decode = decoder.decode_untrusted
 
     def believe(self) -> None:
-        """A verified sidecar is at the other end: what its responses say about itself counts."""
+        """The other end is a verified sidecar: its `PROXY_ERROR` field is believed."""
         self._meshed = True
         self._responses = _responses_of_sidecars
 
@@ -216,7 +216,7 @@ class BlockReader:
         self._use(new_decoder(0, self._limit))
 
     def _follow_table(self, block: bytes) -> None:
-        """A block that may begin with the size of the table behind it. Raises ConnectionFault."""
+        """Note the table sizes that a block announces at its beginning. Raises ConnectionFault."""
         for size in announced_sizes_untrusted(block):
             self._table_bytes = size
             self._empty = size == 0
@@ -249,7 +249,7 @@ class BlockReader:
         return head
 
     def trailers_untrusted(self, block: bytes, strip: tuple[bytes, ...]) -> Trailers:
-        """The trailer section of either end. strip: as for the head, or a receiver that merges trailers into it would see the fields."""
+        """The trailer section of either end. strip: names to remove, as from the head: some receivers merge trailers into it."""
         if strip or not self._stateless:
             return self._trailers(block, strip)
         trailers = _trailers.known.get(block)

@@ -98,7 +98,7 @@ class Connection(Lifetime):
         if missing >= len(data):
             self._frames(rest + data, 0)
             return
-        self._frames(rest + data[:missing], 0)  # the frame that the read before began; joining all of both would copy the long one
+        self._frames(rest + data[:missing], 0)  # only the frame that the read before began: joining it with all of `data` would copy much
         if not self.dead:
             self._frames(data, missing)
 
@@ -156,7 +156,7 @@ class Connection(Lifetime):
         return None
 
     def _on_stale(self, stream_id: int, code: int) -> None:
-        """A frame other than HEADERS for a stream that is not open: late, or about one that never was."""
+        """A frame for a stream that is not open: it is late, or the stream never was."""
         if stream_id in self._reset_ids:
             return
         self.spend()
@@ -185,7 +185,7 @@ class Connection(Lifetime):
         self._block_fin = bool(flags & 1)
         self._block_s = 0.0
         self._unusual = True
-        if self._timer_s > self.limits.head_timeout_s:  # never later than it was: blocks in pieces could put a tick off for ever
+        if self._timer_s > self.limits.head_timeout_s:  # only ever earlier: header blocks in pieces must not put the tick off for ever
             self._arm(self.limits.head_timeout_s)
         return None
 

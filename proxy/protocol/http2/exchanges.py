@@ -43,7 +43,7 @@ class Exchanges(Connection):
         stream.exchange = verdict.exchange
         if isinstance(verdict, Answer):
             if verdict.exchange is None:
-                stream.attempts = 0  # the gate has no note to be told about
+                stream.attempts = 0  # the gate has no note of it, and wants no `finished`
             return self._answer(stream, verdict.cause, verdict.explain, verdict.redirect)
         stream.edit = verdict.edit
         stream.attempts += 1
@@ -66,7 +66,7 @@ class Exchanges(Connection):
             if rule is not None and (rule.strip or rule.add):
                 block = edited_answer(block, rule)
         elif self.sink.blocked and self._backlog > self.limits.backlog_bytes:
-            return  # the one kind of head that may get lost
+            return  # a 1xx may be dropped, other heads may not
         self.send_block(end, block, fin)
 
     def upstream_failed(self, end: ClientStream, cause: Cause, code: int | None, *, unprocessed: bool) -> None:
@@ -77,7 +77,7 @@ class Exchanges(Connection):
         """
         other = end.other
         assert isinstance(other, UpstreamStream)
-        self.forget_held(end)  # while it is still known whose data that was
+        self.forget_held(end)  # before `detach`, which forgets whose data this was
         other.detach()
         if end.over:
             return drop(other)

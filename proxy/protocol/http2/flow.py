@@ -1,10 +1,11 @@
 """Flow control and what is held because of it (RFC 9113 section 5.2, 6.9): windows of streams and of the connection, both directions.
 
 Theory of operation. A request is two `StreamEnd`s, one on the client's connection and one on an upstream's, each the other's `other`.
-DATA that arrives at one leaves at the other. Credit is split: the connection's is returned on receipt, so that no unread stream can
-freeze its neighbours; the stream's is returned when the bytes were forwarded, so that its sender is told to stop by the receiver that
-does not read. What cannot leave (stream window, connection window, `sink.blocked`, or no upstream chosen yet) is held at the end it will
-leave from, at most one stream window of it. Held data leaves in turns of one frame a stream, so that a long one does not starve a short.
+DATA that arrives at one leaves at the other. The two kinds of credit are returned at different moments: the connection's on receipt, so
+that a stream that nobody reads cannot freeze its neighbours; the stream's when its bytes were forwarded, so that a receiver that does not
+read stops its own sender. What cannot leave (stream window, connection window, `sink.blocked`, or no upstream chosen yet) is held at the
+end it will leave from, at most one stream window of it. Held data leaves in turns, one frame a stream, so that a long stream does not
+starve a short one.
 
 What follows DATA (END_STREAM, trailers) waits behind it: `fin`. Pure; the base of connection.py.
 """
@@ -28,11 +29,11 @@ class StreamEnd:
     """One end of an exchange: a stream on one connection.
 
     conn: None while no connection carries it. window: bytes the peer lets us send. credit: bytes we let the peer send. owed: bytes
-    forwarded whose credit was not returned yet. expect: bytes of body still due by content-length; where that is unknown it begins at -1
-    and goes down, so that the difference to its first value is what came. held, held_bytes:
-    data waiting to be sent here. fin: what follows it, b"" for END_STREAM, else an encoded trailer section. remote_done, local_done: the
-    peer, we have sent END_STREAM. over: closed in both directions. progress, stalled_s: for the stall timeout. sent: DATA or trailers left.
-    answered: a final head arrived here, so that DATA may. kept: the data that left, while it may have to leave again elsewhere.
+    forwarded whose credit was not returned yet. expect: bytes of body still due by content-length; without one it begins at -1 and goes
+    down, so that its first value minus this one is always what has arrived. held, held_bytes: data waiting to be sent here. fin: what
+    follows it, b"" for END_STREAM, else an encoded trailer section. remote_done: the peer has sent END_STREAM. local_done: we have. over:
+    closed in both directions. progress, stalled_s: for the stall timeout. sent: some DATA or trailers were sent from here. answered: DATA
+    may arrive here, because a final response head has (always so at the client's end). kept: a copy of the data sent, for a retry.
     """
 
     __slots__ = (
@@ -183,7 +184,7 @@ class FlowControl:
             self.send_fin(end)
 
     def _keep(self, end: StreamEnd, data: bytes) -> None:
-        """Data left that may have to leave again; of more than that is worth, nothing is kept."""
+        """Keep a copy of what was sent, for a retry; when it becomes longer than the limit, keep nothing."""
         kept = end.kept
         assert kept is not None
         kept += data
@@ -199,7 +200,7 @@ class FlowControl:
         end.fin = None
         end.sent = True
         if fin:
-            end.kept = None  # trailers of a request are too rare to keep them too
+            end.kept = None  # a request with trailers is too rare to be kept for a retry
             self.send_block(end, fin, True)
         else:
             self.queue(head(0, frames.END_STREAM, end.id))
@@ -339,7 +340,7 @@ class FlowControl:
 
 
 def rewind(end: StreamEnd) -> bool:
-    """Take back what left at an end that no connection carries any more, as if it had just arrived. False: not all of it is at hand."""
+    """Hold what was sent from this end again, as if it had just arrived, for another connection to send. False: not all of it was kept."""
     if not end.sent:
         return True
     kept, source = end.kept, end.other

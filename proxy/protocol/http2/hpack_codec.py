@@ -2,11 +2,12 @@
 
 Decoding keeps the state of one connection. Encoding keeps none: nothing enters a dynamic table and nothing refers to one, so a block
 is a function of its fields, may be remembered, and fits any connection whose first block began with `NO_TABLE`. Blocks of a peer are
-never passed on as they came: what one decoder forgives (an oddly padded Huffman string, a table size in the middle of a block) would
-kill the connection that another client's streams share; except for what `read_plain_untrusted` accepts, where nothing is to be forgiven.
+not passed on as they came: our decoder may forgive what the next one does not (an oddly padded Huffman string, a table size in the middle
+of a block), and that would end a connection that other clients' streams share. The exception is what `read_plain_untrusted` accepts: a
+form so narrow that every decoder reads it the same way.
 
-jh2's decoder is a private module, and panics on a block that ends inside of a field: Rust writes that to standard error by itself, and
-pyo3 raises it as a BaseException. So `is_whole_untrusted` looks first where the last field ends.
+jh2's decoder is a private module, and panics on a block that ends inside a field: Rust writes that to standard error by itself, and pyo3
+raises it as a BaseException. So `is_whole_untrusted` checks first that the last field ends where the block does.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ _NO_EDIT = HeadEdit()
 class UpstreamStream(StreamEnd):
     """The end at an upstream; moves to another one when a request is retried. Its other end is a ClientStream while that is not over.
 
-    announced: `expect` before the first byte of the response's body. informational: 1xx responses so far. waiting_at: whose queue the
-    request is in.
+    announced: the first value of `expect`, before the response's body. informational: 1xx responses so far. waiting_at: the upstream in
+    whose queue the request waits.
     """
 
     __slots__ = ("announced", "head", "informational", "waiting_at")
@@ -34,8 +34,8 @@ class UpstreamStream(StreamEnd):
         self.waiting_at: Http2Upstream | None = None
 
     def detach(self) -> None:
-        """No connection carries it any more; what is held stays, for the next one. So does the count of what came of the response: there
-        is a next one only when nothing did."""
+        """No connection carries it any more. What is held stays, for the next connection. So does the count of the response's body, because
+        the request is sent again only when nothing of it has come."""
         self.conn = None
         self.id = self.window = self.owed = 0
         self.answered = self.remote_done = self.local_done = self.over = False
@@ -80,4 +80,4 @@ def part(end: StreamEnd) -> None:
     """Both ends are over: let go of each other."""
     if end.held_bytes:
         drop_held(end)
-    end.other = NOBODY  # over, so that nobody asks it for more than StreamEnd has
+    end.other = NOBODY  # a plain StreamEnd suffices here: it is over, so nobody asks it for more

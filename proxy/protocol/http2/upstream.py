@@ -31,8 +31,8 @@ class Http2Upstream(Connection):
     """Receiver of an upstream's connection.
 
     on_idle: called with this object when its last stream ended. on_gone: called once, when it takes no more requests; streams may
-    still be running then. meshed: a sidecar whose identity was verified answers here: what it says of itself is believed; from anybody
-    else it is removed.
+    still be running then. meshed: the other end is a sidecar whose identity was verified, so its `PROXY_ERROR` field is believed;
+    anybody else's is removed.
     """
 
     __slots__ = (
@@ -237,7 +237,7 @@ class Http2Upstream(Connection):
         self._give_up(stream, cause, unprocessed=True)
 
     def _dismiss(self, stream: UpstreamStream, client_end: ClientStream, fin: bool) -> None:
-        """The client gets another response than this one."""
+        """The client will get another response instead of this one."""
         if not (fin and stream.local_done):
             self.send_reset(stream.id, frames.CANCEL)
         self._forget(stream)
