@@ -16,12 +16,14 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import core
 from local import protocol
 from local.state import BadName, control_socket, state_folder
 
+_SILENT_S = 10.0  # how long waiting for pods needs no word
 _START_TIMEOUT_S = 30.0
 _END_TIMEOUT_S = 900.0  # longer than any sensible grace period
 _GONE_TIMEOUT_S = 30.0
@@ -199,12 +201,23 @@ def prepare_state(state: Path) -> None:
     state.mkdir(mode=0o711, exist_ok=True)  # the control plane's own users must get to their folders; nobody can list it
 
 
-def wait_ready(name: str, timeout_s: float) -> protocol.MeshStatus:
-    """The first status that waiting cannot make better, or the last one before the time was over; raises NotRunning."""
-    deadline = time.monotonic() + timeout_s
+def wait_ready(name: str, timeout_s: float, tell: Callable[[str], None] = lambda _: None) -> protocol.MeshStatus:
+    """The first status that waiting cannot make better, or the last one before the time was over; raises NotRunning.
+
+    tell: called once for each pod or other thing that is waited for longer than most pods take, with what it lacks at that moment.
+    """
+    begun = time.monotonic()
+    told: set[str] = set()
     while True:
         status = ask(name, protocol.Status())
         assert isinstance(status, protocol.MeshStatus)
-        if (status.settled and status.ready) or status.waits_for_edits or time.monotonic() > deadline:
+        waited_s = time.monotonic() - begun
+        if (status.settled and status.ready) or status.waits_for_edits or waited_s > timeout_s:
             return status
+        if waited_s > _SILENT_S:
+            for reason in (reason for reason in status.reasons if reason not in status.refused):
+                what = reason.partition(": ")[0]
+                if what not in told:
+                    told.add(what)
+                    tell(reason)
         time.sleep(0.1)

@@ -76,7 +76,7 @@ def up(folder: str, detach: bool, capture: str, timeout: float, name: str) -> No
         if not detach:
             _attend(name, timeout)
             return
-        status = client.wait_ready(name, timeout)
+        status = client.wait_ready(name, timeout, _waiting)
     except (client.CannotStart, client.NotRunning, BadName) as error:
         raise _fail(str(error)) from None
     except KeyboardInterrupt:
@@ -92,12 +92,16 @@ def up(folder: str, detach: bool, capture: str, timeout: float, name: str) -> No
     click.echo(f"{len(status.pods)} pods ready" + ("" if status.pods else f": no manifest in {folder} asks for one"))
 
 
+def _waiting(reason: str) -> None:
+    click.echo(f"waiting: {reason}", err=True)
+
+
 def _attend(name: str, timeout_s: float) -> None:
     """Stay until Ctrl-C; the mesh ends with this process, however that ends."""
     with client.connect(name) as lease:
         lease.sendall(protocol.encode(protocol.Attend()))
         try:
-            status = client.wait_ready(name, timeout_s)
+            status = client.wait_ready(name, timeout_s, _waiting)
             for reason in status.reasons:
                 click.echo(f"error: {reason}", err=True)
             click.echo(f"{sum(pod.ready for pod in status.pods)} of {len(status.pods)} pods ready; Ctrl-C ends the mesh", err=True)

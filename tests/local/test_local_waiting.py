@@ -46,3 +46,14 @@ def test_the_first_status_that_waiting_cannot_make_better_is_shown(
     monkeypatch.setattr(client.time, "sleep", lambda _: None)
     assert client.wait_ready("x", 3600) == shown
     assert next(answers, None) is None
+
+
+def test_what_takes_long_is_told_once_and_what_is_refused_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    again = "pod shop/web-0: container web exited with 1, starts again in 2 s"
+    answers = iter([status(SLOW, WRONG, refused=(WRONG,)), status(again, WRONG, refused=(WRONG,)), status()])
+    monkeypatch.setattr(client, "ask", lambda *_: next(answers))
+    monkeypatch.setattr(client.time, "sleep", lambda _: None)
+    monkeypatch.setattr(client, "_SILENT_S", -1)
+    told: list[str] = []
+    client.wait_ready("x", 3600, told.append)
+    assert told == [SLOW]
