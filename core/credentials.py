@@ -1,4 +1,4 @@
-"""What a workload proves itself with, and what it believes others by: values, always replaced whole."""
+"""What a workload proves its identity with, and what it verifies others against: values, always replaced whole."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Names of header fields as programs read them that turn names into variables: ``x-user``, ``x_user`` and ``x.user`` are one there.
+"""Spellings of a header field's name: to programs that turn names into variables, ``x-user``, ``x_user`` and ``x.user`` are the same.
 
-CGI and WSGI write every ``-`` as ``_``, PHP and older servers other separators too. So every character of a name that is no letter and no
-digit is taken for the same one (RFC 9110 section 5.6.2 lists them). Pure.
+CGI and WSGI replace every ``-`` by ``_``, PHP and older servers other separators too. So all characters of a name that are neither letters
+nor digits (RFC 9110 section 5.6.2 lists them) count as the same one here. Pure.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ANY_SEPARATOR: Final = b"[" + re.escape(_SEPARATORS) + b"]"
 
 
 def canonical(name: bytes) -> bytes:
-    """What all spellings of a lower-case name have in common. A whole head may be given too: where its lines end does not change."""
+    """The form that all spellings of a lower-case name share. May be given a whole head: colons and line ends do not change."""
     return name.translate(_ALIKE)
 
 
@@ -25,9 +25,9 @@ def any_spelling(name: bytes) -> bytes:
 
 
 class Spellings:
-    """Some lower-case names, and what else programs take for one of them.
+    """Some lower-case names, and their other spellings.
 
-    search_head: finds another spelling as the name of a field of an HTTP/1.1 head in lower case; the cost is a look at each line.
+    search_head: finds a field whose name is another spelling, in an HTTP/1.1 head in lower case; it looks once at each line.
     """
 
     def __init__(self, names: tuple[bytes, ...]) -> None:
@@ -38,5 +38,5 @@ class Spellings:
         self.search_head = re.compile(rb"\n(?!(?:" + these + rb"):)(?:" + all_of_them + rb"):").search
 
     def other(self, name: bytes) -> bool:
-        """Whether a lower-case name is none of these, and taken for one of them."""
+        """Whether a lower-case name is not one of these, but another spelling of one."""
         return canonical(name) in self._canonical and name not in self.names

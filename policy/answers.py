@@ -1,4 +1,4 @@
-"""From answers of the index to the lines that carry them, made once for all subscribers, within what a sidecar reads.
+"""From answers of the index to the lines that carry them: encoded once for all subscribers, and never longer than a sidecar reads.
 
 Called by policy.subscriptions.
 """
@@ -16,7 +16,7 @@ _log = logs.logger("policy")
 
 
 def encoded_policy(port: int, policy: wire.InboundPolicy) -> bytes:
-    """The line for a port. One that no sidecar would read becomes a denial: a policy cannot be shortened without changing it."""
+    """The line for a port. A policy too long for any sidecar becomes a denial, because it cannot be shortened without changing it."""
     line = wire.encode(wire.PortPolicy(port, policy))
     if len(line) <= wire.MAX_LINE_BYTES:
         return line
@@ -39,7 +39,7 @@ Answer = tuple[wire.Destination, bytes]
 
 
 class Answers:
-    """What is said about addresses: the same object for as long as it is the same state, so that states compare by identity."""
+    """What is said about addresses. While a state does not change its object stays the same, so that states compare by identity."""
 
     def __init__(self, index: Index) -> None:
         self._index = index

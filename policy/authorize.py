@@ -34,12 +34,12 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 _MEMO_ENTRIES = 4096
-_MEMO_BYTES = 1 << 20  # of keys, for one set of bits: what a client that never repeats a path can make us hold
-_KEY_MAX_BYTES = 2048  # longer ones are decided each time
+_MEMO_BYTES = 1 << 20  # of keys, for one set of bits: bounds what a client that never repeats a path makes us hold
+_KEY_MAX_BYTES = 2048  # decisions about longer keys are not remembered
 _CLIENTS_MAX = 1024  # distinct clients, and distinct sets of bits, remembered by a port
 _REASON_MAX_CHARS = 500
 _LISTED = 3  # policies in a reason, and values of each
-_QUESTION_MARK: Final = 0x3F  # `in` finds an element at once; with bytes it makes an exception first, and `find` takes ten times as long
+_QUESTION_MARK: Final = 0x3F  # a number, because `b"?" in target` raises and drops an exception first, and `find` takes ten times as long
 
 _LOCALHOST = Authorization(default_ref("localhost"), (Network("127.0.0.0/8"), Network("::1/128")), Anyone())
 
@@ -157,7 +157,7 @@ class PortAuthorizer:
         self._authorizers: dict[tuple[int, str | None, str], ClientAuthorizer] = {}
 
     def for_client(self, client: Client) -> ClientAuthorizer:
-        """The decisions for this client; the same object for every client that is named by the same authorizations and called the same."""
+        """The decisions for this client. Clients with the same identity whom the same authorizations name share one object."""
         known = self._clients.get(client)
         if known is None:
             bits = self._bits(client)
@@ -170,7 +170,7 @@ class PortAuthorizer:
         return known
 
     def _compiled(self, authorizations: Sequence[Authorization]) -> tuple[int, ...]:
-        """Positions of the grants, those that only audit last: whoever is let in anyway is not audited."""
+        """Positions of the grants. Those that only audit come last, so that a client whom another one lets in is not audited."""
         positions = []
         for one in (*sorted(authorizations, key=lambda one: one.audit), _LOCALHOST):
             if one not in self._positions:
@@ -207,7 +207,7 @@ class PortAuthorizer:
         """Decide about a request on a port with routes, without a memo."""
         if self.policy.check_paths:
             if any(value is not None and SEVERAL in value for value in headers):
-                # Of several fields servers take the first, the last, or all: a rule would hold for one of these.
+                # Of several fields some servers take the first, some the last, some all: a rule could hold for one and not for another.
                 return BadTarget(self.policy.server, reason="a header field that rules look at is there more than once")
             if method not in self._methods and method.upper() in self._methods:
                 # Methods are case-sensitive (RFC 9110 section 9.1), but frameworks write them in capitals before they look.
@@ -241,7 +241,7 @@ class PortAuthorizer:
         return found
 
     def admit(self, bits: int, grants: Iterable[int], route: Ref | None) -> Permit | Denied:
-        """Let in by the first grant that the bits hold, or a denial that does not say yet who was denied."""
+        """A permit by the first grant among the bits; or a denial without a reason, shared by all clients with these bits (`explain`)."""
         server = self.policy.server
         for at in grants:
             if bits >> at & 1:
@@ -267,7 +267,7 @@ class PortAuthorizer:
 class ClientAuthorizer:
     """The decisions of one port about one client. Cheap to keep; shared by connections.
 
-    respelled: about a request with another spelling of a name (`PortAuthorizer.spellings`), whoever the client is.
+    respelled: the decision about any request with another spelling of a name (`PortAuthorizer.spellings`).
     """
 
     __slots__ = (
@@ -321,7 +321,7 @@ class ClientAuthorizer:
         return self._own(known) if known.__class__ is Denied else known
 
     def _own(self, shared: Permit | Denied) -> Permit | Denied:
-        """Denials are shared without a sentence, because the sentence names the client."""
+        """The decision with its reason. Denials are shared by clients without one, because the reason names the client."""
         if not isinstance(shared, Denied):
             return shared
         mine = self._explained.get(shared)

@@ -97,7 +97,8 @@ class PolicyClient:
             self._say(addr, wire.ForgetDestination(addr))
 
     def _say(self, subject: Subject, message: wire.ToController) -> None:
-        """Of several wishes about one subject only the last matters, which also bounds what waits. Without a connection none is kept."""
+        """Send a subscription or its end. Of several about one subject only the last is kept, which bounds the queue; without a connection
+        none is, because all are repeated at the next one."""
         if self.connected.value:
             self._outgoing[subject] = message
             self._wake.set()

@@ -13,9 +13,9 @@ class Limits:
     """What one peer, and all together, may cost. Times in seconds.
 
     line_bytes: of a request; the longest honest one is under 1 KiB. subscriptions: per connection; more are ignored, and the sidecar
-    refuses what it gets no answer for. per_pod: connections of one pod; the oldest is closed for the next. pod_wait_s: how long a pod
-    that is not known yet is waited for, because a sidecar starts while its pod is still on its way to us. send_s: how long a peer may
-    read nothing.
+    refuses connections whose policy never comes. per_pod: connections of one pod; the oldest is closed for the next. pod_wait_s: how long
+    to wait for a pod that is not known yet, because its sidecar may start before the API server has told us of it. send_s: how long a peer
+    may read nothing.
     """
 
     handshake_s: float = 10

@@ -13,7 +13,7 @@ Precedence (HTTPRouteSpec.hostnames and HTTPRouteRule.matches; every match ranks
      implementation; behind prefixes a catch-all ``/``, which is also what a match without a path means, would shadow all of them, and
      a rule that narrows who may use what its expression covers would silently be none)
   3. method present  4. more headers  5. more query parameters  6. order of routes (oldest first), of rules, of matches
-A candidate of a better rank whose other conditions do not hold is skipped, it does not shadow its inferiors: also over hostnames.
+A candidate of a better rank whose other conditions do not hold is skipped. It hides no candidate of a lower rank, nor a worse hostname's.
 
 GRPCRoute (GRPCRouteRule.matches): hostname, characters of the matching service, of the matching method, number of headers, order. All
 matching services of a request have equally many characters, so "more characters" means "looks at it at all"; there, Exact ranks

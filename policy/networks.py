@@ -1,6 +1,6 @@
 """The addresses that authorizations are for: networks and their exceptions, compiled for a look-up per client.
 
-Pure. Called by policy.authorize. What is no network holds no address, so that a mistake lets nobody in.
+Pure. Called by policy.authorize. Text that is not a network holds no address, so that a mistake lets nobody in.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Networks:
 
 
 def _ranges(network: Network) -> list[tuple[int, int, int]]:
-    """The parts of ``cidr`` outside ``excluded`` as (version, first, last); nothing when any of it is no network."""
+    """The parts of ``cidr`` outside ``excluded`` as (version, first, last); none when any of these texts is not a network."""
     try:
         whole = ipaddress.ip_network(network.cidr, strict=False)
         excluded = sorted((int(one[0]), int(one[-1])) for one in _same_version(whole.version, network.excluded))

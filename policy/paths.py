@@ -1,7 +1,7 @@
 """One reading of a request target, or none: what route rules compare, and which targets they must not compare at all.
 
-A proxy that decides on a path and an app that serves it have to read it the same way, or a rule is walked around: ``/public/%2e%2e/admin``
-is below ``/public`` for the one and ``/admin`` for the other. So a target that servers are known to read in more than one way is refused
+A proxy that decides on a path and an app that serves it have to read it the same way, or a rule can be evaded: ``/public/%2e%2e/admin`` is
+below ``/public`` for the one and ``/admin`` for the other. So a target that servers are known to read in more than one way is refused
 here, and everything else is brought into the normal form of RFC 3986 section 6.2.2. The bytes that are forwarded stay as they came.
 
 Some differences cannot be refused because honest clients make them: an escaped ``@`` is a different resource by RFC 3986 section 2.2 and
@@ -58,7 +58,7 @@ def normal_target_untrusted(raw: bytes) -> NormalTarget:
 
     Refused: dot segments, also escaped and with parameters (``/..;/``); empty segments (a single trailing slash is none); escaped
     slash; backslash, also escaped; control characters and raw spaces; broken escapes; octets that are not UTF-8 (overlong forms);
-    a fragment. Authority-form (CONNECT) has no path and is refused too: what runs in a tunnel would pass route rules by.
+    a fragment. Authority-form (CONNECT) has no path and is refused too: route rules do not see what runs in a tunnel.
 
     >>> normal_target_untrusted(b"/caf%c3%a9/%7euser?q=1")
     NormalTarget(path='/caf%C3%A9/~user', query='q=1')
@@ -156,8 +156,11 @@ def _form_values(query: str, strict: bool, watched: frozenset[str]) -> dict[str,
 
 
 def _filed_as(name: str) -> str:
-    """Where servers look for a parameter of this name, each of them by some of this: PHP takes ``. `` for ``_``, no blanks in front, and
-    nothing from NUL on; ``name[]`` is a list there, in Ruby and in Node; ASP.NET asks for no case."""
+    """The name under which a parameter may end up in an app, by the rules of all servers together.
+
+    PHP drops leading blanks and everything from NUL on, and turns dots and blanks into ``_``; PHP, Ruby and Node take ``name[]`` for a
+    list called ``name``; ASP.NET ignores case.
+    """
     return re.split(r"[\[\0]", name.lstrip(" "), maxsplit=1)[0].replace(".", "_").replace(" ", "_").lower()
 
 

@@ -177,8 +177,8 @@ class Timeouts(msgspec.Struct, frozen=True):
 
 
 class Retry(msgspec.Struct, frozen=True):
-    """Gateway API retry of a rule. codes: statuses after which it is sent again; where there is no answer, it always is. attempts: how
-    often at most, besides the first time. backoff_s: the shortest pause before."""
+    """Gateway API retry of a rule. codes: statuses after which a request is sent again; one without any answer always is. attempts: retries
+    at most, the first attempt not counted. backoff_s: the shortest pause before a retry."""
 
     codes: tuple[int, ...] = ()
     attempts: int = 1
@@ -186,7 +186,7 @@ class Retry(msgspec.Struct, frozen=True):
 
 
 class Action(msgspec.Struct, frozen=True):
-    """What becomes of the requests of a rule: a redirect, or a share each for its backends. Neither is an error of the route: 500.
+    """What becomes of the requests of a rule: a redirect, or a share each for its backends. A rule with neither answers 500.
 
     edit: of request heads, before that of the share. response: of heads of answers, after that of the share. rewrite: where the share
     has none of its own.
@@ -212,7 +212,7 @@ class ServiceRoute(msgspec.Struct, frozen=True):
 
 
 class Backend(msgspec.Struct, frozen=True):
-    """A Service that rules send requests to. problem: why there is none, and its share is answered with 500; "" when there is."""
+    """A Service that rules send requests to. problem: why it cannot be used, so that its share is answered with 500; "" when it can."""
 
     ref: Ref
     endpoints: tuple[Endpoint, ...] = ()
@@ -293,7 +293,7 @@ class DestinationState(msgspec.Struct, frozen=True, tag="destination"):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """The subscription is refused and the connection will be closed; ``reason`` is a sentence for the sidecar's log."""
+    """The sidecar is refused and the connection will be closed; ``reason`` is a sentence for the sidecar's log."""
 
     reason: str
 

@@ -26,7 +26,7 @@ READY = b"ready\n"
 
 _log = logs.logger("hold")
 
-_HOOK_COMES_S = 0.5  # it starts when we do, and does less: it waits already, unless the kubelet ended before it ran one
+_HOOK_COMES_S = 0.5  # the hook starts when we do and loads less, so it waits already, unless the kubelet ended before it ran the hook
 _PROVEN_WITHIN_S = 30.0  # the agent may be restarting
 _LOOK_S = 0.01
 _AGAIN_S = 0.1
@@ -78,7 +78,7 @@ def _is_ours(caller: trio.socket.SocketType) -> bool:
 
 
 async def _tell(caller: trio.socket.SocketType, ready: Callable[[], bool]) -> bool:
-    """Say it once it is so; False when the caller went away first."""
+    """Tell the caller once ``ready`` holds; False when it went away first."""
     told = False
     async with trio.open_nursery() as nursery:
 

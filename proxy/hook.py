@@ -1,7 +1,7 @@
 """Where the sidecar's postStart hook (injector.hold) comes: an abstract Unix socket, listened at before anything else is loaded.
 
-From then on the kernel tells of a hook that came and went, however early, whenever it is asked (proxy.hold). Imports little, because
-proxy.__main__ calls it first of all. An abstract name is the pod's own: it belongs to its network namespace.
+From then on no hook is missed: one that came and went early still waits in the socket's queue when proxy.hold accepts. Imports little,
+because proxy.__main__ calls it first of all. An abstract name belongs to the network namespace, so it is the pod's own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SOCKET = "\0pillion-hold"
 
 @functools.cache
 def listener() -> socket.socket:
-    """This process's, listening from the first call on, non-blocking; raises OSError when somebody else of the pod has the name."""
+    """This process's listening socket, non-blocking; made by the first call. Raises OSError when another process of the pod has the name."""
     found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         found.bind(SOCKET)

@@ -54,7 +54,7 @@ class Live:
 
     @contextmanager
     def silent(self) -> Iterator[None]:
-        """While a connection waits for anybody's first word. Nothing is lost when it ends then: raises Failure(DRAINING) at drain."""
+        """While a connection waits for anybody's first word. A drain ends it by Failure(DRAINING): nothing was said that could be lost."""
         with trio.CancelScope() as scope:
             self._silent.add(scope)
             if self._draining:

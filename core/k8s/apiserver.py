@@ -32,7 +32,7 @@ _log = logs.logger("apiserver")
 
 _RESYNC_S = 1800.0  # a full list this often heals whatever a watch may have missed
 _SETTLED_S = 10.0  # a list and watch that lived this long makes the next pause short again
-_AWAY_S = 5.0  # the longest pause while nobody answers: asking costs nothing then, and pods wait for who has not seen them when it is back
+_AWAY_S = 5.0  # the longest pause while nobody answers. Asking costs nothing then, and new pods wait for us once the API server is back
 _ABSENT_S = 10.0  # how often a kind that is not served is asked for
 _LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"  # a copy of the object inside the object
 
@@ -108,7 +108,8 @@ class Follower:
 
     async def run(self) -> None:
         """For ever; never raises for what an API server does."""
-        backoff = Backoff(0.2, 30.0)
+        # two, so that pauses which grew while nobody answered do not delay what the first answer refuses for a moment
+        backoff, away = Backoff(0.2, 30.0), Backoff(0.2, _AWAY_S)
         while True:
             started = trio.current_time()
             try:
@@ -119,11 +120,14 @@ class Follower:
             except ApiError as error:
                 failure = error
                 self.counters.failures += 1
-            pause = self._pause(failure, backoff, trio.current_time() - started)
+            pause = self._pause(failure, backoff, away, trio.current_time() - started)
             await trio.sleep(pause)
 
-    def _pause(self, failure: ApiError | None, backoff: Backoff, lasted_s: float) -> float:
+    def _pause(self, failure: ApiError | None, backoff: Backoff, away: Backoff, lasted_s: float) -> float:
         """How long to wait before the next attempt, and what to say about this one."""
+        unanswered = isinstance(failure, Unavailable) and not failure.status
+        if not unanswered:
+            away.reset()
         if lasted_s > _SETTLED_S:
             backoff.reset()
             if failure is None:
@@ -135,9 +139,9 @@ class Follower:
         if isinstance(failure, NotFound) and failure.unknown_kind:
             self._absent()
             return _ABSENT_S * (0.5 + random.random() / 2)
-        pause = backoff.next_s()
+        pause = away.next_s() if unanswered else backoff.next_s()
         if isinstance(failure, Unavailable):
-            pause = max(pause, failure.retry_after_s) if failure.status else min(pause, _AWAY_S)
+            pause = max(pause, failure.retry_after_s)
         if failure is not None:
             self._tell(failure, pause)
         return pause

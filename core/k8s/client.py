@@ -66,7 +66,7 @@ class Client:
         raise AssertionError  # the second round returns or raises
 
     async def connect(self) -> Connection:
-        """A connection of its own, for who keeps it for long; raises Broken."""
+        """A connection that is not shared, for a caller that keeps it for long; raises Broken."""
         return await Connection.open(await self.access())
 
     async def headers(self) -> dict[str, str]:

@@ -98,7 +98,7 @@ class _Http1Server(TCPServer):
 
 
 async def _stay_http1(event: object) -> None:
-    """In the place of what looks for a preface or an upgrade: the one is then a request of HTTP/2.0, the other a field without meaning."""
+    """Replaces hypercorn's switch to HTTP/2: a preface is then refused as a request of HTTP/2.0, and a field Upgrade means nothing."""
 
 
 async def serve_https(

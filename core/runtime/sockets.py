@@ -1,6 +1,6 @@
 """A trio stream directly on a non-blocking standard-library socket: what a connection is before the relay loop takes it over.
 
-trio's own SocketStream would do, but its socket object cannot be handed over without a detour, and a sidecar wraps every connection.
+trio's own SocketStream would do, but its socket cannot be handed over directly, and a sidecar does that with every connection.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Mutual TLS between Pillion's processes: contexts made from credentials, peers known by their SPIFFE id, a trio stream over memory BIOs.
 
-Rules, the same everywhere: TLS 1.3 only, AES-128-GCM first whatever the client would like better (SHA-384 costs a handshake twice SHA-256's
-time), X25519MLKEM768 first in the groups when the linked OpenSSL has it, no session
-resumption, no renegotiation (TLS 1.3 has none). The chain is verified by OpenSSL against the trust bundle; the name inside is
-verified here: a leaf must carry exactly one SAN, a URI, that is a workload identity of our own trust domain. Whoever dials also
-names the identity it expects.
+Rules, the same everywhere: TLS 1.3 only; AES-128-GCM first, whatever the client prefers (with SHA-384 a handshake takes twice the time);
+X25519MLKEM768 first among the groups when the linked OpenSSL has it; no session resumption and no renegotiation (TLS 1.3 has none). OpenSSL
+verifies the chain against the trust bundle. The name inside is verified here: a leaf must carry exactly one SAN, a URI that is a workload
+identity of our own trust domain. Whoever dials also names the identity it expects.
 
 A `Handshake` is bytes in, bytes out: the data path drives it from its relay loop and moves records itself afterwards. Everything else
 (identity, policy) uses `TlsStream`, which waits for its transport.
@@ -29,14 +28,14 @@ from core.names import InvalidName, WorkloadId, parse_workload_id
 CIPHERSUITES = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
 _GROUPS_POST_QUANTUM = b"X25519MLKEM768:X25519:P-256:P-384"
 _GROUPS_CLASSIC = b"X25519:P-256:P-384"
-_MODE_ENABLE_PARTIAL_WRITE = 0x1  # pyOpenSSL switches it on: then one call writes one record of 16 KiB only
+_MODE_ENABLE_PARTIAL_WRITE = 0x1  # switched on by pyOpenSSL, off by us: with it one call writes only one record of 16 KiB
 _MODE_RELEASE_BUFFERS = 0x10  # an idle connection gives its 34 KiB of record buffers back
-_MODE_NO_AUTO_CHAIN = 0x8  # else OpenSSL verifies our own chain in every handshake, to complete what is complete
+_MODE_NO_AUTO_CHAIN = 0x8  # otherwise OpenSSL verifies our own chain in every handshake, looking for certificates it does not lack
 _OP_NO_TICKET = 0x4000
 _OP_NO_RENEGOTIATION = 0x40000000
 _READ_BYTES = 65536
 _FLIGHT_BYTES = 32768  # at most, from the BIO at once: more than a handshake's flight
-_flight = ffi.new("char[]", _FLIGHT_BYTES)  # one for all: pyOpenSSL's bio_read asks the C library for as much at every call
+_flight = ffi.new("char[]", _FLIGHT_BYTES)  # one for all: pyOpenSSL's bio_read allocates a buffer of this size at every call
 _ERROR_WANT_READ = 2
 _HANDSHAKE_BYTES_MAX = 256 * 1024  # far beyond any chain of ours; bounds what an unauthenticated peer makes us parse
 
@@ -57,7 +56,7 @@ class HandshakeFailed(Exception):
 
     reason: a stable word for metrics: ``expired``, ``not-yet-valid``, ``unknown-issuer``, ``self-signed``, ``no-certificate``,
     ``identity-mismatch``, ``foreign-trust-domain``, ``invalid-identity``, ``closed``, ``reset``, ``alert``, ``protocol``, ``timeout``.
-    farewell: what TLS wants to tell the peer before the connection ends, an alert mostly.
+    farewell: bytes to send to the peer before the connection ends, mostly an alert.
     """
 
     def __init__(self, reason: str, detail: str, farewell: bytes = b"") -> None:
@@ -252,7 +251,7 @@ def _output(connection: SSL.Connection) -> bytes:
 
 
 def _failure(connection: SSL.Connection, error: SSL.Error, farewell: bytes = b"") -> HandshakeFailed:
-    """Why OpenSSL gave up. What it thinks of the peer's chain is asked of the connection: a callback would cost every good handshake."""
+    """Why OpenSSL gave up. The result of verifying the chain is read here, not by a callback, which every good handshake would pay for."""
     code = lib.SSL_get_verify_result(connection._ssl)
     if code != _VERIFY_OK:
         return HandshakeFailed(_VERIFY_REASONS.get(code, "unverified"), f"the peer's certificate: X.509 verify error {code}", farewell)

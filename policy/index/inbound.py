@@ -25,7 +25,7 @@ ANY_IDENTITY = wire.Meshed(("*",))
 
 
 class Granted(NamedTuple):
-    """What an AuthorizationPolicy comes to. authorization: None when it lets nobody in, and then ``problem`` says why."""
+    """What an AuthorizationPolicy amounts to. authorization: None when it lets nobody in, and then ``problem`` says why."""
 
     policy: AuthorizationPolicy
     authorization: wire.Authorization | None

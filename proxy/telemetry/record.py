@@ -56,9 +56,10 @@ class Bodies(Protocol):
 
 
 class Outcome:
-    """The series of one decision on one connection, bound. decision None: outbound, where nothing is decided but the way.
+    """The series of one decision on one connection, bound. decision None: outbound, where nobody is permitted or denied anything.
 
-    Holds parts of the series as well, and counts itself: series are not compiled, each look into one costs a look-up by name.
+    It keeps references to parts of the series and adds to them itself, because each attribute of a series, which is not compiled, costs a
+    look-up by name.
     """
 
     __slots__ = ("_bounds", "_by_answer", "_counts", "_latency", "authz", "decision", "http", "requests")
