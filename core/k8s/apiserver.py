@@ -126,7 +126,7 @@ class Follower:
     def _pause(self, failure: ApiError | None, backoff: Backoff, away: Backoff, lasted_s: float) -> float:
         """How long to wait before the next attempt, and what to say about this one."""
         unanswered = isinstance(failure, Unavailable) and not failure.status
-        if not unanswered:
+        if not unanswered or lasted_s > _SETTLED_S:
             away.reset()
         if lasted_s > _SETTLED_S:
             backoff.reset()

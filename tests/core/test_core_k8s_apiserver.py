@@ -209,6 +209,23 @@ async def test_who_does_not_answer_is_asked_again_soon(status: int, longest: flo
     assert (max(pauses), pauses[-1]) == pytest.approx((longest, longest))
 
 
+async def test_who_was_away_and_is_not_complete_yet_is_asked_again_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    """An API server that starts answers 503 or 403 for a moment: not the time to wait for as long as it was away."""
+    asked: list[float] = []
+
+    class Starting(Api):
+        async def list(self, *_: Any, **__: Any) -> Any:
+            asked.append(trio.current_time())
+            raise Unavailable("storage is (re)initializing", 503) if trio.current_time() > 120 else Unavailable("away")
+
+    follower = apiserver.Follower(Starting(find_access), POD, parse_object, lambda _: None)
+    with trio.move_on_after(130), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apiserver, "Backoff", lambda first, most: Backoff(first, most, lambda: 0.0))
+        await follower.run()
+    answered = [when for when in asked if when > 120]
+    assert answered[1] - answered[0] == pytest.approx(0.2)
+
+
 async def test_a_refused_version_leaves_the_last_good_one_in_force() -> None:
     server = FakeApiServer()
     server.put(server_object("web"))
