@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import trio
 
-from core.addrs import InvalidAddr, parse_addr
+from core.addrs import Addr, InvalidAddr, parse_addr
 from core.names import WorkloadId
 from core.runtime import logs
 from policy import wire
@@ -120,12 +120,7 @@ class Subscriptions:
             subscriber.sent.pop(message.port, None)
             subscriber.due.pop(message.port, None)
             return
-        if len(message.addr) > _ADDR_CHARS_MAX:
-            raise Refusal("invalid-message", f"{message.addr[:_ADDR_CHARS_MAX]!r}...: expected IP:PORT")
-        try:
-            ip = parse_addr(message.addr).ip
-        except InvalidAddr as error:
-            raise Refusal("invalid-message", str(error)) from None
+        ip = _dialled(message.addr).ip
         if isinstance(message, wire.ForgetDestination):
             self._unsubscribe(subscriber, message.addr, ip)
         elif self._subscribe(subscriber, message.addr):
@@ -179,3 +174,16 @@ class Subscriptions:
         for subject in subscriber.sent:
             if isinstance(subject, int):
                 subscriber.mark(subject)
+
+
+def _dialled(text: str) -> Addr:
+    """The address of a subscription, or Refusal. Each has one spelling, the sidecars': an answer may be megabytes, and is kept for each."""
+    if len(text) > _ADDR_CHARS_MAX:
+        raise Refusal("invalid-message", f"{text[:_ADDR_CHARS_MAX]!r}...: expected IP:PORT")
+    try:
+        addr = parse_addr(text)
+    except InvalidAddr as error:
+        raise Refusal("invalid-message", str(error)) from None
+    if str(addr) != text:
+        raise Refusal("invalid-message", f"{text!r}: expected {addr}, the one spelling of this address")
+    return addr

@@ -183,6 +183,16 @@ async def test_a_pod_that_is_on_its_way_to_us_is_waited_for(autojump_clock: trio
         (wire.encode(HELLO) * 2, "second-hello", "a second hello on one connection"),
         (wire.encode(HELLO) + wire.encode(wire.WatchPort(0)), "invalid-message", "port 0 does not exist"),
         (wire.encode(HELLO) + wire.encode(wire.WatchDestination("cart:80")), "invalid-message", "'cart' is not an IP address"),
+        (
+            wire.encode(HELLO) + wire.encode(wire.WatchDestination("10.96.0.1:080")),
+            "invalid-message",
+            "'10.96.0.1:080': expected 10.96.0.1:80",
+        ),
+        (
+            wire.encode(HELLO) + wire.encode(wire.WatchDestination("[0:0:0:0:0:ffff:a60:1]:80")),
+            "invalid-message",
+            "'[0:0:0:0:0:ffff:a60:1]:80': expected 10.96.0.1:80",  # one of thousands of spellings, and the answer would be kept for each
+        ),
         (wire.encode(HELLO) + wire.encode(wire.WatchDestination(LONG_ADDR)), "invalid-message", f"'{LONG_ADDR[:64]}"),
         (wire.encode(HELLO) + wire.encode(wire.ForgetDestination(LONG_ADDR)), "invalid-message", f"'{LONG_ADDR[:64]}"),
         (wire.encode(HELLO) + b"[" * 3000 + b"\n", "invalid-message", "not a message of this API"),
