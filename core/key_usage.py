@@ -1,4 +1,4 @@
-"""What a certificate's key may be used for (RFC 5280, 4.2.1.3): an authority's key signs certificates, any other key signs handshakes.
+"""What a certificate's key may be used for (RFC 5280 section 4.2.1.3): an authority's signs certificates, any other key signs handshakes.
 
 Used by whoever makes certificates: the identity service, and the control plane for its webhooks. Pure.
 """

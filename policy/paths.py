@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")  # RFC 3986 2.3
+_UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")  # RFC 3986 section 2.3
 
 # Already normal and without anything to look at twice, which is what nearly every request sends.
 _PLAIN = re.compile(rb"(?:/(?!\.\.?(?:/|\Z))[A-Za-z0-9\-._~!$&'()*+,=:@]+)+/?|/")
@@ -218,7 +218,7 @@ def _decoded(raw: bytes) -> bytes:
 
 
 def _encoded(raw: bytes, to_encode: re.Pattern[bytes], *, decode: bool = True) -> str:
-    """Escape what may not stand there; with ``decode`` also bring present escapes into the normal form of RFC 3986 6.2.2."""
+    """Escape what may not stand there; with ``decode`` also bring present escapes into the normal form of RFC 3986 section 6.2.2."""
     if decode and b"%" in raw:
         raw = _ESCAPE.sub(_normal_escape, raw)
     return to_encode.sub(lambda octet: b"%%%02X" % octet[0][0], raw).decode("ascii")

@@ -15,7 +15,7 @@ SOCKET = "\0pillion-hold"
 
 @functools.cache
 def listener() -> socket.socket:
-    """This process's listening socket, non-blocking; made by the first call. Raises OSError when another process of the pod has the name."""
+    """This process's listening socket, non-blocking, made by the first call; raises OSError when somebody else has the name."""
     found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         found.bind(SOCKET)

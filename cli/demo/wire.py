@@ -19,7 +19,7 @@ _HANDSHAKE, _APPLICATION_DATA, _CHANGE_CIPHER_SPEC, _ALERT = 22, 23, 20, 21
 _CLIENT_HELLO, _SERVER_HELLO = 1, 2
 _SUPPORTED_VERSIONS = 43
 _TLS13 = 0x0304
-_RECORD_BYTES_MAX = (1 << 14) + 256  # RFC 8446 5.2
+_RECORD_BYTES_MAX = (1 << 14) + 256  # RFC 8446 section 5.2
 
 PCAP_RAW_HEADER = struct.pack("=IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 1 << 18, 101)
 """Head of a capture file whose packets begin with their IP header (LINKTYPE_RAW)."""
@@ -182,7 +182,7 @@ def _check_direction(data: bytes, first: int, who: str) -> bytes:
 
 
 def selected_version_untrusted(server_hello: bytes) -> int:
-    """What the ServerHello's ``supported_versions`` says (RFC 8446 4.2.1), else its legacy version; 0 when it cannot be read."""
+    """What the ServerHello's ``supported_versions`` says (RFC 8446 section 4.2.1), else its legacy version; 0 when it cannot be read."""
     try:
         legacy = int.from_bytes(server_hello[4:6], "big")
         position = 4 + 2 + 32

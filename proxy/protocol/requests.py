@@ -16,9 +16,9 @@ _DEFAULT_PORTS: Final[Mapping[bytes, tuple[bytes, ...]]] = {b"http": (b":80",), 
 
 
 def same_authority(one: bytes, other: bytes, scheme: bytes) -> bool:
-    """Whether both name the same host and port, which one may leave out where the scheme has it (RFC 3986 6.2.3, RFC 9113 8.3.1).
+    """Whether two authorities name the same host and port. One of them may leave out the default port of the scheme.
 
-    scheme: lower case; empty for CONNECT, whose target is all there is.
+    RFC 3986 section 6.2.3, RFC 9113 section 8.3.1. scheme: lower case; empty for CONNECT, whose target is an authority alone.
     """
     one, other = one.lower(), other.lower()
     return one == other or any(one.removesuffix(port) == other.removesuffix(port) for port in _DEFAULT_PORTS.get(scheme, ()))

@@ -26,7 +26,7 @@ _SIZE_BYTES: Final = 17  # after so many, only an extension goes on
 _may_go_on = re.compile(rb"[\t\x20-\x7e\x80-\xff]*\r?").fullmatch
 _may_be_size = re.compile(rb"[0-9A-Fa-f]{0,16}(?:(?<=[0-9A-Fa-f]);[\t\x20-\x7e\x80-\xff]*)?\r?").fullmatch
 _match_trailer = re.compile(rb"(?:" + FIELD + rb")*+\r\n").match
-# RFC 9110 6.5.1: a recipient that merges trailers into the head would change what was decided on.
+# RFC 9110 section 6.5.1: a recipient that merges trailers into the head would change what was decided on.
 FRAMING_NAMES: Final[tuple[bytes, ...]] = (
     b"content-length", b"transfer-encoding", b"host", b"connection", b"upgrade", b"te", b"trailer", b"authorization",
 )  # fmt: skip
@@ -51,7 +51,7 @@ class BodyReader(Protocol):
 
 
 class Length:
-    """A body of a known number of bytes (RFC 9112 6.2)."""
+    """A body of a known number of bytes (RFC 9112 section 6.2)."""
 
     __slots__ = ("_length", "done", "left")
 
@@ -76,7 +76,7 @@ class Length:
 
 
 class UntilClose:
-    """A response body that ends with its connection (RFC 9112 6.3 rule 8): never done by itself."""
+    """A response body that ends with its connection (RFC 9112 section 6.3 rule 8): never done by itself."""
 
     __slots__ = ("_seen", "done")
 
@@ -95,7 +95,7 @@ class UntilClose:
 
 
 class Chunked:
-    """A body in chunks (RFC 9112 7.1)."""
+    """A body in chunks (RFC 9112 section 7.1)."""
 
     __slots__ = ("_awaited", "_begun", "_forbidden", "_known", "_left", "_trailer_names", "done")
 

@@ -176,7 +176,7 @@ class Http1Client(ClientConnection):
             head = memo
         else:
             if data.startswith(b"\r\n"):
-                # RFC 9112 2.2: some clients end a body with one empty line too many.
+                # RFC 9112 section 2.2: some clients end a body with one empty line too many.
                 data = data[2:]
                 if not data:
                     return

@@ -103,7 +103,7 @@ class ClientConnection:
     # What upstream.py reports.
 
     def interim(self, head: ResponseHead) -> None:
-        """A 1xx response. HTTP/1.0 clients do not know them (RFC 9110 15.2)."""
+        """A 1xx response. HTTP/1.0 clients do not know them (RFC 9110 section 15.2)."""
         if not self.head.old:
             self._continued = self._continued or head.status == 100
             self.sink.write(translated(head, self.head, close=False))

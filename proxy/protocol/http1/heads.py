@@ -75,7 +75,7 @@ class RequestHead:
 
     @property
     def replayable(self) -> bool:
-        """Sending it twice does what sending it once does (RFC 9110 9.2.2), and nothing of it is lost by the first sending."""
+        """Sending it twice does what sending it once does (RFC 9110 section 9.2.2), and nothing of it is lost by the first sending."""
         return self.bodiless and not self.upgrades and self.method in IDEMPOTENT
 
     def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:

@@ -1,10 +1,10 @@
 """Reads heads of HTTP/1.1 messages: what is accepted, how the body is framed, which fields end at this hop.
 
-Theory of operation. One regular expression checks all of a head at once, in one pass (possessive repeats within a line, and lines that can
-be told apart, so that going back is no way to match): every line is ``token ":" value`` ended by CRLF, no control character anywhere, so
-bare CR, LF and NUL, obs-fold, spaces before the colon and empty names have no way to match. It also says from where on a field may decide
-something, judged by the first letters of the names; most requests have none after Host, and only what follows is looked through a second
-time.
+Theory of operation. One regular expression checks all of a head at once: every line is ``token ":" value``, ended by CRLF, without control
+characters. So bare CR, bare LF, NUL, obs-fold, spaces before the colon and empty names cannot match. It takes one pass: repeats within a
+line are possessive, and a head can be divided into lines in one way only, so there is nothing to backtrack into. The same match finds the
+first field that may decide something, judged by the first letters of its name. Only the fields from there on are looked through a second
+time; most requests have none after Host.
 
 Strictness errs on the side of refusing: whatever two parsers are known to read differently is an error here, also where RFC 9112 would
 let a recipient repair it. Pure; called by client.py and upstream.py.
@@ -23,7 +23,8 @@ from proxy.protocol.requests import same_authority
 from proxy.rescue import PROXY_ERROR, Cause
 
 # How the names of fields that decide something begin: host, connection, content-, transfer-encoding, upgrade, expect, keep-alive,
-# proxy-connection, te, and our own (pillion-). Letter by letter, so that some other names look like these, but never the other way round.
+# proxy-connection, te, and our own (pillion-). Tested letter by letter, so other names may pass too (and are looked at in vain), but none
+# of these is missed.
 _DECIDING: Final = rb"[CEHKPTUcehkptu][EIOPRXeioprx](?:[AEGLNOPSaeglnops][ELNPRTXelnprtx]|:)"
 # Possessive repeats hold no choice, no group and no assertion here: Python before 3.11.5 gets those wrong.
 # The fourth group is the Host field where it comes first and is a plain name: nothing more to look at then. The fifth are the fields from
@@ -51,15 +52,16 @@ _breaks_lines: Final = re.compile(rb"(?<!\r)\n|\r[^\n]|\x00").search
 
 # Fields that say where a message ends or whom it is for: a Connection field that names one would make the next hop read another message.
 _NEVER_NAMED: Final = frozenset((b"host", b"content-length", b"transfer-encoding", b"content-type", b"content-encoding", b"expect"))
-# Of requests, as their fields are found. Content_Length is another field, and yet servers that make variables of names count by it (uWSGI).
+# Names that `_request_fields` may find. It also finds other spellings, such as Content_Length: no server should, but some (uWSGI) take that
+# for Content-Length. So any name that is not listed here is refused.
 _REQUEST_NAMES: Final = _NEVER_NAMED | {b"connection", b"upgrade", b"te", b"keep-alive", b"proxy-connection"}
-# Protocols that would carry further requests past the gate inside a tunnel, those of drafts (h2c-14) too.
+# Upgrades to protocols that would carry further requests inside a tunnel, past the gate; those of drafts (h2c-14) too.
 _carries_requests: Final = re.compile(rb"(?:^|,)[ \t]*+(?:h2|http|tls)").search
 _OPTIONS_MAX: Final = 64  # of a Connection field: each costs a look through the head
 
 
 def request_untrusted(data: bytes, limits: Http1Limits) -> RequestHead | None:
-    """Read the request head at the beginning of ``data``. None: it is not all there yet. Raises HeadError (RFC 9112 2-3, 5-6)."""
+    """Read the request head at the beginning of ``data``. None: it is not all there yet. Raises HeadError (RFC 9112 sections 2-3, 5-6)."""
     found = _match_request(data)
     if found is None:
         _refuse_untrusted(data, limits.head_bytes, limits.target_bytes)
@@ -114,14 +116,14 @@ def _request_rules(head: RequestHead, fields: list[tuple[bytes, bytes]], old: bo
     head.grpc = b"content-type" in seen
     head.length = _length(seen, old, 0)
     head.bodiless = head.length == 0
-    # RFC 9110 10.1.1: an HTTP/1.0 client does not understand 100.
+    # RFC 9110 section 10.1.1: an HTTP/1.0 client does not understand 100.
     head.expects = not old and not head.bodiless and seen.get(b"expect") == b"100-continue"
     _end_request_hop(head, seen)
     head.plain = head.plain and head.keep and not (old or head.expects or head.upgrades)
 
 
 def _end_request_hop(head: RequestHead, seen: dict[bytes, bytes]) -> None:
-    """Cut the fields that are only for this hop (RFC 9110 7.6.1) and translate those that the next hop needs too."""
+    """Cut the fields that are only for this hop (RFC 9110 section 7.6.1) and translate those that the next hop needs too."""
     connection = seen.get(b"connection", b"")
     named = _named(connection)
     head.keep = (b"keep-alive" in named) if head.old else b"close" not in named
@@ -149,7 +151,7 @@ _RESPONSE_HOPS: Final = frozenset((b"keep-alive", b"proxy-connection", b"upgrade
 
 
 def _reduce_target(head: RequestHead) -> None:
-    """CONNECT, asterisk and absolute form (RFC 9112 3.2). The reduced target is for decisions, the received one is sent on."""
+    """CONNECT, asterisk and absolute form (RFC 9112 section 3.2). The reduced target is for decisions, the received one is sent on."""
     target = head.target
     if head.method == b"CONNECT":
         if not _is_authority(target):
@@ -166,14 +168,14 @@ def _reduce_target(head: RequestHead) -> None:
             raise HeadError(Cause.BAD_REQUEST, "the target is neither a path nor an http URI")
         head.target = (absolute[2] or b"/") + (absolute[3] or b"")
         scheme, authority = target[: target.index(b":")].lower(), absolute[1]
-    # RFC 9112 3.2.2 lets the target win; a next hop that lets Host win would serve another site, so they have to agree.
+    # By RFC 9112 section 3.2.2 the target wins over Host. A server that lets Host win would serve another site, so the two have to agree.
     if not same_authority(head.authority, authority, scheme) if head.authority else not head.old:
         raise HeadError(Cause.BAD_REQUEST, "the Host field differs from the authority of the target")
     head.authority = authority
 
 
 def response_untrusted(data: bytes, head_bytes: int) -> ResponseHead | None:
-    """Read the response head at the beginning of ``data``. None: it is not all there yet. Raises HeadError (RFC 9112 4-6)."""
+    """Read the response head at the beginning of ``data``. None: it is not all there yet. Raises HeadError (RFC 9112 sections 4-6)."""
     found = _match_response(data)
     if found is None:
         _refuse_untrusted(data, head_bytes, head_bytes)
@@ -212,7 +214,7 @@ def _response_rules(head: ResponseHead, fields: list[tuple[bytes, bytes]], old: 
     head.old = old
     head.length = _length(seen, old, UNTIL_CLOSE)
     if head.length not in (0, UNTIL_CLOSE) and (head.status < 200 or head.status == 204):
-        raise HeadError(Cause.BAD_REQUEST, f"a {head.status} response with a body")  # RFC 9110 8.6, RFC 9112 6.1
+        raise HeadError(Cause.BAD_REQUEST, f"a {head.status} response with a body")  # RFC 9110 section 8.6, RFC 9112 section 6.1
     head.connection = seen.get(b"connection", b"")
     named = _named(head.connection)
     head.keep = (b"keep-alive" in named) if head.old else b"close" not in named
@@ -228,7 +230,7 @@ def _response_rules(head: ResponseHead, fields: list[tuple[bytes, bytes]], old: 
 
 
 def _collect(fields: list[tuple[bytes, bytes]], single: Iterable[bytes]) -> dict[bytes, bytes]:
-    """Join repeated list fields as RFC 9110 5.3 says; raise HeadError for fields that must not be repeated."""
+    """Join repeated list fields as RFC 9110 section 5.3 says; raise HeadError for fields that must not be repeated."""
     seen: dict[bytes, bytes] = {}
     for name, value in fields:
         value = value.rstrip(b" \t")
@@ -242,7 +244,7 @@ def _collect(fields: list[tuple[bytes, bytes]], single: Iterable[bytes]) -> dict
 
 
 def _length(seen: dict[bytes, bytes], old: bool, absent: int) -> int:
-    """How the body is framed (RFC 9112 6.3). absent: when no field says so."""
+    """How the body is framed (RFC 9112 section 6.3). absent: when no field says so."""
     coding = seen.get(b"transfer-encoding")
     length = seen.get(b"content-length")
     if coding is not None:
@@ -274,7 +276,8 @@ def _named(connection: bytes) -> list[bytes]:
 def incomplete_untrusted(data: bytes, known: int, head_bytes: int, target_bytes: int) -> bool:
     """Whether ``data`` is the beginning of a head and no more. Raises HeadError when it cannot become one.
 
-    known: so many bytes of it were found incomplete before; they are not searched again, or a head sent byte by byte would cost its square.
+    known: how many of its bytes an earlier call has seen. They are not searched again: a head that comes byte by byte must not cost
+    quadratic time.
     """
     end = data.find(b"\r\n\r\n", max(known - 3, 0))
     if end > head_bytes or (end < 0 and len(data) > head_bytes):

@@ -11,8 +11,8 @@ from proxy.protocol.http1.heads import RequestHead, ResponseHead, without
 def translated(head: ResponseHead, request: RequestHead, close: bool) -> bytes:
     """The bytes of a response head (not 101) for the client of ``request``. close: its connection ends with this response.
 
-    HTTP/1.0 becomes HTTP/1.1 for a client that speaks it: a proxy answers with its own version (RFC 9110 2.5), and a keep-alive client
-    would otherwise leave after each response.
+    HTTP/1.0 becomes HTTP/1.1 for a client that speaks it: a proxy answers with its own version (RFC 9110 section 2.5), and a keep-alive
+    client would otherwise leave after each response.
     """
     options = []
     if head.status >= 200:

@@ -238,7 +238,7 @@ class Http1Upstream:
         return None
 
     def _interim(self, client: ClientConnection, head: ResponseHead, data: bytes) -> None:
-        """Relay a 1xx response (RFC 9110 15.2) and go on with what follows it."""
+        """Relay a 1xx response (RFC 9110 section 15.2) and go on with what follows it."""
         self._interims += 1
         if self._interims > INTERIM_RESPONSES:
             return self._broken(Cause.UPSTREAM_PROTOCOL, "too many interim responses")

@@ -69,7 +69,7 @@ class RequestHead(Request):
     def _joined(self, name: bytes) -> bytes | None:
         if name not in self.shape.first:
             return self.authority if name == b"host" else None  # what :authority becomes for apps that look at Host
-        separator = b"; " if name == b"cookie" else b"\n"  # RFC 9113 8.2.3
+        separator = b"; " if name == b"cookie" else b"\n"  # RFC 9113 section 8.2.3
         return separator.join([value for other, value in zip(self.shape.names, self.fields, strict=True) if other == name])
 
     def encoded(self, edit: HeadEdit) -> bytes:

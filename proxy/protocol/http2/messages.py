@@ -1,6 +1,6 @@
 """What an HTTP/2 header list may look like, and what of it decisions read (RFC 9113 sections 8.1 to 8.3, 8.5; RFC 8441).
 
-Theory of operation. The names of a message repeat even where its values never do. So everything that depends on names alone (are they
+Theory of operation. Messages that differ in their values mostly have the same names. So everything that depends on names alone (are they
 lower-case tokens, is a pseudo-header missing, doubled or misplaced, is there a connection-specific field, where is ``:path``) is computed
 once per tuple of names and remembered as a `Shape`. What is left per message is one `bytes.translate` over the joined values, which
 leaves nothing but separators when all characters are allowed, and the rules of the few values that have one.
