@@ -25,7 +25,7 @@ class Cause(enum.Enum):
     """Why a request or connection did not get through. The value is the metric label and the ``pillion-proxy-error`` text."""
 
     BAD_REQUEST = "bad-request"  # the client broke a rule of the protocol, or the request has two readings
-    BAD_TARGET = "ambiguous-path"  # the path has two readings and a rule looks at paths
+    BAD_TARGET = "ambiguous-path"  # target, header or method have two readings, and a rule looks at what differs
     HEAD_TIMEOUT = "request-head-timeout"
     BODY_TIMEOUT = "request-body-timeout"
     HEAD_TOO_LARGE = "request-head-too-large"
@@ -48,7 +48,7 @@ class Cause(enum.Enum):
     UPSTREAM_PROTOCOL = "upstream-protocol"  # the response broke a rule of the protocol
     UPSTREAM_TIMEOUT = "upstream-timeout"
     ROUTE_TIMEOUT = "route-timeout"  # a route allows no more time
-    RETRIABLE_STATUS = "retriable-status"  # an answer instead of which a route has the request sent again; no client sees this
+    RETRIABLE_STATUS = "retriable-status"  # an answer after which a route wants a retry; no client sees this
     CLIENT_GONE = "client-gone"  # the client left before its answer was complete; nobody sees the status
     LOOP = "loop-detected"
     FOREIGN = "foreign-destination"  # led to us, but meant for an address that is not this pod's
@@ -95,7 +95,7 @@ PROXY_ERROR: Final = b"pillion-proxy-error"
 """The field in which a sidecar says why it answered by itself. No app's answer carries it: inbound removes it."""
 
 UNREACHED: Final = frozenset((Cause.CONNECT_REFUSED, Cause.CONNECT_TIMEOUT, Cause.CONNECT_FAILED))
-"""Nobody was connected to: of the request, nothing reached an app."""
+"""No connection was made, so nothing of the request reached an app."""
 _UNREACHED: Final = {cause.value.encode(): cause for cause in UNREACHED}
 
 _REASONS = {

@@ -1,9 +1,9 @@
 """The first part of `serve`'s path without a task: the relay loop itself hears a client's first words and does its handshake.
 
-A task with its scopes and waits costs more than the whole handshake's signature, and most clients speak at once, to a port whose policy
-is known. Such a connection is a link of the relay from its accept on; `Arrival` is its receiver until its engine is. Whatever has to be
-waited for (policy, the rest of a first line, an app for opaque bytes, a client that stays silent) goes on as a task in `serve`, with what
-was read so far: this module decides nothing that is not decided there too.
+A task with its scopes and waits costs more CPU than the signature of a handshake, and most clients speak at once, to a port whose policy
+is known. Such a connection is a link of the relay from its accept on, and `Arrival` is its receiver until it has an engine. When there is
+something to wait for (a policy, the rest of a first line, an app for opaque bytes, a silent client), the connection goes on as a task in
+`serve`, with what was read so far. So nothing is decided here that is not decided there too.
 """
 
 from __future__ import annotations

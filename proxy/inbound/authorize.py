@@ -18,7 +18,7 @@ _CAUSES: dict[type, Cause] = {Denied: Cause.DENIED, NoRoute: Cause.NO_ROUTE, Bad
 
 
 class PolicyOfPort(Protocol):
-    """What discovery keeps current."""
+    """The policy of the dialled port, which discovery keeps current (proxy.discover.PortState)."""
 
     authorizer: PortAuthorizer | None
     changed: set[Callable[[], None]]
@@ -27,7 +27,7 @@ class PolicyOfPort(Protocol):
 class Authorization:
     """The standing question of one connection: may this client do this now?
 
-    spellings: of the names that decided about the last request, if it may not have them in another spelling.
+    spellings: of the header fields that the policy looks at; None where requests may have other spellings of them.
     """
 
     __slots__ = ("_client", "_made_from", "_names", "_port", "_view", "spellings")

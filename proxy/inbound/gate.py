@@ -120,7 +120,7 @@ class InboundGate:
             upstream.drain()
 
     def _guard_trailers(self) -> None:
-        """Other names than before decide."""
+        """The policy looks at other header fields than before: these must not come in trailers."""
         self._guarded = spellings = self._authorization.spellings
         self._edit = self._edit._replace(trailers=spellings.names if spellings is not None else ())
 

@@ -13,7 +13,7 @@ from core.capture import CALLER_LEVEL, CALLER_OPTION, caller_option
 
 
 class CallerTeller:
-    """Tells about one caller after the other, as long as the kernel listens."""
+    """Tells the kernel about callers, until it says that it does not take this."""
 
     def __init__(self) -> None:
         self.heard = True

@@ -1,4 +1,4 @@
-"""TLS records for the relay loop: ciphertext in, plaintext out and back, through OpenSSL's memory BIOs, without a wait anywhere.
+"""TLS records for the relay loop: from ciphertext to plaintext and back, through OpenSSL's memory BIOs, without waiting for anything.
 
 The relay reads a socket once into `RECEIVE_BUFFER` and asks `decrypt` for what was inside; it asks `encrypt` for the records of
 what is to be sent. Two implementations with one behaviour:
@@ -23,7 +23,7 @@ READ_MAX: Final = 256 * 1024
 
 RECORD_OVERHEAD: Final = 22  # header 5, content type 1, tag 16 (RFC 8446 section 5.2)
 _RECORD_PLAINTEXT: Final = 16384
-_PLAIN_BYTES: Final = READ_MAX + 2 * _RECORD_PLAINTEXT  # one read, and the beginning of a record that the read before it ended with
+_PLAIN_BYTES: Final = READ_MAX + 2 * _RECORD_PLAINTEXT  # of one read, and of a record whose beginning came with the read before
 _SEND_BYTES: Final = READ_MAX + (READ_MAX // _RECORD_PLAINTEXT + 2) * RECORD_OVERHEAD
 
 _SSL_ERROR_WANT_READ: Final = 2
@@ -199,7 +199,7 @@ class PortableRecords:
 
 
 class _NoRecords:
-    """What a closed connection has: its OpenSSL object, 34 KB, must not wait until the cycle collector finds the rest of it."""
+    """Replaces the records of a closed connection, so that its OpenSSL object (34 KB) is freed at once, not by the cycle collector."""
 
     __slots__ = ()
     ended = False

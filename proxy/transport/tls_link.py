@@ -16,7 +16,7 @@ from proxy.transport.tls_bio import NO_RECORDS, READ_MAX, RECEIVE_BUFFER, RECORD
 if TYPE_CHECKING:
     from proxy.transport.relay import Relay
 
-_ANSWERS_MAX: Final = 8192  # some 300 key updates, for which any peer has a hundred gigabytes each; more would cost us only
+_ANSWERS_MAX: Final = 8192  # some 300 key updates: honest peers send one in a hundred gigabytes, and each costs us an answer
 
 
 class TlsLink(Link):
@@ -88,7 +88,7 @@ class TlsLink(Link):
             self._deliver(data)
 
     def _deliver(self, data: bytes) -> None:
-        """Pass on what several or special records amounted to."""
+        """Deliver what a read amounted to that was not exactly one record of application data."""
         if answer := self._records.output():  # to a key update
             self._answered += len(answer)
             if self._answered > _ANSWERS_MAX:

@@ -66,7 +66,7 @@ class Turn(trio.abc.Instrument):
             carry(events)
             remaining = end - time.monotonic()
             if runnable or remaining <= 0:
-                # trio settled on sleeping before it asked us: without this it would, in spite of the task or the deadline.
+                # trio had decided to sleep before it called us. Without this it would, although there is a task to run or a deadline.
                 self._token.run_sync_soon(_nothing)
                 return
 

@@ -75,7 +75,7 @@ class RequestHead:
 
     @property
     def replayable(self) -> bool:
-        """Sending it twice does what sending it once does (RFC 9110 section 9.2.2), and nothing of it is lost by the first sending."""
+        """Whether it can be sent twice: its method is idempotent, and it has no body that would be used up by the first time."""
         return self.bodiless and not self.upgrades and self.method in IDEMPOTENT
 
     def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
