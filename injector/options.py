@@ -238,7 +238,7 @@ def _env(text: str, _: Mapping[str, int]) -> dict[str, str]:
     if not isinstance(found, dict) or len(found) > _ENV_MAX:
         raise ValueError(expected)
     for name, value in found.items():
-        if not _ENV_NAME.fullmatch(name) or not isinstance(value, str) or len(value) > 1024:
+        if not _ENV_NAME.fullmatch(name) or not isinstance(value, str) or len(value) > 1024 or "\0" in value:
             raise ValueError(expected)
         if name in FIXED_ENV:
             raise ValueError(f"no {name}, which the injector itself sets")

@@ -9,7 +9,6 @@ import contextlib
 import os
 import sys
 import time
-from pathlib import Path
 
 import click
 
@@ -255,13 +254,24 @@ def _print_tables(mesh: protocol.MeshStatus) -> None:
         click.echo(f"not ready: {reason}", err=True)
 
 
+def _text(file: str) -> str:
+    """What a file holds, or standard input (``-``); of a device no more is read than shows that it is too much."""
+    try:
+        with click.open_file(file, "rb") as stream:
+            content: bytes = stream.read(protocol.MAX_LINE_BYTES)
+    except OSError as error:
+        raise _fail(f"{file}: {error.strerror}") from None
+    if len(content) == protocol.MAX_LINE_BYTES:
+        raise _fail(f"{file}: expected less than {protocol.MAX_LINE_BYTES} bytes")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise _fail(f"{file}: expected UTF-8, found something else at byte {error.start}") from None
+
+
 def _change(kind: type[protocol.ApplyText] | type[protocol.DeleteText], files: tuple[str, ...], name: str) -> None:
     for file in files:
-        if file == "-":
-            text, is_json = sys.stdin.read(), False
-        else:
-            text, is_json = Path(file).read_text(encoding="utf-8"), file.endswith(".json")
-        answer = _ask(name, kind(text, file, is_json))
+        answer = _ask(name, kind(_text(file), file, file.endswith(".json")))
         assert isinstance(answer, protocol.Done)
         for line in answer.lines:
             click.echo(line)

@@ -142,6 +142,7 @@ def test_a_wrong_option_is_refused_with_annotation_value_and_what_was_expected()
         ("env", "PILLION_X=1"),
         ("env", '{"PATH": "/tmp"}'),
         ("env", '{"PILLION_MAX_CONNECTIONS": 1}'),
+        ("env", '{"PILLION_MAX_CONNECTIONS": "\\u0000"}'),
         ("env", '{"PILLION_IDENTITY_ADDR": "evil:1"}'),
         ("no-such-option", "x"),
     ],

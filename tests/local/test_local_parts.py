@@ -189,6 +189,17 @@ def test_commands_without_a_mesh_say_what_to_do(command: list[str], monkeypatch:
     )
 
 
+def test_files_that_are_no_manifest_are_refused_before_a_mesh_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"kind: \xff\n")
+    for file, said, reason in (
+        (str(tmp_path / "latin.yaml"), b"", "expected UTF-8, found something else at byte 6"),
+        ("-", "kind: Pod".encode("utf-16"), "expected UTF-8, found something else at byte 0"),
+        ("/dev/zero", b"", "expected less than 8388608 bytes"),
+    ):
+        result = CliRunner().invoke(local, ["apply", "--name", "no-such-mesh", "-f", file], input=said)
+        assert (result.exit_code, result.output) == (1, f"error: {file}: {reason}\n")
+
+
 def test_a_mesh_is_started_by_one_command_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_CLAIM_TIMEOUT_S", 0.0)
     name, state = f"claimed-{os.getpid()}", tmp_path / "mesh"
