@@ -413,6 +413,26 @@ def check_epoll_edge(hop: Hop) -> None:
     _epoll(hop, select.EPOLLIN | select.EPOLLET)
 
 
+def check_epoll_edge_far_behind(hop: Hop) -> None:
+    """One edge may stand for bytes past TCP and for those that went by TCP behind them: who reads until EAGAIN gets all, both ways."""
+    ends = hop.pair()
+    for writer, reader in (ends, ends[::-1]):
+        writer.setblocking(False)
+        reader.setblocking(False)
+        left = 0
+        with select.epoll() as poll:
+            poll.register(reader, select.EPOLLIN | select.EPOLLET)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    left += writer.send(_NOISE[:65536])
+            while left:
+                assert poll.poll(PATIENCE_S), f"no event for the last {left} bytes"
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        left -= len(reader.recv(100_000))
+    _close(*ends)
+
+
 def check_end_of_stream_events(hop: Hop) -> None:
     """EPOLLRDHUP comes with the last bytes, EPOLLOUT on an idle connection, SO_RCVTIMEO and MSG_DONTWAIT end a read."""
     c, s = hop.pair()
