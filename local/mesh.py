@@ -1,6 +1,6 @@
 """The running mesh: what should exist against what does, brought together whenever something changed. Called by local.supervisor.
 
-One task, `reconcile`, level-triggered: it looks at all manifests and all pods, starts and stops what differs, and then writes what others
+One task, `Mesh.run`, level-triggered: it looks at all manifests and all pods, starts and stops what differs, and then writes what others
 read (API objects for the controllers, hosts files, the node's rules). Any number of changes while it works make one more round.
 """
 

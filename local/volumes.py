@@ -18,7 +18,7 @@ _MIRRORED_MAX = 2000  # entries of a folder that is mirrored: each is a mount
 
 
 def materialise(volume: Volume, folder: Path) -> Path:
-    """Write the files of a volume (again, when they changed) and return what to bind. Tokens are written by `write_token`."""
+    """Write the files of a volume (again, when they changed) and return what to bind. Tokens are written by local.pod."""
     if volume.host_path is not None:
         if not os.path.exists(volume.host_path):
             raise NotYet(f"volume {volume.name}: {volume.host_path} does not exist on this machine")

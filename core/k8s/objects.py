@@ -1,7 +1,7 @@
 """Typed views of the core Kubernetes objects: only the fields that somebody here reads, everything else is skipped. Pure.
 
-Field names and defaults are those of the core/v1 and discovery.k8s.io/v1 API reference. Constructed by `read_namespace` and its
-neighbours from untrusted dicts; read by policy.index, the injector and the local runner.
+Field names and defaults are those of the core/v1 and discovery.k8s.io/v1 API reference. Constructed by `read_core_object`
+from untrusted dicts; read by policy.index, the injector and the local runner.
 """
 
 from __future__ import annotations
