@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from cli.output import CommandFailed
+from cli.output import WHICH_CLUSTER, CommandFailed
 from core.k8s.kinds import kind_meant
 from identity.admin_client import IdentityAdmin
 from injector.fixed import ADMIN_PORT, SIDECAR_NAME
@@ -73,6 +73,8 @@ class ClusterMesh:
             api = config.new_client_from_config(kubeconfig or None, context or None, persist_config=False)  # type: ignore[no-untyped-call]
         except (config.ConfigException, OSError) as error:
             raise CommandFailed(f"no cluster: {error}", "set KUBECONFIG, or name a local mesh with --name") from None
+        except Exception as error:  # an open set: the library takes a file of any other shape for one
+            raise CommandFailed(f"no cluster: this is no kubeconfig ({type(error).__name__})", WHICH_CLUSTER) from None
         self._core = client.CoreV1Api(api)
         self._leases = client.CoordinationV1Api(api)
         self._control = control_namespace

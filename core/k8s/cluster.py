@@ -80,11 +80,13 @@ def kubeconfig_access(path: str = "", context: str = "") -> Access:
         contexts, active = list_kube_config_contexts(path or None)  # type: ignore[no-untyped-call]
     except (ConfigException, OSError, ValueError) as error:
         raise NoCluster(f"kubeconfig {path or '~/.kube/config'}: {error}") from error
+    except Exception as error:  # an open set: the library takes a file of any other shape for one
+        raise NoCluster(f"kubeconfig {path or '~/.kube/config'}: this is none ({type(error).__name__})") from error
     if configuration.proxy:
         raise NoCluster(f"kubeconfig {path}: proxy-url is not supported; reach {configuration.host} directly")
     chosen = next((entry for entry in contexts if entry.get("name") == context), active)
-    url = urlsplit(configuration.host)
     try:
+        url = urlsplit(configuration.host)
         trust = _kubeconfig_trust(configuration) if url.scheme == "https" else None
         port = url.port or (443 if trust else 80)
     except (OSError, ssl.SSLError, ValueError) as error:

@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cli import main as cli_main
 from cli.main import cli
 from cli.reach import match_pods
+from core.k8s.cluster import NoCluster, kubeconfig_access
 from identity.admin_wire import AnchorStatus, Answer, Ask, Status, WorkloadStatus
 from local import client, protocol
 from tests.ports import unused_port
@@ -274,6 +275,17 @@ def test_no_mesh_running_says_how_to_start_one(mesh: FakeMesh, monkeypatch: pyte
         1,
         "error: no mesh named 'other' is running here\n  try: pillion local up -f DIR --name other --detach\n",
     )
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"hello", b"\xff\xfe", b"!!python/name:os.system x", b"contexts: 5", b"current-context: c\ncontexts: [null]"]
+)
+def test_a_file_that_is_no_kubeconfig_is_refused_in_a_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config").write_bytes(content)
+    result = CliRunner(env={"KUBECONFIG": str(tmp_path / "config")}).invoke(cli, ["authz", "web"], prog_name="pillion")
+    assert result.exit_code == 1 and result.output.startswith("error: no cluster: "), result.output
+    with pytest.raises(NoCluster, match="kubeconfig"):
+        kubeconfig_access(str(tmp_path / "config"))
 
 
 def test_neither_a_mesh_here_nor_a_kubeconfig_says_how_to_name_either(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
