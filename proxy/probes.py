@@ -32,6 +32,7 @@ _REDIRECTS_MAX = 10  # kubelet's
 _HEAD_BYTES_MAX = 64 << 10
 _TIMEOUT_S = (0.1, 300.0)
 _AGAIN_S = (0.02, 0.1)  # the first pause, and the longest
+_LAST_S = 0.01  # before the end of a probe's time an app is dialled for the last time
 _TELL_S = 1.0  # between two lines about one probe: any pod may ask, as often as it likes
 
 
@@ -193,9 +194,10 @@ async def _dial(probe: Probe, ip: str) -> trio.SocketStream:
         try:
             return await trio.open_tcp_stream(ip, probe.port)
         except OSError:
-            if not probe.patient:
-                raise
-            await trio.sleep(pause_s)
+            left_s = trio.current_effective_deadline() - trio.current_time()
+            if not probe.patient or left_s < 2 * _LAST_S:
+                raise  # just before the time is over, which would not say that nobody listens
+            await trio.sleep(min(pause_s, left_s - _LAST_S))
             pause_s = min(2 * pause_s, longest_s)
 
 
