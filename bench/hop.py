@@ -85,14 +85,17 @@ class Way:
 def on_one_processor(pids: Sequence[int]) -> Iterator[None]:
     """These processes, and whatever this one starts meanwhile."""
     allowed = os.sched_getaffinity(0)
-    everybody = [0, *pids]
     try:
-        for pid in everybody:
-            os.sched_setaffinity(pid, {min(allowed)})
+        _allow(pids, {min(allowed)})
         yield
     finally:
-        for pid in everybody:
-            os.sched_setaffinity(pid, allowed)
+        _allow(pids, allowed)
+
+
+def _allow(pids: Sequence[int], processors: set[int]) -> None:
+    for pid in (0, *pids):
+        with contextlib.suppress(ProcessLookupError):  # it ended: what is measured says so better
+            os.sched_setaffinity(pid, processors)
 
 
 def relayed(bench: Bench) -> None:

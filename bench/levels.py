@@ -1,4 +1,4 @@
-"""P8, second half: Pillion's own sidecars on each rung of the ladder that captures, and on the one it lacks.
+"""P8, second half: Pillion's own sidecars on each rung of the ladder, and with eBPF capture where acceleration is switched off.
 
     app (client) ==== outbound sidecar ==== mutual TLS ==== inbound sidecar ==== app (server)
 

@@ -16,7 +16,9 @@ from bench.contestants.base import API_RULES, BULK_RULES, GRPC_RULES, Context, S
 from bench.contestants.envoy import Envoy, policies_json
 from bench.contestants.haproxy import Haproxy, acl_lines
 from bench.contestants.objects import objects
+from bench.levels import LEVELS
 from bench.stage import Pinning, Stage, endpoint_ips, redirect_rules
+from ebpf.plan import CONNECT, NFT, NFT_SOCKMAP
 from policy.admission import parse_object
 
 SETUPS = [
@@ -163,3 +165,12 @@ def test_endpoint_addresses_are_distinct_and_never_the_clients() -> None:
     ips = endpoint_ips(1000)
     assert len(set(ips)) == 1000
     assert all(not ip.startswith("10.7.0.") for ip in ips)
+
+
+def test_a_pair_of_sidecars_is_led_on_every_rung_that_captures() -> None:
+    assert {name: (led.level, led.accelerate) for name, led in LEVELS.items()} == {
+        "nftables": (NFT, False),
+        "nftables+sockmap": (NFT_SOCKMAP, True),
+        "connect": (CONNECT, False),
+        "connect+sockmap": (CONNECT, True),
+    }
