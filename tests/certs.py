@@ -56,8 +56,9 @@ class Authority:
         starts_in: float = -600,
         ends_in: float = 3600,
         bundle_pem: bytes | None = None,
+        signs: bool = False,
     ) -> Credentials:
-        """A certified key. names replaces the SAN; starts_in and ends_in are seconds from now."""
+        """A certified key. names replaces the SAN; starts_in and ends_in are seconds from now; signs: as a CA's certificate."""
         who = parse_workload_id(identity) if isinstance(identity, str) else identity
         key = ec.generate_private_key(ec.SECP256R1())
         begin, end = _now() + dt.timedelta(seconds=starts_in), _now() + dt.timedelta(seconds=ends_in)
@@ -71,6 +72,8 @@ class Authority:
             .not_valid_after(end)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
         )
+        if signs:
+            builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         sans = [x509.UniformResourceIdentifier(who.uri)] if names is None else names
         if sans:
             builder = builder.add_extension(x509.SubjectAlternativeName(sans), critical=True)

@@ -162,8 +162,11 @@ _KNOWN_LEAVES_MAX = 1024
 def _leaf_identity(certificate: x509.Certificate) -> WorkloadId:
     try:
         names = list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+        signs = any(isinstance(one.value, x509.BasicConstraints) and one.value.ca for one in certificate.extensions)
     except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
         raise HandshakeFailed("invalid-identity", "the certificate has no readable subject alternative name") from None
+    if signs:
+        raise HandshakeFailed("invalid-identity", "the certificate is one that signs others, which names no workload")
     if len(names) != 1 or not isinstance(names[0], x509.UniformResourceIdentifier):
         raise HandshakeFailed("invalid-identity", "the certificate must carry exactly one subject alternative name, a URI")
     try:

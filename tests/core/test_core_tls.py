@@ -87,6 +87,7 @@ async def test_the_server_has_the_identity_it_was_dialled_for():
         ({"names": [x509.UniformResourceIdentifier(WEB.uri), x509.UniformResourceIdentifier(CART.uri)]}, "invalid-identity"),
         ({"names": [x509.UniformResourceIdentifier(WEB.uri), x509.DNSName("web")]}, "invalid-identity"),
         ({"names": [x509.UniformResourceIdentifier("spiffe://cluster.local/ns/shop")]}, "invalid-identity"),
+        ({"signs": True}, "invalid-identity"),
         ({"names": [x509.UniformResourceIdentifier("spiffe://other.example/ns/shop/sa/cart")]}, "foreign-trust-domain"),
     ],
 )
