@@ -29,6 +29,7 @@ _LOG_BYTES = 1 << 20
 
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT = 0, 1, 2, 3, 4
 _PROG_LOAD, _OBJ_PIN, _OBJ_GET, _PROG_ATTACH = 5, 6, 7, 8
+_PROG_QUERY = 16
 _PROG_NEXT_ID, _MAP_NEXT_ID, _INFO, _LINK_CREATE, _LINK_UPDATE, _LINK_NEXT_ID, _LINK_DETACH = 11, 12, 15, 28, 29, 31, 34
 _ID_COMMANDS = {"prog": _PROG_NEXT_ID, "map": _MAP_NEXT_ID, "link": _LINK_NEXT_ID}
 
@@ -220,6 +221,16 @@ def map_info(fd: int) -> MapInfo:
     _bpf(_INFO, struct.pack("=IIQ", fd, len(info), _at(info)))
     kind, ident, key, value, entries, _flags, name = struct.unpack_from("=IIIIII16s", info.raw)
     return MapInfo(kind, ident, key, value, entries, name.rstrip(b"\0").decode())
+
+
+def attached(target_fd: int, attach_type: int) -> int:
+    """How many programs of an attach type a cgroup has (its own, without those of its parents), or a network namespace."""
+    attr = _buffer(struct.pack("=II", target_fd, attach_type).ljust(_ATTR_BYTES, b"\0"))
+    if _LIBC.syscall(_SYSCALL[platform.machine()], _PROG_QUERY, attr, _ATTR_BYTES) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    count: int = struct.unpack_from("=I", attr.raw, 24)[0]
+    return count
 
 
 def object_id(fd: int) -> int:

@@ -20,6 +20,7 @@ import msgspec
 
 from cli.demo.wire import Connection, NotTls13, check_tls13_untrusted, connections, read_pcap_untrusted
 from cli.output import CommandFailed
+from ebpf import bpfsys
 from ebpf import client as agent
 from ebpf.wire import Status
 from local import client, protocol
@@ -160,13 +161,13 @@ def capture_level(runner: int, pod: protocol.PodStatus) -> str:
     return "eBPF, connect and sk_lookup" if same and _output([*into_runner, *asked]).split() == ["1", "1", "1"] else ""
 
 
-# how many programs the kernel has for: sk_lookup in that namespace, connect4 and connect6 on the machine
-_ASK_KERNEL = """
-import os, sys
-from ebpf import bpfsys
-netns, cgroup = os.open(sys.argv[1], os.O_RDONLY), os.open(bpfsys.cgroup2(), os.O_RDONLY)
-print(*(min(bpfsys.attached(fd, kind), 1) for fd, kind in ((netns, 36), (cgroup, 10), (cgroup, 11))))
-"""
+_ASK_KERNEL = "import sys; from cli.demo.evidence import attached; print(*attached(sys.argv[1]))"  # inside the runner's namespaces
+
+
+def attached(netns: str) -> list[int]:
+    """1 for each place where the kernel has a program: sk_lookup in that namespace, connect4 and connect6 on the machine."""
+    fds = os.open(netns, os.O_RDONLY), os.open(bpfsys.cgroup2() or "", os.O_RDONLY)
+    return [min(bpfsys.attached(fds[place], kind), 1) for place, kind in ((0, 36), (1, 10), (1, 11))]
 
 
 class Hops(NamedTuple):
