@@ -55,7 +55,7 @@ bench: venv ## the full measurements (twenty minutes; needs a quiet machine)
 bench-scale: venv ## one policy controller, a simulated cluster of 10,000 pods and 2,000 sidecars (a minute; needs a quiet machine)
 	$(BIN)/python -m bench.scale --out bench/results/scale.json
 
-bench-quick: venv ## one short round of every row (two to three minutes), to see that every contestant answers
+bench-quick: venv ## one short round of every row (three to four minutes), to see that every contestant answers
 	$(BIN)/python -m bench --quick
 
 architecture: venv ## write the list of modules in ARCHITECTURE.md anew
