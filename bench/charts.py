@@ -79,6 +79,7 @@ def chart(rows: Sequence[Result], picture: Picture) -> str | None:
     body, y = [f'<text x="10" y="22" font-weight="600">{escape(title)}</text>'], 44
     for work in _works(shown):
         body.append(f'<text x="10" y="{y + 12}">{escape(work)}</text>')
+        y += _BAR  # a line of its own: names are longer than the margin is wide
         for one in (one for one in shown if one.work == work):
             value = max(0.0, one.median or 0.0)
             length = round((_WIDTH - _LEFT - _RIGHT) * value / top[work], 1)
