@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -38,21 +40,24 @@ def test_the_sidecars_own_ports_lead_nowhere(arena: Arena, caller: str, port: in
 
 @pytest.mark.parametrize("ip", ["127.0.0.1", "127.0.0.2", "127.255.255.254", "::ffff:127.0.0.3", "0.0.0.0", "::1", "203.0.113.9"])
 @pytest.mark.parametrize("port", [4140, 4143])
-def test_an_app_that_dials_its_own_sidecar_is_reset(arena: Arena, port: int, ip: str) -> None:
-    """One such connection, led on, would come back for ever, and take every descriptor of the sidecar."""
+def test_an_app_that_dials_its_own_sidecar_is_cut(arena: Arena, port: int, ip: str) -> None:
+    """One such connection, led on, would come back until the sidecar has no descriptor left."""
     in_pod = ["nsenter", "-t", str(arena.pid("web")), "-n", "ip", "address"]
     subprocess.run([*in_pod, "add", "203.0.113.9/32", "dev", "lo"], check=True)  # as a second network's: none that Kubernetes lists
+    before = _opened(arena)
     try:
-        with pytest.raises(ConnectionResetError):  # maybe before connect(2) has returned
-            _ask_for_anything(arena, ip, port)
+        with contextlib.suppress(ConnectionError), arena.dial("web", ip, port) as sock:  # a reset, perhaps before connect(2) has returned
+            sock.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert sock.recv(100) == b""
     finally:
         subprocess.run([*in_pod, "del", "203.0.113.9/32", "dev", "lo"], check=True)
+    assert _opened(arena) <= before + 1, "once where capture does not know the address, by which it comes back and is recognised"
 
 
-def _ask_for_anything(arena: Arena, ip: str, port: int) -> bytes:
-    with arena.dial("web", ip, port) as sock:
-        sock.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-        return sock.recv(100)
+def _opened(arena: Arena) -> int:
+    """How many connections of the app the sidecar of ``web`` took up."""
+    samples = arena.ask("web", "127.0.0.1", ADMIN, "/metrics").body.decode()
+    return sum(int(value) for value in re.findall(r'^pillion_tcp_open_total\{.*direction="outbound".*\} ([0-9]+)', samples, re.MULTILINE))
 
 
 @CALLERS
