@@ -12,9 +12,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.cluster import images, kit
+from tests.cluster.kube import CONTROL_PLANE
 from tests.cluster.machine import CannotStart
 from tests.cluster.nodes import Cluster
 
@@ -23,24 +25,31 @@ MANIFESTS = Path(__file__).parent / "manifests"
 
 
 def bring_up(cluster: Cluster) -> None:
-    """Nodes, DNS, Gateway API, and the images that tests use."""
+    """Nodes, DNS, Gateway API, and the images that tests use: made while the nodes start, and loaded while the rest is set up."""
     gateway = kit.have("gateway")
-    cluster.up([images.pause(), images.coredns()])
-    for arguments in (
-        ("apply", "-f", str(MANIFESTS / "coredns.yaml")),
-        ("apply", "--server-side", "-f", str(gateway / "crds" / "standard")),
-    ):
-        done = cluster.kubectl(*arguments)
-        if done.returncode:
-            raise CannotStart(f"kubectl {' '.join(arguments)}: {done.stderr[-2000:]}")
-    load(cluster)
-
-
-def load(cluster: Cluster) -> None:
-    """Pillion with the code as it is, and the tests' app."""
-    for archive in [*images.pillion(), images.app()]:
-        cluster.load(archive)
+    with ThreadPoolExecutor() as aside:
+        made = aside.submit(_images)
+        cluster.up([images.pause(), images.coredns()])
+        loaded = aside.submit(lambda: _load(cluster, made.result()))
+        for arguments in (
+            ("apply", "-f", str(MANIFESTS / "coredns.yaml")),
+            ("apply", "--server-side", "-f", str(gateway / "crds" / "standard")),
+        ):
+            done = cluster.kubectl(*arguments)
+            if done.returncode:
+                raise CannotStart(f"kubectl {' '.join(arguments)}: {done.stderr[-2000:]}")
+        loaded.result()
     kit.say("images loaded")
+
+
+def _images() -> list[Path]:
+    """Pillion with the code as it is, and the tests' app."""
+    return [*images.pillion(), images.app()]
+
+
+def _load(cluster: Cluster, archives: list[Path]) -> None:
+    for archive in archives:
+        cluster.load(archive)
 
 
 def install(cluster: Cluster, settings: list[str]) -> None:
@@ -51,7 +60,7 @@ def install(cluster: Cluster, settings: list[str]) -> None:
     manifests = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kubectl = [str(cluster.binaries / "kubectl"), f"--kubeconfig={cluster.kubeconfig}", "-n", "pillion"]
     subprocess.run([*kubectl, "apply", "-f", "-"], input=manifests, text=True, check=True, stdout=subprocess.DEVNULL)
-    for workload in ("deployment/pillion-identity", "deployment/pillion-policy", "deployment/pillion-injector"):
+    for workload in CONTROL_PLANE:
         subprocess.run([*kubectl, "rollout", "status", workload, "--timeout=120s"], check=True, stdout=subprocess.DEVNULL)
     kit.say("Pillion is installed")
 
@@ -90,7 +99,7 @@ def main(arguments: list[str]) -> int:
         print("no cluster runs here: make cluster", file=sys.stderr)
         return 1
     elif what == "code":
-        load(running)
+        _load(running, _images())
     elif what == "install":
         install(running, rest)
     elif what == "times":

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import kit
-from tests.cluster.kube import Kube, Refused, Space, until
+from tests.cluster.kube import AGENTS, CONTROL_PLANE, Kube, Refused, Space, until
 from tests.cluster.nodes import Cluster
 
 STATE = Path("/run/pillion-test-cluster")
@@ -48,12 +48,13 @@ def _progress(pytestconfig: pytest.Config) -> None:
 
 @dataclass(frozen=True)
 class Ground:
-    """The cluster under the tests; ``nodes`` is None where somebody else made it and its machines are out of reach."""
+    """The cluster under the tests; ``nodes`` is None where somebody else made it and its machines are out of reach. stays: after us."""
 
     kube: Kube
     image: str
     agent_image: str
     nodes: Cluster | None
+    stays: bool
 
     def install(self, *settings: str) -> str:
         """The manifests of an installation, as `pillion install` prints them."""
@@ -75,16 +76,17 @@ def ground(pytestconfig: pytest.Config) -> Iterator[Ground]:
     if kubeconfig:
         kubectl = shutil.which("kubectl") or str(kit.have("kubernetes") / "kubectl")
         state = Path(kubeconfig).parent / "state"
-        yield Ground(Kube(kubectl, kubeconfig), *names, Cluster.opened(state) or Cluster.opened(Path(kubeconfig).parent))
+        yield Ground(Kube(kubectl, kubeconfig), *names, Cluster.opened(state) or Cluster.opened(Path(kubeconfig).parent), stays=True)
         return
     from tests.cluster.__main__ import bring_up
 
     made = Cluster(STATE, "ptest", 2, "10.97.0")
+    stays = bool(os.environ.get("PILLION_KEEP"))
     try:
         bring_up(made)
-        yield Ground(Kube(str(made.binaries / "kubectl"), str(made.kubeconfig)), *names, made)
+        yield Ground(Kube(str(made.binaries / "kubectl"), str(made.kubeconfig)), *names, made, stays)
     finally:
-        if not os.environ.get("PILLION_KEEP"):
+        if not stays:
             made.down()
 
 
@@ -99,8 +101,7 @@ def mesh(ground: Ground) -> Space:
     started = time.monotonic()
     ground.kube.apply(ground.install())
     pillion = Space(ground.kube, "pillion")
-    pillion.rolled_out(*(f"deployment/pillion-{component}" for component in ("identity", "policy", "injector")))
-    pillion.rolled_out("daemonset/pillion-agent")
+    pillion.rolled_out(*CONTROL_PLANE, AGENTS)
     kit.say(f"Pillion is up {time.monotonic() - started:.0f} s after `pillion install | kubectl apply`")
     return pillion
 

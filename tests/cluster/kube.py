@@ -17,6 +17,10 @@ from tests.cluster.images import APP_IMAGE
 Object = dict[str, Any]
 
 
+COMPONENTS = ("identity", "policy", "injector")
+CONTROL_PLANE = tuple(f"deployment/pillion-{component}" for component in COMPONENTS)
+AGENTS = "daemonset/pillion-agent"
+
 _KNOWN_WITHIN_S = 60.0
 """How long the cluster may take to tell of a fresh Service: its DNS of the name, endpoint slices of the ready pods."""
 
@@ -208,6 +212,13 @@ def container(name: str = "app", /, *arguments: str, **more: Any) -> Object:
         shown["ports"] = [{"name": "http", "containerPort": 8080}]
         shown["readinessProbe"] = {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1, "timeoutSeconds": 5}
     return {**shown, **more}
+
+
+def lingering() -> Object:
+    """A container whose app is not ready for some seconds before it ends, as one does that lets its callers go elsewhere."""
+    ports = [{"name": "http", "containerPort": 8080}]
+    ready = {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1, "timeoutSeconds": 5}
+    return container("app", "serve", "--http", "8080", "--drain", "8", ports=ports, readinessProbe=ready)
 
 
 def pod_spec(*containers: Object, **more: Any) -> Object:

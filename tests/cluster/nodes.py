@@ -137,12 +137,12 @@ class Cluster:
             )
         (self.state / "run" / f"{node.namespace}-{name}.pid").write_text(done.stdout.strip())
 
-    def stop(self, node: Node, name: str, *, kill: bool = False) -> None:
-        """End a program that `start` started, here or in another process, and wait until it is gone."""
+    def stop(self, node: Node, name: str, *, kill: bool = False, patience_s: float = 10) -> None:
+        """End a program that `start` started, here or in another process, and wait until it is gone; killed when it takes long."""
         pid = int((self.state / "run" / f"{node.namespace}-{name}.pid").read_text())
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
-        end = time.monotonic() + 10
+        end = time.monotonic() + patience_s
         while alive(pid):
             if time.monotonic() > end:
                 with contextlib.suppress(ProcessLookupError):

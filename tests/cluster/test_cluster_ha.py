@@ -10,14 +10,12 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.conftest import Ground
-from tests.cluster.kube import Kube, Space, client, container, pod_spec, service, until, workload
+from tests.cluster.kube import AGENTS, COMPONENTS, CONTROL_PLANE, Kube, Space, client, container, pod_spec, service, until, workload
 from tests.cluster.test_cluster_install import checked
 from tests.cluster.test_cluster_workloads import caller, identity
+from tests.cluster.whole import is_ready
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
-COMPONENTS = ("identity", "policy", "injector")
-DEPLOYMENTS = [f"deployment/pillion-{name}" for name in COMPONENTS]
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +24,22 @@ def spread(ground: Ground, mesh: Space) -> Iterator[Space]:
     if len(ground.kube.json("get", "nodes")["items"]) < 2:
         pytest.skip("needs two nodes")
     try:
+        _without_control_plane(mesh)
         ground.kube.apply(ground.install("--ha", *(f"--set={name}.replicas=2" for name in COMPONENTS)))
-        mesh.rolled_out(*DEPLOYMENTS)
+        mesh.rolled_out(*CONTROL_PLANE)
         yield mesh
     finally:
         mesh.run("delete", "poddisruptionbudgets", "--all")
-        mesh.run("delete", *DEPLOYMENTS)
-        # a pod that parting ones keep away is looked at again after five minutes only
-        mesh.run("wait", "--for=delete", "pod", f"--selector=app.kubernetes.io/component in ({', '.join(COMPONENTS)})", "--timeout=110s")
+        _without_control_plane(mesh)
         ground.kube.apply(ground.install())
-        mesh.rolled_out(*DEPLOYMENTS, "daemonset/pillion-agent")
+        mesh.rolled_out(*CONTROL_PLANE, AGENTS)
+
+
+def _without_control_plane(mesh: Space) -> None:
+    """A pod that parting ones keep away from their nodes may be looked at again only after half a minute, or five."""
+    mesh.run("delete", "--ignore-not-found", *CONTROL_PLANE)
+    selector = f"--selector=app.kubernetes.io/component in ({', '.join(COMPONENTS)})"
+    until("its pods have ended", lambda: not mesh.json("get", "pods", selector)["items"])
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +54,7 @@ def shop(make_space: object, spread: Space) -> Space:
 def _replicas(mesh: Space, component: str) -> dict[str, str]:
     """Names of a component's ready pods, and their nodes."""
     return {
-        pod["metadata"]["name"]: pod["spec"]["nodeName"]
-        for pod in mesh.pods(f"app.kubernetes.io/component={component}")
-        if any(each["type"] == "Ready" and each["status"] == "True" for each in pod["status"].get("conditions", []))
+        pod["metadata"]["name"]: pod["spec"]["nodeName"] for pod in mesh.pods(f"app.kubernetes.io/component={component}") if is_ready(pod)
     }
 
 
@@ -94,5 +96,5 @@ def test_pods_join_while_one_of_each_is_lost_and_no_request_fails(spread: Space,
         shop.apply(client("joins"))
         shop.ready("joins")
         assert caller(shop.call("joins", "http://web/")) == identity(shop)
-        spread.rolled_out(*DEPLOYMENTS)
+        spread.rolled_out(*CONTROL_PLANE)
     assert load.calls > 20 and not load.failed, (load.calls, load.failed, load.failures)

@@ -116,10 +116,15 @@ def test_a_classic_sidecar_is_ready_first_and_serves_while_the_app_ends(make_spa
     answered = json.loads(space.run("logs", "once", "-c", "app"))
     assert answered["status"] == 200 and "pillion-client-id" in answered["body"]["headers"], "its very first call went through the mesh"
     space.ready("late")
-    space.run("delete", "pod", "late")
-    log = space.run("logs", "deployment/web", "-c", "pillion-proxy")
-    (line,) = [line for line in log.splitlines() if "/last-words" in line]
+    space.run("delete", "pod", "late", "--wait=false")
+    (line,) = until("its last words", lambda: _logged(space, "/last-words"))
     assert json.loads(line)["client_id"].endswith("/sa/default"), line
+
+
+def _logged(space: Space, path: str) -> list[str]:
+    """What the sidecar of ``web`` has in its access log about a path."""
+    log = space.run("logs", "deployment/web", "-c", "pillion-proxy")
+    return [line for line in log.splitlines() if path in line]
 
 
 def _ended(space: Space, name: str) -> Any:
@@ -219,10 +224,14 @@ def test_what_another_webhook_adds_afterwards_is_meshed_too(make_space: Callable
 
 
 def test_mesh_settings_are_followed_while_the_injector_runs(space: Space, mesh: Space) -> None:
-    """The kubelet brings a changed ConfigMap within a minute or so."""
+    """The kubelet brings a changed ConfigMap within a minute or so, at once to a pod that changes itself."""
     before = mesh.json("get", "configmap", "pillion-config")["data"]["mesh.yaml"]
     marked = yaml.safe_load(before)
     marked["defaults"] = {**(marked.get("defaults") or {}), "detect-timeout": "11s"}
+
+    def write(settings: str) -> None:
+        mesh.run("patch", "configmap", "pillion-config", "-p", json.dumps({"data": {"mesh.yaml": settings}}))
+        mesh.run("annotate", "pods", "--selector=app.kubernetes.io/component=injector", "--overwrite", f"look-again={time.monotonic()}")
 
     def seen() -> bool:
         found = created(space, client())
@@ -230,11 +239,11 @@ def test_mesh_settings_are_followed_while_the_injector_runs(space: Space, mesh: 
         return any(each["name"] == "PILLION_DETECT_TIMEOUT_S" for sidecar in sidecars for each in sidecar["env"])
 
     try:
-        mesh.run("patch", "configmap", "pillion-config", "-p", json.dumps({"data": {"mesh.yaml": yaml.safe_dump(marked)}}))
-        until("the new default", seen, seconds=150, pause=2)
+        write(yaml.safe_dump(marked))
+        until("the new default", seen, seconds=150, pause=1)
     finally:
-        mesh.run("patch", "configmap", "pillion-config", "-p", json.dumps({"data": {"mesh.yaml": before}}))
-    until("the old one again", lambda: not seen(), seconds=150, pause=2)
+        write(before)
+    until("the old one again", lambda: not seen(), seconds=150, pause=1)
 
 
 def test_a_serving_certificate_that_is_lost_is_made_again_and_known(space: Space, mesh: Space) -> None:

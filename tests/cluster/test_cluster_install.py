@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from cli.check.catalogue import CONTROL_PLANE, DATA_PLANE
+from cli.check import catalogue
 from core.k8s.access import GRANTS, questions
 from tests.cluster.conftest import PILLION, Ground
-from tests.cluster.kube import Kube, Object, Space, client, until
+from tests.cluster.kube import CONTROL_PLANE, Kube, Object, Space, client, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -104,7 +104,7 @@ def test_check_finds_nothing_wrong(kube: Kube, mesh: Space, space: Space) -> Non
     code, found = checked(kube, "--proxy", "-n", space.name, "--wait", "60")
     assert {row["id"]: row["error"] for row in found.values() if row["result"] == "error"} == {}
     assert code == 0
-    assert set(found) == {check.id for category in [*CONTROL_PLANE, *DATA_PLANE] for check in category.checks}
+    assert set(found) == {check.id for category in [*catalogue.CONTROL_PLANE, *catalogue.DATA_PLANE] for check in category.checks}
     assert "1 of 1 pods have a sidecar" in found["injected"]["detail"]
 
 
@@ -188,11 +188,11 @@ def test_upgrade_keeps_settings_and_the_authority(ground: Ground, mesh: Space) -
         settings = yaml.safe_load(kept["data"]["values.yaml"])
         assert (settings["opaquePorts"], settings["logLevel"], settings["image"]) == ("25,3306", "warning", ground.image)
         kube.apply(done.stdout)
-        mesh.rolled_out("deployment/pillion-policy", "deployment/pillion-identity", "deployment/pillion-injector")
+        mesh.rolled_out(*CONTROL_PLANE)
         assert mesh.json("get", "secret", "pillion-issuer")["data"]["ca.crt"] == issuer["ca.crt"]
     finally:
         kube.apply(ground.install())
-        mesh.rolled_out("deployment/pillion-policy", "deployment/pillion-identity", "deployment/pillion-injector")
+        mesh.rolled_out(*CONTROL_PLANE)
 
 
 def test_upgrade_names_what_is_not_part_of_it_any_more(kube: Kube, mesh: Space) -> None:

@@ -14,7 +14,21 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from tests.cluster.conftest import Ground
-from tests.cluster.kube import Load, Space, client, container, pod, pod_spec, service, until, workload
+from tests.cluster.kube import (
+    AGENTS,
+    COMPONENTS,
+    CONTROL_PLANE,
+    Load,
+    Space,
+    client,
+    container,
+    lingering,
+    pod,
+    pod_spec,
+    service,
+    until,
+    workload,
+)
 from tests.cluster.nodes import Cluster
 from tests.cluster.test_cluster_workloads import caller, identity
 from tests.cluster.whole import no_api_server, restart_kubelet, whole
@@ -45,9 +59,7 @@ def life(make_space: Callable[..., Space]) -> Space:
             "nodeTaintsPolicy": "Honor",
         }
     ]
-    serving = container("app", "serve", "--http", "8080", "--drain", "8", ports=[{"name": "http", "containerPort": 8080}])
-    serving["readinessProbe"] = {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1, "timeoutSeconds": 5}
-    made.apply(workload("Deployment", "web", pod_spec(serving, topologySpreadConstraints=spread), replicas=2), service("web"))
+    made.apply(workload("Deployment", "web", pod_spec(lingering(), topologySpreadConstraints=spread), replicas=2), service("web"))
     made.apply(
         {
             "apiVersion": "policy/v1",
@@ -91,9 +103,7 @@ def test_a_rolling_restart_of_the_server_fails_no_request(life: Space) -> None:
         until("the old pods are gone", lambda: len(life.json("get", "pods", "--selector=app=web")["items"]) == 2)
 
 
-@pytest.mark.parametrize(
-    "component", ["deployment/pillion-identity", "deployment/pillion-policy", "deployment/pillion-injector", "daemonset/pillion-agent"]
-)
+@pytest.mark.parametrize("component", [*CONTROL_PLANE, AGENTS])
 def test_a_restart_of_a_component_fails_no_request_and_pods_go_on_joining(life: Space, mesh: Space, component: str) -> None:
     with nothing_fails(life):
         mesh.run("rollout", "restart", component)
@@ -106,20 +116,17 @@ def test_a_restart_of_a_component_fails_no_request_and_pods_go_on_joining(life: 
 
 
 def test_the_loss_of_the_whole_control_plane_fails_no_request(life: Space, mesh: Space) -> None:
-    components = ("identity", "policy", "injector")
-    replicas = {name: mesh.json("get", "deployment", f"pillion-{name}")["spec"]["replicas"] for name in components}
+    replicas = {name: mesh.json("get", name)["spec"]["replicas"] for name in CONTROL_PLANE}
     try:
         with nothing_fails(life):
-            mesh.run("scale", "--replicas=0", *(f"deployment/pillion-{name}" for name in components))
-            until(
-                "it is gone",
-                lambda: not mesh.json("get", "pods", "--selector=app.kubernetes.io/component in (identity, policy, injector)")["items"],
-            )
+            mesh.run("scale", "--replicas=0", *CONTROL_PLANE)
+            gone = f"--selector=app.kubernetes.io/component in ({', '.join(COMPONENTS)})"
+            until("it is gone", lambda: not mesh.json("get", "pods", gone)["items"])
             time.sleep(5)
     finally:
         for name, count in replicas.items():
-            mesh.run("scale", f"--replicas={count}", f"deployment/pillion-{name}")
-        mesh.rolled_out(*(f"deployment/pillion-{name}" for name in components))
+            mesh.run("scale", f"--replicas={count}", name)
+        mesh.rolled_out(*CONTROL_PLANE)
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import PILLION, Ground
-from tests.cluster.kube import Space, container, pod, pod_spec, service, until, workload
+from tests.cluster.kube import AGENTS, CONTROL_PLANE, Space, lingering, pod, pod_spec, service, until, workload
 from tests.cluster.test_cluster_workloads import caller, identity
 from tools import image
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 OLD, OLD_AGENT = "localhost/pillion:previous", "localhost/pillion-agent:previous"
-CONTROL = [f"deployment/pillion-{component}" for component in ("identity", "policy", "injector")]
 
 
 @pytest.fixture
@@ -68,11 +67,9 @@ def test_an_upgrade_from_the_previous_commit_fails_no_request(
     old = [sys.executable, "-m", "cli.main", "install", "--image", OLD, "--agent-image", OLD_AGENT]
     try:
         ground.kube.apply(printed(old, previous))
-        mesh.rolled_out(*CONTROL, "daemonset/pillion-agent")
+        mesh.rolled_out(*CONTROL_PLANE, AGENTS)
         until("only the old injector is there", lambda: _injectors(mesh) == {OLD})
-        serving = container("app", "serve", "--http", "8080", "--drain", "8", ports=[{"name": "http", "containerPort": 8080}])
-        serving["readinessProbe"] = {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1, "timeoutSeconds": 5}
-        space.apply(workload("Deployment", "web", pod_spec(serving), replicas=2), service("web"), pod("client"))
+        space.apply(workload("Deployment", "web", pod_spec(lingering()), replicas=2), service("web"), pod("client"))
         space.rolled_out("deployment/web")
         space.ready("client")
         assert version(space, "web") == {OLD}
@@ -82,7 +79,7 @@ def test_an_upgrade_from_the_previous_commit_fails_no_request(
         ):
             new = [*PILLION, "upgrade", "--image", ground.image, "--agent-image", ground.agent_image]
             ground.kube.apply(printed([*new, "--kubeconfig", ground.kube.kubeconfig], image.ROOT))
-            mesh.rolled_out(*CONTROL, "daemonset/pillion-agent")
+            mesh.rolled_out(*CONTROL_PLANE, AGENTS)
             until("the old injector is gone", lambda: _injectors(mesh) == {ground.image})
             space.run("rollout", "restart", "deployment/web")
             space.rolled_out("deployment/web")
@@ -92,4 +89,4 @@ def test_an_upgrade_from_the_previous_commit_fails_no_request(
         assert caller(space.call("client", "http://web/")) == identity(space)
     finally:
         ground.kube.apply(ground.install())
-        mesh.rolled_out(*CONTROL, "daemonset/pillion-agent")
+        mesh.rolled_out(*CONTROL_PLANE, AGENTS)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
@@ -16,7 +16,7 @@ import pytest
 
 from core.k8s.access import GRANTS, Question, questions
 from tests.cluster.conftest import PILLION, Ground
-from tests.cluster.kube import Kube, Space, until
+from tests.cluster.kube import AGENTS, CONTROL_PLANE, Kube, Space, until
 from tools.helm import available, ensure
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -129,9 +129,8 @@ def left(kube: Kube) -> list[str]:
 
 
 @pytest.fixture
-def alone(ground: Ground, mesh: Space) -> Iterator[Kube]:
-    """No pod has a sidecar any more; afterwards the mesh is installed again."""
-    kube = ground.kube
+def alone(kube: Kube, mesh: Space) -> Kube:
+    """No pod has a sidecar any more."""
     meshed = {
         pod["metadata"]["namespace"]
         for pod in kube.json("get", "pods", "-A")["items"]
@@ -141,17 +140,32 @@ def alone(ground: Ground, mesh: Space) -> Iterator[Kube]:
         kube.run("delete", "namespace", name, "--wait=false", "--ignore-not-found")
     # all that are on their way, or what is in them would still be named to be deleted and be gone by then
     until("no namespace is being deleted", lambda: not parting(kube), 240, 1)
-    yield kube
+    return kube
+
+
+@contextmanager
+def back_afterwards(ground: Ground, mesh: Space, request: pytest.FixtureRequest) -> Iterator[None]:
+    """The mesh is installed again after the body, unless that succeeds and nobody comes after it."""
+    needed = ground.stays or request.node is not request.session.items[-1]
+    try:
+        yield
+    except BaseException:
+        needed = True
+        raise
+    finally:
+        if needed:
+            _install_anew(ground, mesh)
+
+
+def _install_anew(ground: Ground, mesh: Space) -> None:
     try:
         # first its pods: a namespace with pods is looked at again only after half of their grace period
         mesh.run("delete", "deployments,daemonsets", "--all")
         until("its pods have ended", lambda: not mesh.json("get", "pods")["items"])
-        kube.run("delete", "namespace", "pillion", "--ignore-not-found", timeout=240)
+        ground.kube.run("delete", "namespace", "pillion", "--ignore-not-found", timeout=240)
     finally:
-        kube.apply(ground.install())
-        mesh.rolled_out(
-            "deployment/pillion-identity", "deployment/pillion-policy", "deployment/pillion-injector", "daemonset/pillion-agent"
-        )
+        ground.kube.apply(ground.install())
+        mesh.rolled_out(*CONTROL_PLANE, AGENTS)
 
 
 def parting(kube: Kube) -> list[str]:
@@ -165,15 +179,24 @@ def pillion(kube: Kube, *arguments: str) -> str:
     return done.stdout
 
 
-def test_uninstalled_nothing_is_left_but_policies_and_helm_installs_the_same(ground: Ground, alone: Kube, tmp_path: Path) -> None:
-    kube = alone
-    server = {"podSelector": {}, "port": 80}
+def test_uninstalled_nothing_is_left_but_policies_and_helm_installs_the_same(
+    ground: Ground, mesh: Space, alone: Kube, request: pytest.FixtureRequest
+) -> None:
+    with back_afterwards(ground, mesh, request):
+        _uninstall(alone)
+        missing = available()
+        if missing and os.environ.get("CI") != "true":
+            pytest.skip(missing)
+        _install_and_leave_by_helm(ground, alone)
+
+
+def _uninstall(kube: Kube) -> None:
     kube.apply(
         {
             "apiVersion": "policy.pillion.dev/v1alpha1",
             "kind": "Server",
             "metadata": {"name": "kept", "namespace": "default"},
-            "spec": server,
+            "spec": {"podSelector": {}, "port": 80},
         }
     )
     kube.run("delete", "-f", "-", "--timeout=240s", input=pillion(kube, "uninstall"), timeout=300)
@@ -184,9 +207,8 @@ def test_uninstalled_nothing_is_left_but_policies_and_helm_installs_the_same(gro
     kube.run("delete", "server.policy.pillion.dev", "kept", "-n", "default")
     kube.run("delete", *crds)
 
-    missing = available()
-    if missing and os.environ.get("CI") != "true":
-        pytest.skip(missing)
+
+def _install_and_leave_by_helm(ground: Ground, kube: Kube) -> None:
     # the agent's Pod Security level is the namespace's, which Helm does not write
     kube.apply(
         {

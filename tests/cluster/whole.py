@@ -12,7 +12,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
-from tests.cluster.kube import OUTSIDE, Kube, Object, Refused, Space, client, container, pod, pod_spec, service, until
+from tests.cluster.kube import (
+    AGENTS,
+    CONTROL_PLANE,
+    OUTSIDE,
+    Kube,
+    Object,
+    Refused,
+    Space,
+    client,
+    container,
+    pod,
+    pod_spec,
+    service,
+    until,
+)
 from tests.cluster.nodes import Cluster
 
 _LEADERS = ("controller-manager", "scheduler")
@@ -93,14 +107,16 @@ def is_ready(pod: Object) -> bool:
 
 @contextmanager
 def no_api_server(machines: Cluster) -> Iterator[None]:
-    """While the body runs; afterwards it is there again, and so are the controllers that lead.
+    """While the body runs; afterwards it is there again, and so are the controllers that lead, and the rest of Kubernetes knows.
 
-    These end without it: where several run, one that cannot renew its lease ends and is started anew. Here only one runs and without a
-    lease; it would go on, and take nodes that nobody could hear for dead ones.
+    The controllers end without it: where several run, one that cannot renew its lease ends and is started anew. Here only one runs and
+    without a lease; it would go on, and take nodes that nobody could hear for dead ones. kube-proxy and the cluster's DNS would ask again
+    after up to half a minute each, one after the other; they are started anew, since only ours are tested for how they come back.
     """
     first = machines.nodes[0]
-    for program in (*_LEADERS, "apiserver"):
+    for program in _LEADERS:
         machines.stop(first, program)
+    machines.stop(first, "apiserver", patience_s=1)  # deaf at once, it would still wait for watches, which have no end
     try:
         yield
     finally:
@@ -110,13 +126,17 @@ def no_api_server(machines: Cluster) -> Iterator[None]:
         finally:
             for program in _LEADERS:
                 machines.again(first, program)
+        for node in machines.nodes:
+            machines.stop(node, "kube-proxy")
+            machines.again(node, "kube-proxy")
+        restart = ("--namespace=kube-system", "rollout", "restart", "deployment/coredns")
+        until("the cluster's DNS is restarted", lambda: machines.kubectl(*restart).returncode == 0, _PATIENCE_S)
 
 
 def whole(space: Space, mesh: Space) -> None:
     """Returns when everything that the tests rely on works for what is new: for a Service and a pod made now, and on every node."""
     until("the nodes are ready", lambda: _nodes_ready(space.kube), _PATIENCE_S)
-    control_plane = (f"deployment/pillion-{name}" for name in ("identity", "policy", "injector"))
-    mesh.rolled_out(*control_plane, "daemonset/pillion-agent", seconds=_PATIENCE_S)
+    mesh.rolled_out(*CONTROL_PLANE, AGENTS, seconds=_PATIENCE_S)
     Space(space.kube, "kube-system").rolled_out("deployment/coredns", seconds=_PATIENCE_S)
     number = f"{time.monotonic_ns()}"[-9:]
     new, server, led = f"new-{number}", pod(f"server-{number}"), f"led-{number}"
