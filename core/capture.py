@@ -1,8 +1,10 @@
-"""What sidecar and capture agree on: how the sidecar names a connection's real caller, and where it proves capture. Pure.
+"""What sidecar and capture agree on: how the sidecar names a connection's real caller, asks how far it is ahead, and proves capture. Pure.
 
 Caller: the sidecar sets a private socket option before it dials the app. Where the node's eBPF programs serve the pod they take it (from
 the sidecar's uid only), and the app's ``accept()`` and ``getpeername()`` answer with that address. Everywhere else no kernel knows such an
 option, and says so. Read by ebpf.layout and proxy.transport.caller.
+
+Unread: the same programs tell the sidecar how much of what it sent past TCP the app has not read. Read by proxy.transport.pace.
 
 Proof: the sidecar's own connections pass capture, but for those to `NOBODY` at the port where it takes what the app calls. Read by
 ebpf.redirect and proxy.capture_proof; ebpf/bpf/connect.bpf.c and ebpf.validator, which may import nothing, repeat the addresses.
@@ -17,6 +19,7 @@ from core.addrs import Addr
 
 CALLER_LEVEL = 0x50  # no protocol of the kernel has this level: without our program every kernel refuses it (ENOPROTOOPT)
 CALLER_OPTION = 1
+UNREAD_OPTION = 2  # read only: an int, in bytes
 NOBODY = ("192.0.2.1", "100::1")
 """TEST-NET-1 (RFC 5737) and the discard prefix (RFC 6666): nobody is there."""
 _FAMILY = {4: 2, 6: 10}  # AF_INET, AF_INET6

@@ -33,6 +33,10 @@
  *            TCP, and one that is faster than its reader never lets 4 MB of send buffer drain: one message past the limit, and all that
  *            follow go by TCP. With a small one the writer is stopped, and started again by a reader that is nearly through. Not the receive
  *            buffer: with room for one or two segments of loopback (64 KB each) some are dropped, and come again after up to 200 ms.
+ *   pace:    towards the app nothing follows the queue by TCP. The app's reader may be edge-triggered, and take a short read or FIONREAD (which
+ *            tells of the queue alone since Linux 6.18) for the end of what is there: bytes in TCP would wait for an edge that has passed. So
+ *            the sidecar asks how much is unread (sockopt.bpf.c) and stays below QUEUE_LIMIT by itself (proxy/transport/pace.py). The limit is for
+ *            relays that do not ask. What comes before the pair is known (TCP_DEFER_ACCEPT) still goes by TCP.
  * Everything else goes by TCP: an unknown peer, a peer that closed (its map entry is gone with it), a failed read. The peer's counters are
  * read through an address remembered at pairing; that socket may be freed since, so it is only ever probed, and a stranger's numbers can
  * merely choose wrongly between two correct paths' eligibility: delivery goes through the map, by a key that no other socket has.

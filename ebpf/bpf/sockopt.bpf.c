@@ -1,7 +1,8 @@
-/* Socket options between sidecar and kernel: SO_ORIGINAL_DST of a captured connection, and the private option that names the caller.
+/* Socket options between sidecar and kernel: SO_ORIGINAL_DST of a captured connection, and two private ones (core/capture.py).
  *
- * The first answers as conntrack would, so that the sidecar asks the same question under every way of capture. The second is taken from
- * the sidecar's uid in its own registered namespace only: anybody else could forge callers, and gets EPERM.
+ * The first answers as conntrack would, so that the sidecar asks the same question under every way of capture. The one that names the
+ * caller is taken from the sidecar's uid in its own registered namespace only: anybody else could forge callers, and gets EPERM. The one
+ * that says how much the app has not read yet (`pace` in mesh.h) tells about the asker's own connection, and nothing is decided by it here.
  */
 #include "mesh.h"
 
@@ -11,6 +12,7 @@
 #define IP6T_SO_ORIGINAL_DST 80
 #define CALLER_LEVEL 0x50
 #define CALLER_OPTION 1
+#define UNREAD_OPTION 2
 #define HANDLED (-1) /* as optlen: the kernel skips its own handling */
 #define PAGE 4096
 
@@ -28,8 +30,35 @@ struct in6 {
   u32 scope;
 };
 
+#ifdef OFFSET_COPIED_SEQ
+/* How much of what this socket sent waits in the queue of its peer, which is the app. 0 as long as bytes travel by TCP, which stops us by
+ * itself; also when the peer is gone, and its memory is somebody else's: then the sequence numbers do not agree. */
+static __always_inline int tell_unread(struct bpf_sockopt *ctx) {
+  struct bpf_sock *sk = (struct bpf_sock *)ctx->sk;
+  if (!sk) return ALLOW;
+  struct flow *flow = flows.sk_storage_get(sk, 0, 0);
+  if (!flow || (flow->flags & (FLOW_TO_APP | FLOW_ACCELERATE)) != (FLOW_TO_APP | FLOW_ACCELERATE)) return ALLOW;
+  int *value = ctx->optval, unread = 0;
+  if ((void *)(value + 1) > ctx->optval_end) return ALLOW;
+  struct bpf_tcp_sock *me = bpf_tcp_sock(sk);
+  u64 peer = flow->peer_socket;
+  u32 copied_seq = 0;
+  if (me && peer && !bpf_probe_read_kernel(&copied_seq, 4, (void *)(peer + OFFSET_COPIED_SEQ)) && copied_seq == me->snd_nxt &&
+      bpf_probe_read_kernel(&unread, 4, (void *)(peer + OFFSET_RMEM_ALLOC)))
+    unread = 0;
+  *value = unread;
+  ctx->optlen = sizeof(*value);
+  APART();
+  ctx->retval = 0;
+  return ALLOW;
+}
+#endif
+
 int getsockopt(struct bpf_sockopt *ctx) {
   if (ctx->optlen > PAGE) ctx->optlen = 0; /* the kernel copied one page only: 0 leaves the buffer as the kernel filled it */
+#ifdef OFFSET_COPIED_SEQ
+  if (ctx->level == CALLER_LEVEL && ctx->optname == UNREAD_OPTION) return tell_unread(ctx);
+#endif
   if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6)) return ALLOW;
   struct bpf_sock *sk = (struct bpf_sock *)ctx->sk;
   if (!sk) return ALLOW;

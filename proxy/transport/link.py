@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from proxy.protocol.sides import Receiver
+from proxy.transport.pace import ASK_AFTER, SEND_MAX
 from proxy.transport.tls_bio import READ_MAX
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ class Link:
     """
 
     __slots__ = (
-        "_closing", "_dead", "_ended", "_fd", "_held", "_mask", "_paused", "_queued", "_read_size", "_recv", "_relay", "_send",
-        "_shut", "blocked", "bucket", "deadline", "on_gone", "read_bytes", "reading", "receiver", "sock", "written_bytes",
+        "_ahead", "_ask_at", "_closing", "_dead", "_ended", "_fd", "_held", "_mask", "_paused", "_queued", "_read_size", "_recv",
+        "_relay", "_send", "_shut", "blocked", "bucket", "deadline", "on_gone", "read_bytes", "reading", "receiver", "sock",
+        "written_bytes",
     )  # fmt: skip
 
     def __init__(self, relay: Relay, sock: socket.socket, receiver: Receiver) -> None:
@@ -56,6 +58,8 @@ class Link:
         self.on_gone: Callable[[], None] | None = None
         self.reading = True  # whether readiness is to be acted upon: not paused, not ended, not dead
         self.blocked = self._paused = self._ended = self._shut = self._closing = self._dead = False
+        self._ahead = False  # of an app that has to read first; `pace` calls `send_again`
+        self._ask_at = ASK_AFTER  # written bytes at which `pace` is asked
         self.read_bytes = self.written_bytes = 0
 
     # --- what the loop calls -------------------------------------------------------------------------------------------
@@ -121,8 +125,11 @@ class Link:
         if self._queued or self._held or self._dead or self._shut:
             self._write_later(data)
             return
+        if self.written_bytes >= self._ask_at and self._too_far_ahead():
+            self._hold(memoryview(data))
+            return
         try:
-            n = self._send(data)
+            n = self._send(data if len(data) <= SEND_MAX else memoryview(data)[:SEND_MAX])
         except BlockingIOError:
             n = 0
         except OSError:
@@ -225,8 +232,10 @@ class Link:
 
     def _transmit(self, data: bytes | memoryview) -> int:
         """Send; the number of bytes taken, 0 when the socket is full, -1 when it is dead (the receiver hears of it later)."""
+        if self.written_bytes >= self._ask_at and self._too_far_ahead():
+            return 0
         try:
-            n = self._send(data)
+            n = self._send(data if len(data) <= SEND_MAX else memoryview(data)[:SEND_MAX])
         except BlockingIOError:
             return 0
         except OSError:
@@ -234,6 +243,24 @@ class Link:
             return -1
         self.written_bytes += n
         return n
+
+    def _too_far_ahead(self) -> bool:
+        """Whether the app must read before more is sent; asked once in so many bytes (pace.py)."""
+        room = self._relay.pace.room(self.sock)
+        if room:
+            self._ask_at = self.written_bytes + room
+            return False
+        self._ahead = True
+        self._relay.pace.wait(self)
+        self._watch()
+        return True
+
+    def send_again(self) -> None:
+        """Some time after `_too_far_ahead`."""
+        if not self._dead:
+            self._ahead = False
+            self.writable()
+            self._watch()
 
     def _hold(self, rest: memoryview) -> None:
         self._held.append(rest)
@@ -310,6 +337,8 @@ class Link:
         self._queued.clear()
         self.deadline = NEVER
         self._relay.unschedule(self)
+        if self._ahead:
+            self._relay.pace.forget(self)
         if self._mask != _UNWATCHED:
             self._relay.epoll.unregister(self._fd)
         self._relay.release(self._fd)
@@ -320,7 +349,7 @@ class Link:
     def _watch(self) -> None:
         if self._dead:
             return
-        mask = (0 if self._paused or self._ended else _READ) | (_WRITE if self._held else 0)
+        mask = (0 if self._paused or self._ended else _READ) | (_WRITE if self._held and not self._ahead else 0)
         if mask == self._mask:
             return
         if self._mask != _UNWATCHED:

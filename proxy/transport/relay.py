@@ -30,6 +30,7 @@ from core.runtime.memory import give_back
 from proxy.protocol.sides import Receiver
 from proxy.transport.link import NEVER, NO_RECEIVER, Link
 from proxy.transport.listener import Listener
+from proxy.transport.pace import Pace, unread_by_app
 from proxy.transport.tls_bio import Records
 from proxy.transport.tls_link import TlsLink
 from proxy.transport.turn import Turn, turns
@@ -48,11 +49,17 @@ _DEAD: Final = select.EPOLLERR | select.EPOLLHUP
 class Relay:
     """All links of a process. `run` is a task; everything else is synchronous and belongs to the same thread.
 
-    report: told of exceptions that cost a connection. take_turns: run where trio would sleep (turn.py), else as a task of trio's.
+    report: told of exceptions that cost a connection. take_turns: run where trio would sleep (turn.py), else as a task of trio's. unread:
+    as `unread_by_app`.
     """
 
     def __init__(
-        self, report: Callable[[BaseException], None], clock: Callable[[], float] = time.monotonic, *, take_turns: bool = True
+        self,
+        report: Callable[[BaseException], None],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        take_turns: bool = True,
+        unread: Callable[[socket.socket], int] = unread_by_app,
     ) -> None:
         self._take_turns = take_turns
         self._turn: Turn | None = None
@@ -65,6 +72,7 @@ class Relay:
         self._doomed: list[Link] = []
         self._later: list[tuple[Callable[[], None], Link | None]] = []
         self._quiet = Quiet()
+        self.pace = Pace(self, unread)
         self.active: dict[TlsLink, None] = {}
         self.resting: dict[TlsLink, None] = {}
         self.dirty: list[Link] = []
@@ -116,6 +124,7 @@ class Relay:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(self._turn_wheel)
+            nursery.start_soon(self.pace.run)
             if self._take_turns:
                 self._turn = turns(self.epoll, self.carry, _EVENTS_PER_PASS, failed)
             carried = self._be_watched if self._turn is None else trio.sleep_forever

@@ -6,10 +6,17 @@ What the mesh's own tests ask of these protocols is asked once more by calling t
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import select
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 import test_netns_interception as interception
@@ -17,7 +24,7 @@ import test_netns_requests as requests
 import test_netns_robustness as robustness
 import test_netns_wire as wire
 from arena import OPAQUE, Arena
-from local_lab import COMMAND, wait_until
+from local_lab import COMMAND, PATIENCE_S, wait_until
 
 from ebpf import client
 from ebpf.plan import CONNECT
@@ -59,6 +66,15 @@ with grpc.insecure_channel(f"{sys.argv[1]}:50051") as channel:
     channel.unary_unary("/test.Echo/End")(b"", timeout=60)
 print("the same")
 """
+
+
+_NGINX_PORT = 50062
+_NGINX = """daemon off; master_process off; pid {folder}/pid; error_log stderr; events {{}}
+http {{ access_log off; client_max_body_size 0; client_body_buffer_size 16k; client_body_temp_path {folder}/bodies;
+proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi; uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+server {{ listen {port}; root {folder}; dav_methods PUT; }} }}
+"""
+_UPLOAD_BYTES = 8 << 20
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +140,45 @@ def test_grpc_messages_come_back_as_they_were(arena: Arena) -> None:
             assert asked.stdout == "the same\n", asked.stderr
         finally:
             server.kill()
+
+
+@contextlib.contextmanager
+def _nginx(arena: Arena, folder: Path) -> Iterator[int]:
+    """One process of it in web's pod, which stores what is PUT in the folder; its process id."""
+    folder.chmod(0o777)
+    config = folder / "nginx.conf"
+    config.write_text(_NGINX.format(folder=folder, port=_NGINX_PORT))
+    words = [*COMMAND, "exec", "--name", arena.name, "-n", "arena", "web", "--", "nginx", "-e", "stderr", "-c", str(config)]
+    with subprocess.Popen(words) as server:
+        try:
+            wait_until(lambda: (folder / "pid").exists() and (folder / "pid").read_text().strip() != "", "nginx runs")
+            yield int((folder / "pid").read_text())
+        finally:
+            server.kill()
+
+
+def _send_what_goes(sock: socket.socket, data: bytes) -> int:
+    """Until nothing more went for half a second: every buffer on the way is full. The number of bytes."""
+    sent = 0
+    while select.select([], [sock], [], 0.5)[1] and sent < len(data):
+        sent += sock.send(data[sent : sent + _PIECE_BYTES])
+    return sent
+
+
+def test_an_upload_into_a_busy_nginx_ends(arena: Arena) -> None:
+    """nginx waits edge-triggered, and takes FIONREAD's 0 for the end of what is there: nothing may wait behind the queue in TCP."""
+    body = random.Random(2).randbytes(_UPLOAD_BYTES)
+    head = f"PUT /upload HTTP/1.1\r\nHost: web\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
+    with tempfile.TemporaryDirectory() as name, _nginx(arena, Path(name)) as nginx:
+        before = _counters(arena, "web")["by_tcp_memory"]
+        with _past_tcp(arena, 1 << 20), arena.dial("client", arena.ip("web"), _NGINX_PORT) as sock:
+            os.kill(nginx, signal.SIGSTOP)
+            try:
+                sent = _send_what_goes(sock, head + body)
+            finally:
+                os.kill(nginx, signal.SIGCONT)
+            sock.settimeout(PATIENCE_S)
+            sock.sendall((head + body)[sent:])
+            assert b"".join(iter(partial(sock.recv, 65536), b"")).startswith(b"HTTP/1.1 201 ")
+        assert (Path(name) / "upload").read_bytes() == body
+        assert _counters(arena, "web")["by_tcp_memory"] == before
