@@ -24,7 +24,7 @@ import test_netns_requests as requests
 import test_netns_robustness as robustness
 import test_netns_wire as wire
 from arena import OPAQUE, Arena
-from local_lab import COMMAND, PATIENCE_S, wait_until
+from local_lab import COMMAND, PATIENCE_S, command_line, wait_until
 
 from ebpf import client
 from ebpf.plan import CONNECT
@@ -144,15 +144,15 @@ def test_grpc_messages_come_back_as_they_were(arena: Arena) -> None:
 
 @contextlib.contextmanager
 def _nginx(arena: Arena, folder: Path) -> Iterator[int]:
-    """One process of it in web's pod, which stores what is PUT in the folder; its process id."""
+    """One process of it in web's pod, which stores what is PUT in the folder; its process id as seen from here."""
     folder.chmod(0o777)
     config = folder / "nginx.conf"
     config.write_text(_NGINX.format(folder=folder, port=_NGINX_PORT))
     words = [*COMMAND, "exec", "--name", arena.name, "-n", "arena", "web", "--", "nginx", "-e", "stderr", "-c", str(config)]
     with subprocess.Popen(words) as server:
         try:
-            wait_until(lambda: (folder / "pid").exists() and (folder / "pid").read_text().strip() != "", "nginx runs")
-            yield int((folder / "pid").read_text())
+            wait_until((folder / "pid").exists, "nginx listens")
+            yield next(pid for pid in arena.members() if command_line(pid)[:1] == ["nginx"] and str(config) in command_line(pid))
         finally:
             server.kill()
 
