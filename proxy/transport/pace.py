@@ -31,6 +31,7 @@ _ENOUGH: Final = 256 * 1024  # room that is worth a question
 _NOT_ASKED: Final = 16 << 20  # bytes until the next question where nobody answered
 _PAUSE_MIN_S: Final = 0.001
 _PAUSE_MAX_S: Final = 0.02
+_PAUSE_EACH_S: Final = 0.0001  # so that thousands of clients of an app that reads nothing cost some percent of a processor, not all of it
 
 
 def unread_by_app(sock: socket.socket) -> int:
@@ -71,7 +72,7 @@ class Pace:
             self._somebody = trio.Event()
             pause = _PAUSE_MIN_S
             while self._waiting:
-                await trio.sleep(pause)
+                await trio.sleep(max(pause, len(self._waiting) * _PAUSE_EACH_S))
                 asked, self._waiting = self._waiting, {}
                 with self._relay.batch():
                     for link in asked:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 import trio
+import trio.testing
 
 from proxy.transport.link import Link
-from proxy.transport.pace import ASK_AFTER, SEND_MAX, UNREAD_MAX, unread_by_app
+from proxy.transport.pace import ASK_AFTER, SEND_MAX, UNREAD_MAX, Pace, unread_by_app
 from proxy.transport.relay import Relay
 
 PIECE = bytes(range(256)) * 256  # 64 KiB
@@ -184,6 +186,48 @@ async def test_an_aborted_link_is_not_asked_about_again(hop: Hop) -> None:
     asked = hop.kernel.asked
     await trio.sleep(0.05)
     assert hop.kernel.asked == asked
+
+
+class Stuck:
+    """A link whose app reads nothing; one whose app reads a little leaves and comes back, so that the others are asked about as soon."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.pace = pace
+        self.asked = 0
+
+    def send_again(self) -> None:
+        self.asked += 1
+        self.pace.wait(self)
+
+
+class Slow(Stuck):
+    def send_again(self) -> None:
+        self.asked += 1
+        if self.asked % 2:
+            self.pace.wait(self)
+
+
+class Passes:
+    """As much of a relay as the task needs."""
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[None]:
+        yield
+
+    def later(self, call: Callable[[], None], link: Stuck) -> None:
+        call()
+
+
+async def test_many_stuck_connections_are_asked_about_no_oftener_in_all_than_a_few(autojump_clock: trio.testing.MockClock) -> None:
+    pace = Pace(Passes(), lambda sock: UNREAD_MAX)
+    links = [*(Stuck(pace) for _ in range(5000)), *(Slow(pace) for _ in range(5))]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pace.run)
+        for link in links:
+            pace.wait(link)
+        await trio.sleep(10)
+        nursery.cancel_scope.cancel()
+    assert 5000 < sum(link.asked for link in links) <= 110_000
 
 
 def test_a_kernel_without_programs_knows_no_such_option() -> None:
