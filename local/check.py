@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -58,7 +59,8 @@ def _ranges() -> Finding:
 
 def _readable() -> Finding:
     paths = exposure.unreadable(exposure.own_paths(), lambda path: os.stat(path).st_mode)
-    missing = f"sidecars run as another user, who cannot read {paths[0]}: chmod -R o+rX {paths[0]}" if paths else ""
+    command = f"chmod -R o+rX {shlex.join(paths)}"
+    missing = f"sidecars run as another user, who cannot read {' and '.join(paths)}: {command}" if paths else ""
     return Finding("code readable by other users", missing)
 
 

@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import core
@@ -30,6 +30,7 @@ _GONE_TIMEOUT_S = 30.0
 _CLAIM_TIMEOUT_S = 10.0  # a runner that was killed is gone sooner; one that ends in order says so itself
 _LONGEST_SOCKET = "policy/diagnostics.sock"  # local.control_plane
 _SOCKET_PATH_MAX = 107  # sun_path of unix(7), without its final zero
+_USUAL_UMASK = 0o022  # also under a stricter one (077): sidecars and apps are other users, who must read what is not secret
 
 
 class NotRunning(RuntimeError):
@@ -135,6 +136,7 @@ def start(name: str, folder: str, capture: str = "auto") -> None:
             pass_fds=[writing, lock],
             start_new_session=True,
             cwd="/",
+            umask=_USUAL_UMASK,
         )
     os.close(writing)
     os.close(lock)
@@ -183,6 +185,16 @@ def _lock(folder: Path) -> int | None:
     return None
 
 
+@contextlib.contextmanager
+def _usual_umask() -> Iterator[None]:
+    before = os.umask(_USUAL_UMASK)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@_usual_umask()
 def compile_all() -> None:
     """Bytecode for the programs of the mesh, once: their own users may not write it, and would compile at every start."""
     root = Path(core.__file__).resolve().parents[1]
@@ -191,6 +203,7 @@ def compile_all() -> None:
             compileall.compile_dir(str(root / package), quiet=2)
 
 
+@_usual_umask()
 def prepare_state(state: Path) -> None:
     """A folder of our own; the runner empties it. Raises CannotStart."""
     if len(os.fsencode(state / _LONGEST_SOCKET)) > _SOCKET_PATH_MAX:

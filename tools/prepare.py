@@ -224,6 +224,7 @@ def check_writable():
 
 
 def main():
+    os.umask(0o022)  # under a stricter one the sidecars, which run as other users, could not read .venv
     check_writable()
     # two makes at once (demo in one terminal, test in another) must not install into each other's feet
     (ROOT / ".cache").mkdir(exist_ok=True)

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from local import client, protocol, volumes
+from local.check import check as check_machine
 from local.commands import local
 from local.exposure import closed_folders
 from local.probing import Tally, check
@@ -232,6 +233,25 @@ def test_a_state_folder_too_long_for_sockets_is_refused_before_anything_starts(t
     with pytest.raises(client.CannotStart, match="shorter --name"):
         client.prepare_state(tmp_path / ("x" * 100))
     client.prepare_state(tmp_path / "short")
+
+
+def test_a_strict_umask_does_not_close_the_state_folder_to_the_users_of_the_mesh(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        client.prepare_state(tmp_path / "pillion" / "shop")
+        assert os.umask(0o077) == 0o077  # as before for whatever the command does next
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "pillion", tmp_path / "pillion" / "shop")] == [0o755, 0o711]
+
+
+def test_code_that_sidecars_cannot_read_is_named_with_a_command_that_can_be_pasted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    closed = tmp_path / "my checkout"
+    closed.mkdir(0o700)
+    monkeypatch.setattr("local.exposure.own_paths", lambda: (str(closed), str(tmp_path)))
+    tmp_path.chmod(0o755)
+    missing = {finding.name: finding.missing for finding in check_machine()}["code readable by other users"]
+    assert missing.endswith(f": chmod -R o+rX '{closed}'")
 
 
 def test_a_file_written_for_another_user_never_goes_where_his_links_lead(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""A checkout where only its owner may go, as below /root: pods run all the same, and see nothing else of that folder."""
+"""A checkout where only its owner may go, as below /root, of somebody whose new files nobody else may read (umask 077): pods run all the
+same, and see nothing else of that folder."""
 
 from __future__ import annotations
 
@@ -41,6 +42,8 @@ def test_a_checkout_in_a_closed_home_runs_meshed_pods(
     (manifests / "app.yaml").write_text(MANIFESTS)
     monkeypatch.setenv("PYTHONPATH", str(home / "pillion"))
     mesh = LocalMesh(f"home-{os.getpid()}", manifests)
+    before = os.umask(0o077)
+    request.addfinalizer(lambda: os.umask(before))
     request.addfinalizer(lambda: mesh.run("down"))
     started = mesh.up()
     assert started.returncode == 0, started.stderr
