@@ -329,7 +329,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
 
     async def _flush(self) -> None:
         async with self._send_lock:
-            if data := _output(self.connection):
+            while data := _output(self.connection):  # also what a reader left to us meanwhile
                 await self.transport.send_all(data)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -360,7 +360,8 @@ class TlsStream(trio.abc.HalfCloseableStream):
             except SSL.Error as error:
                 await self._flush_alert()
                 raise trio.BrokenResourceError(f"TLS: {_failure(self.connection, error)}") from error
-            await self._flush()  # key updates are answered by reading
+            if not self._send_lock.locked():  # else the sender takes it along. Waiting for him, two ends that both send would never read
+                await self._flush()  # key updates are answered by reading
             data = await self.transport.receive_some(_READ_BYTES)
             if not data:
                 raise trio.BrokenResourceError("the peer closed the connection without close_notify")

@@ -23,9 +23,16 @@ ALPN = (b"pillion-h2", b"pillion-tcp")
 
 
 def pair(
-    server: Credentials, client: Credentials | None, *, required: bool = True, expect=WEB, bundle: bytes | None = None, offers=ALPN
+    server: Credentials,
+    client: Credentials | None,
+    *,
+    required: bool = True,
+    expect=WEB,
+    bundle: bytes | None = None,
+    offers=ALPN,
+    transports=trio.testing.memory_stream_pair,
 ) -> tuple[TlsStream, TlsStream]:
-    left, right = trio.testing.memory_stream_pair()
+    left, right = transports()
     accept = server_context(server, client="required" if required else "optional", alpn=ALPN)
     dial = client_context(client, bundle or AUTHORITY.bundle_pem, offers)
     return TlsStream.client(left, dial, WEB.server_name, expect), TlsStream.server(right, accept, "cluster.local")
@@ -172,6 +179,24 @@ async def _connected() -> tuple[TlsStream, TlsStream]:
     client, server = pair(AUTHORITY.credentials(WEB), AUTHORITY.credentials(CART))
     assert await shake(client, server) == ("ok", "ok")
     return client, server
+
+
+async def test_both_ends_may_send_more_than_the_network_holds_before_either_has_read(
+    autojump_clock: trio.testing.MockClock,
+):
+    """As a sidecar that comes back with thousands of subscriptions, while it is told about the first of them."""
+    client, server = pair(AUTHORITY.credentials(WEB), AUTHORITY.credentials(CART), transports=trio.testing.lockstep_stream_pair)
+    assert await shake(client, server) == ("ok", "ok")
+
+    async def take(stream: TlsStream, left: int) -> None:
+        while left:
+            left -= len(await stream.receive_some())
+
+    with trio.fail_after(3600):
+        async with trio.open_nursery() as nursery:
+            for stream in (client, server):
+                nursery.start_soon(take, stream, 1 << 20)
+                nursery.start_soon(stream.send_all, bytes(1 << 20))
 
 
 async def test_the_stream_keeps_half_close_and_order():
