@@ -175,7 +175,7 @@ class Http2Client(Exchanges):
         if end.reset_after and not end.over:
             self.no_more(end)
 
-    def die(self, detail: str) -> None:
+    def die(self) -> None:
         self.dead = True
         self.sink.expire_after(None)
         for end in list(self.streams_by_id.values()):

@@ -229,7 +229,7 @@ class FlowControl:
         elif (
             conn is None or to.held or length > to.window or length > conn.window or length > conn.max_frame or conn.sink.blocked
         ):  # fmt: skip
-            self._hold(end, to, payload, fin)
+            self._hold(to, payload, fin)
             if size > length:
                 self.give_back(end, size - length)
         else:
@@ -251,7 +251,7 @@ class FlowControl:
         if fin and end.local_done and not end.over:
             self.stream_over(end)
 
-    def _hold(self, end: StreamEnd, to: StreamEnd, payload: bytes, fin: bool) -> None:
+    def _hold(self, to: StreamEnd, payload: bytes, fin: bool) -> None:
         if payload:
             if to.held is None:
                 to.held = deque()

@@ -54,7 +54,7 @@ class Lifetime(FlowControl):
         """The peer takes nothing of what is held for it on this stream."""
         raise NotImplementedError
 
-    def die(self, detail: str) -> None:
+    def die(self) -> None:
         """The connection is gone, or is about to be closed: end its streams."""
         raise NotImplementedError
 
@@ -75,7 +75,7 @@ class Lifetime(FlowControl):
                 return self.fail(frames.ENHANCE_YOUR_CALM, "header block not ended in time")
         self._blocked_s = self._blocked_s + passed if self.sink.blocked else 0.0
         if self._blocked_s >= limits.stall_timeout_s:
-            self.die("the peer reads nothing")
+            self.die()
             return self.sink.abort()
         self.end_stalled(passed)
         if self.busy() or self.last_id != self._seen_id:
@@ -122,24 +122,24 @@ class Lifetime(FlowControl):
     def ended(self) -> None:
         """FIN: HTTP/2 has no half-close, so this is the peer leaving."""
         if not self.dead:
-            self.die("the peer closed the connection")
+            self.die()
             self.sink.close()
 
     def lost(self, reset: bool) -> None:
         """The connection is dead."""
         if not self.dead:
-            self.die("connection reset" if reset else "connection lost")
+            self.die()
 
     def fail(self, code: int, detail: str) -> None:
         """A connection error: GOAWAY, then close."""
         self.control(frames.goaway(self.answered_id(), code, detail.encode()[:128]))
-        self.die(detail)
+        self.die()
         self.sink.close()
 
     def leave(self) -> None:
         """Close a connection that has no streams, saying so."""
         self.control(frames.goaway(self.answered_id(), frames.NO_ERROR))
-        self.die("idle")
+        self.die()
         self.sink.close()
 
     def answered_id(self) -> int:

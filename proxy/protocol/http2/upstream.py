@@ -284,7 +284,7 @@ class Http2Upstream(Connection):
         assert isinstance(end, UpstreamStream)
         self._forget(end)
 
-    def die(self, detail: str) -> None:
+    def die(self) -> None:
         self._take_no_more()
         self.dead = True
         self.sink.expire_after(None)
