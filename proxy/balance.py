@@ -4,12 +4,12 @@ Two endpoints are drawn at random and the one with the smaller cost wins (linker
 jumps up at once with a slow answer and decays over time, so that a stalled endpoint loses its traffic within one answer and gets
 another chance later. Pure: randomness and time are arguments.
 
-Of very many endpoints only some are in play at a time (Finagle calls this an aperture), and they take turns. Otherwise a sidecar would
-keep a connection to each of a thousand pods, which costs memory at both ends, and each would be cold in every cache when it is used. The
-load decides how many are in play: one joins when those in play have two requests each in flight, and leaves when they have fewer. A smaller
-number would cost less per request, but would load some pods much and others not at all. The minimum, the turns, and the random order that
-each balancer has of its own limit that, and spread many sidecars over all pods. When the endpoints in play are slow or failing, the
-balancer draws from all.
+Of very many endpoints only some are drawn from at a time: the aperture, as Finagle calls it. Without one a sidecar would keep a connection
+to each of a thousand pods, which costs memory at both ends, and each connection would be cold in every cache when its turn comes. The
+load decides how wide the aperture is: it grows by one when its endpoints have two requests each in flight, and shrinks when they have
+fewer. A narrow aperture is cheap, but loads some pods and leaves others idle. So there is a minimum width, the aperture moves on by one
+endpoint a second, and each balancer has a random order of its own, which spreads many sidecars over all pods. When the endpoints of the
+aperture are slow or failing, the balancer draws from all.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from policy.wire import Endpoint
 
 DEFAULT_RTT_S = 0.030  # Linkerd's default_rtt: what an endpoint is assumed to cost before it answered once
 DECAY_S = 10.0  # Linkerd's decay: an average loses 63 % of its distance to newer samples in this time
-LEAST_IN_PLAY = 16  # endpoints at a time; with no more than these, all
-EACH = 2  # exchanges in flight at each endpoint in play, on average, from which on another one joins
-TURN_S = 1.0  # after this time one of those in play makes room for the next
-DEAR_S = 1.0  # when the better of two in play costs this much, all endpoints are drawn from
+APERTURE_MIN = 16  # endpoints; with no more than these, there is no aperture
+EXCHANGES_EACH = 2  # in flight at each endpoint of the aperture, on average, from which on it grows
+ROTATE_S = 1.0  # after this time the aperture moves on by one endpoint
+COST_LIMIT_S = 1.0  # when the better of two in the aperture costs this much, all endpoints are drawn from
 FAILURE_COST_S = 5.0  # what a failed connection counts as, so that the next picks go elsewhere
 
 
@@ -93,18 +93,18 @@ class Balancer:
     def __init__(self, random: Callable[[], float]) -> None:
         self._random = random
         self._loads: list[EndpointLoad] = []
-        self._start = 0  # the first of those in play
-        self._width = LEAST_IN_PLAY  # how many are
-        self._turned = 0.0
+        self._start = 0  # of the aperture, an index into `_loads`
+        self._width = APERTURE_MIN  # of the aperture
+        self._rotated_at = 0.0
         self._tally = Tally()
 
     @property
     def in_flight(self) -> int:
-        """Exchanges at the endpoints in play. Kept as a counter: adding them up for each request would cost most under load."""
+        """Exchanges at the endpoints of the aperture. Kept as a counter: adding them up for each request would cost most under load."""
         return self._tally.exchanges
 
-    def in_play(self) -> list[EndpointLoad]:
-        """The endpoints that requests choose from as long as none of them is dear, in the order of their turns."""
+    def aperture(self) -> list[EndpointLoad]:
+        """The endpoints that requests choose from as long as these cost less than `COST_LIMIT_S`, in the order in which they leave."""
         loads = self._loads
         return [loads[(self._start + at) % len(loads)] for at in range(min(self._width, len(loads)))]
 
@@ -113,19 +113,19 @@ class Balancer:
 
     def replace(self, endpoints: Iterable[Endpoint], now: float) -> None:
         """From now on choose among these. An endpoint whose identity changed is another endpoint."""
-        self._count(self.in_play(), None)
+        self._count(self.aperture(), None)
         known = {load.endpoint: load for load in self._loads}
         wanted = dict.fromkeys(endpoints)
-        if len(wanted) <= LEAST_IN_PLAY:
+        if len(wanted) <= APERTURE_MIN:
             self._loads = [known.get(endpoint) or EndpointLoad(endpoint, now) for endpoint in wanted]
         else:
             self._loads = self._mixed(wanted, known, now)
-        self._count(self.in_play(), self._tally)
+        self._count(self.aperture(), self._tally)
         for endpoint, load in known.items():
             load.gone = endpoint not in wanted
 
     def _mixed(self, wanted: dict[Endpoint, None], known: dict[Endpoint, EndpointLoad], now: float) -> list[EndpointLoad]:
-        """New endpoints at random places among those that stay, whose order and turn do not change."""
+        """New endpoints at random places among those that stay, whose order does not change; the aperture stays where it is."""
         old = self._loads
         loads = [load for load in old if load.endpoint in wanted]
         for endpoint in wanted:
@@ -143,42 +143,41 @@ class Balancer:
         count = len(loads)
         if count < 2:
             return loads[0] if loads else None
-        if count > LEAST_IN_PLAY and not avoid:
-            if now - self._turned >= TURN_S:
-                self._turn(now)
+        if count > APERTURE_MIN and not avoid:
+            if now - self._rotated_at >= ROTATE_S:
+                self._rotate(now)
             chosen = self._better(loads, self._start, min(self._width, count), now)
-            if chosen.cost(now) < DEAR_S:
-                return chosen if chosen.active <= EACH else self._joined(chosen, now)
+            if chosen.cost(now) < COST_LIMIT_S:
+                return chosen if chosen.active <= EXCHANGES_EACH else self._grown(chosen, now)
         return self._better(loads, 0, count, now)
 
-    def _turn(self, now: float) -> None:
-        """The next endpoint takes the place of the first one; those that are not needed leave, one at a time."""
-        turns = int((now - self._turned) / TURN_S)
-        self._turned = now
-        self._play((self._start + turns) % len(self._loads), self._width)
-        if self._width > LEAST_IN_PLAY:
-            needed = self.in_flight // EACH + 1
-            self._play(self._start, max(LEAST_IN_PLAY, min(self._width, max(needed, self._width - turns))))
+    def _rotate(self, now: float) -> None:
+        """Move the aperture on by one endpoint for each `ROTATE_S` that has passed, and shrink it by as many if its load allows."""
+        steps = int((now - self._rotated_at) / ROTATE_S)
+        self._rotated_at = now
+        self._set_aperture((self._start + steps) % len(self._loads), self._width)
+        if self._width > APERTURE_MIN:
+            needed = self.in_flight // EXCHANGES_EACH + 1
+            self._set_aperture(self._start, max(APERTURE_MIN, min(self._width, max(needed, self._width - steps))))
 
-    def _play(self, start: int, width: int) -> None:
-        """These are in play from now on."""
-        self._count(self.in_play(), None)
+    def _set_aperture(self, start: int, width: int) -> None:
+        self._count(self.aperture(), None)
         self._start, self._width = start, width
-        self._count(self.in_play(), self._tally)
+        self._count(self.aperture(), self._tally)
 
     def _count(self, loads: list[EndpointLoad], tally: Tally | None) -> None:
         for load in loads:
             load.count_in(tally)
 
-    def _joined(self, chosen: EndpointLoad, now: float) -> EndpointLoad:
-        """The endpoint that joins those in play if all of them are busy, not only the one that was chosen; that one otherwise."""
+    def _grown(self, chosen: EndpointLoad, now: float) -> EndpointLoad:
+        """Grow the aperture if all of it is busy, not only the endpoint that was chosen. Returns the one to use: the newcomer if any."""
         width, count = self._width, len(self._loads)
-        if width >= count or self.in_flight < EACH * width:
+        if width >= count or self.in_flight < EXCHANGES_EACH * width:
             return chosen
         self._width = width + 1
         next_one = self._loads[(self._start + width) % count]
         next_one.count_in(self._tally)
-        return next_one if next_one.cost(now) < DEAR_S else chosen
+        return next_one if next_one.cost(now) < COST_LIMIT_S else chosen
 
     def _better(self, loads: list[EndpointLoad], start: int, count: int, now: float) -> EndpointLoad:
         """Of two among ``count`` endpoints from ``start`` on, around the end of the list."""

@@ -92,54 +92,54 @@ def test_an_endpoint_that_changes_its_identity_is_another_one():
 MANY = [Endpoint(f"10.1.{n // 250}.{n % 250}:80") for n in range(1000)]
 
 
-def test_of_very_many_endpoints_only_some_are_in_play_at_a_time():
-    assert len(shares(balancer(MANY))) == balance.LEAST_IN_PLAY
+def test_of_very_many_endpoints_only_some_are_drawn_from_at_a_time():
+    assert len(shares(balancer(MANY))) == balance.APERTURE_MIN
 
 
 def test_in_the_course_of_time_every_endpoint_gets_its_share():
     made = balancer(MANY)
     counts: Counter = Counter()
     for now in range(2 * len(MANY)):
-        counts += shares(made, now * balance.TURN_S, 32)
+        counts += shares(made, now * balance.ROTATE_S, 32)
     assert set(counts) == {one.addr for one in MANY}
     assert max(counts.values()) < 2 * 64  # two whole turns, 64 on average
 
 
-def test_two_sidecars_have_different_endpoints_in_play():
+def test_two_sidecars_have_different_apertures():
     one, other = Balancer(random.Random(1).random), Balancer(random.Random(2).random)
     for made in (one, other):
         made.replace(MANY, 0.0)
-    assert len(set(shares(one)) & set(shares(other))) < balance.LEAST_IN_PLAY / 2
+    assert len(set(shares(one)) & set(shares(other))) < balance.APERTURE_MIN / 2
 
 
-def test_with_more_to_do_than_those_in_play_should_do_all_are():
+def test_the_aperture_grows_until_it_can_bear_the_load():
     made = balancer(MANY)
     for _ in range(500):
         made.choose(0.0).active += 1
     busy = [load.active for load in made._loads if load.active]
-    assert len(busy) >= 500 / (balance.EACH + 1)
-    assert max(busy) <= balance.EACH + 2
+    assert len(busy) >= 500 / (balance.EXCHANGES_EACH + 1)
+    assert max(busy) <= balance.EXCHANGES_EACH + 2
 
 
-def test_those_who_joined_leave_again_when_there_is_less_to_do():
+def test_the_aperture_shrinks_when_there_is_less_to_do():
     made = balancer(MANY)
     for load in [made.choose(100.0) for _ in range(100)]:
         load.active += 1
-    assert len(set(shares(made, 100.5))) > balance.LEAST_IN_PLAY
+    assert len(set(shares(made, 100.5))) > balance.APERTURE_MIN
     for load in made._loads:
         load.active = 0
     widths = [len(set(shares(made, now))) for now in range(101, 200)]
-    assert widths[0] > widths[5] and widths[-1] == balance.LEAST_IN_PLAY
+    assert widths[0] > widths[5] and widths[-1] == balance.APERTURE_MIN
 
 
-def test_two_that_are_busy_among_idle_ones_bring_nobody_into_play():
+def test_two_busy_endpoints_among_idle_ones_do_not_widen_the_aperture():
     made = balancer(MANY)
     for _ in range(2):
-        made.choose(0.0).active += balance.EACH + 1
-    assert len(shares(made)) == balance.LEAST_IN_PLAY
+        made.choose(0.0).active += balance.EXCHANGES_EACH + 1
+    assert len(shares(made)) == balance.APERTURE_MIN
 
 
-def test_when_those_in_play_fail_others_are_found():
+def test_when_the_aperture_fails_endpoints_outside_of_it_are_found():
     made = balancer(MANY)
     failed = set(shares(made))
     for load in made._loads:
@@ -149,13 +149,13 @@ def test_when_those_in_play_fail_others_are_found():
     assert sum(later[addr] for addr in failed) < 0.1 * later.total()
 
 
-def test_replaced_endpoints_do_not_change_whose_turn_it_is():
+def test_replaced_endpoints_do_not_move_the_aperture():
     made = balancer(MANY)
     for now in range(100, 110):  # a rolling update, one pod a second
         before = set(shares(made, now))
         gone = sorted(before)[0]
         made.replace([one for one in MANY if one.addr != gone] + [Endpoint(f"10.2.0.{now}:80")], now)
-        assert len(set(shares(made, now + 0.5)) & before) >= balance.LEAST_IN_PLAY - 3
+        assert len(set(shares(made, now + 0.5)) & before) >= balance.APERTURE_MIN - 3
 
 
 STEPS = st.one_of(
@@ -167,7 +167,7 @@ STEPS = st.one_of(
 
 
 @given(st.lists(STEPS, max_size=30), st.randoms(use_true_random=False))
-def test_what_is_in_flight_at_those_in_play_is_always_their_sum(steps, chance):
+def test_what_is_in_flight_in_the_aperture_is_always_the_sum_of_its_endpoints(steps, chance):
     made = Balancer(chance.random)
     made.replace(MANY[:40], 0.0)
     now, open_exchanges = 0.0, []
@@ -184,7 +184,7 @@ def test_what_is_in_flight_at_those_in_play_is_always_their_sum(steps, chance):
             now += count / 10
         else:
             made.replace(chance.sample(MANY[:80], count), now)
-        assert made.in_flight == sum(load.active for load in made.in_play())
+        assert made.in_flight == sum(load.active for load in made.aperture())
     for load in open_exchanges:  # those of endpoints that are gone as well
         load.active -= 1
     assert made.in_flight == 0
