@@ -114,6 +114,9 @@ IDEMPOTENT: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"
 """Idempotent methods (RFC 9110 section 9.2.2). When an upstream may have acted on a request already, only these are sent again, unless a
 rule of the route allows more."""
 
+CONTENTLESS: Final = IDEMPOTENT - {b"PUT"}
+"""Methods whose content has no meaning (RFC 9110 section 9.3). Some servers leave it unread, and then take it for the next request."""
+
 LATER: Final = None
 """The gate will call the engine's ``proceed``; until then the engine holds the request."""
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from proxy.protocol.requests import AnswerRule, HeadEdit
 from proxy.rescue import Cause
 from tests.proxy.http1_fakes import HEAD, OK, Pair
 
@@ -140,3 +141,45 @@ def test_answers_to_requests_with_bodies_leave_the_next_request_in_place() -> No
         pair.client.received(data[cut:])
         assert pair.down.out.count(b"HTTP/1.1 403 ") == 4 and pair.down.fate == ""
         assert [head.method for head in pair.gate.seen] == [b"POST", b"GET", b"POST", b"GET"]
+
+
+CONTENTLESS = pytest.mark.parametrize("method", [b"GET", b"HEAD", b"DELETE", b"OPTIONS", b"TRACE", b"get"])
+BODIED = {
+    "length": b"Content-Length: %d\r\n\r\n" % len(SECRET) + SECRET,
+    "chunks": b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(SECRET) + SECRET + b"\r\n0\r\n\r\n",
+    "kept": b"Connection: keep-alive\r\nContent-Length: %d\r\n\r\n" % len(SECRET) + SECRET,
+    "upgrade": b"Connection: upgrade\r\nUpgrade: x\r\nContent-Length: %d\r\n\r\n" % len(SECRET) + SECRET,
+}
+
+
+@CONTENTLESS
+@pytest.mark.parametrize("rest", BODIED.values(), ids=BODIED.keys())
+def test_an_app_that_may_leave_a_body_unread_is_told_that_nothing_follows_it(method: bytes, rest: bytes) -> None:
+    pair = Pair()
+    pair.client.received(method + b" / HTTP/1.1\r\nHost: a.test\r\n" + rest)
+    head, _, body = pair.up.take().partition(b"\r\n\r\n")
+    assert [line for line in head.lower().split(b"\r\n") if line.startswith(b"connection:")] == [b"connection: close"]
+    assert body == rest.partition(b"\r\n\r\n")[2]
+    pair.upstream.received(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")  # an app that keeps its connection all the same
+    assert pair.gone == [pair.upstream] and pair.idle == [] and pair.down.fate == ""
+    pair.connect()
+    pair.client.received(HEAD)
+    assert pair.up.out == HEAD
+
+
+@CONTENTLESS
+def test_a_sidecar_reads_every_body_and_keeps_its_connection(method: bytes) -> None:
+    pair = Pair()
+    upstream = pair.connect(meshed=True)
+    pair.client.received(method + b" / HTTP/1.1\r\nHost: a.test\r\n" + BODIED["length"])
+    assert b"connection:" not in pair.up.take().lower()
+    upstream.received(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    assert pair.idle == [upstream] and pair.gone == []
+
+
+def test_an_app_whose_answer_is_dismissed_for_a_retry_gets_no_second_request_behind_an_unread_body() -> None:
+    pair = Pair()
+    pair.gate.edit, pair.gate.rule_retries = HeadEdit(answer=AnswerRule(retry_on=frozenset((503,)))), 1
+    pair.client.received(b"GET / HTTP/1.1\r\nHost: a.test\r\n" + BODIED["length"])
+    pair.upstream.received(b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n")
+    assert pair.gone == [pair.upstream] and pair.idle == []

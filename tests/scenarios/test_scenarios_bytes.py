@@ -37,7 +37,6 @@ REQUESTS: dict[str, bytes] = {
     "an absolute target": request(b"GET http://web.shop/x?y HTTP/1.1"),
     "a long target": request(b"GET /" + b"a" * 8000 + b" HTTP/1.1"),
     "a long field": request(b"GET / HTTP/1.1", b"Cookie: " + b"a" * 60_000),
-    "GET with a body": request(b"GET / HTTP/1.1", b"Content-Length: 4", body=b"body"),
     "POST without": request(b"POST / HTTP/1.1"),
     "chunks with extensions and trailers": request(
         b"POST / HTTP/1.1",
@@ -128,6 +127,12 @@ async def _read(stream: trio.SocketStream, size: int) -> bytes:
 @pytest.mark.parametrize("asked", REQUESTS.values(), ids=REQUESTS)
 async def test_a_request_arrives_as_it_was_sent_and_says_who_sent_it(asked: bytes, policy: InboundPolicy):
     assert await exchange(asked, OK, policy) == (asked.replace(b"\r\n\r\n", _TOLD, 1), OK)
+
+
+@pytest.mark.parametrize("policy", [FOR_CART, ROUTED], ids=["by-port", "by-route"])
+async def test_a_body_without_meaning_arrives_as_the_last_that_its_connection_carries(policy: InboundPolicy):
+    asked = request(b"GET / HTTP/1.1", b"Content-Length: 4", body=b"body")
+    assert await exchange(asked, OK, policy) == (asked.replace(b"\r\n\r\n", _TOLD[:-2] + b"connection: close\r\n\r\n", 1), OK)
 
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)

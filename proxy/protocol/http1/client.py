@@ -29,11 +29,11 @@ from proxy.protocol.http1.connection import (
     WAIT,
     ClientConnection,
 )
-from proxy.protocol.http1.edits import editor
+from proxy.protocol.http1.edits import editor, final
 from proxy.protocol.http1.heads import HeadError, RequestHead
 from proxy.protocol.http1.parse import incomplete_untrusted, request_untrusted
 from proxy.protocol.http1.upstream import REMEMBERED_BYTES, Http1Upstream
-from proxy.protocol.requests import Forward, HeadEdit, Verdict
+from proxy.protocol.requests import CONTENTLESS, Forward, HeadEdit, Verdict
 from proxy.rescue import Cause
 
 
@@ -294,7 +294,9 @@ class Http1Client(ClientConnection):
             self._hold(self._held)
         begun = held[:span]
         self._kept = begun if span <= self._limits.replay_bytes else None
-        up.start(self, out + begun)
+        # A server that leaves this body unread would take it for a request that nobody decided on. A sidecar reads it.
+        last = not up.meshed and self.head.method.upper() in CONTENTLESS
+        up.start(self, (final(out) if last else out) + begun, last=last)
         if not self.sent:
             self._state = BODY
             if self._held:

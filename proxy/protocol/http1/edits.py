@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from core.spelling import any_spelling
-from proxy.protocol.http1.heads import FIELD, RequestHead
+from proxy.protocol.http1.heads import FIELD, RequestHead, without
 from proxy.protocol.requests import AnswerRule, HeadEdit
 
 _is_field = re.compile(FIELD).fullmatch
@@ -60,6 +60,11 @@ def rewriter(host: bytes, retarget: Callable[[bytes], bytes] | None) -> Callable
         return line + b"\r\nhost: " + host + _cut_host(b"", rest) if host else line + rest
 
     return rewrite
+
+
+def final(wire: bytes) -> bytes:
+    """The bytes of a request head, saying that no other request follows on its connection."""
+    return without(wire, (b"connection",))[:-2] + b"connection: close\r\n\r\n"
 
 
 @lru_cache(maxsize=256)

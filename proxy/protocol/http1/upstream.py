@@ -44,15 +44,15 @@ class Http1Upstream:
     """
 
     __slots__ = (
-        "_body", "_client", "_head", "_held", "_interims", "_memo", "_meshed", "_on_gone", "_on_idle", "_paused", "_raw", "_state",
-        "served", "sink",
+        "_body", "_client", "_head", "_held", "_interims", "_last", "_memo", "_on_gone", "_on_idle", "_paused", "_raw", "_state",
+        "meshed", "served", "sink",
     )  # fmt: skip
 
     def __init__(
         self, sink: Sink, on_idle: Callable[[Http1Upstream], None], on_gone: Callable[[Http1Upstream], None], *, meshed: bool = False
     ) -> None:
         self.sink = sink
-        self._meshed = meshed
+        self.meshed = meshed
         self.served = 0
         """Exchanges completed. With at least one, a sudden end is taken for that of a stale pooled connection."""
         self._on_idle = on_idle
@@ -63,7 +63,7 @@ class Http1Upstream:
         self._head: ResponseHead | None = None  # the final response being relayed
         self._body: BodyReader | None = None
         self._interims = 0
-        self._paused = False
+        self._paused = self._last = False
         self._raw = b"\0"  # no head begins like this
         self._memo: ResponseHead | None = None
 
@@ -81,12 +81,16 @@ class Http1Upstream:
 
     # What the client's engine calls.
 
-    def start(self, client: ClientConnection, data: bytes) -> None:
-        """Begin an exchange with the first bytes of a request. Raises RuntimeError when the connection is not `reusable`."""
+    def start(self, client: ClientConnection, data: bytes, *, last: bool = False) -> None:
+        """Begin an exchange with the first bytes of a request. Raises RuntimeError when the connection is not `reusable`.
+
+        last: they say that no other request follows.
+        """
         if self._state != _IDLE:
             raise RuntimeError("an HTTP/1.1 upstream serves one exchange at a time")
         self._client = client
         self._state = _HEAD
+        self._last = last
         self.sink.write(data)
 
     def unused(self) -> None:
@@ -195,7 +199,7 @@ class Http1Upstream:
         if head is None:
             self._held = data
             return None
-        if head.error is not None and not self._meshed:
+        if head.error is not None and not self.meshed:
             head.wire = without(head.wire, (PROXY_ERROR,))
             head.error = None
         if head.size <= REMEMBERED_BYTES:
@@ -291,7 +295,7 @@ class Http1Upstream:
 
     def _dismiss(self, client: ClientConnection, head: ResponseHead, length: int, data: bytes) -> None:
         """The client will get another response instead. If all of this one has arrived, the connection can be used again."""
-        if head.keep and client.sent and len(data) - head.size == length:
+        if head.keep and client.sent and not self._last and len(data) - head.size == length:
             self._client = None
             self._state = _IDLE
             self.served += 1
@@ -303,7 +307,7 @@ class Http1Upstream:
     def _complete(self, client: ClientConnection, status: int, keep: bool, body_bytes: int) -> None:
         """The whole response went to the client."""
         self._client = None
-        if keep and client.sent:
+        if keep and client.sent and not self._last:
             self._state = _IDLE
             self.served += 1
             self._body = self._head = None
