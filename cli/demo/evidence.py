@@ -24,6 +24,7 @@ from ebpf import bpfsys
 from ebpf import client as agent
 from ebpf.wire import Status
 from local import client, protocol
+from local.search import search_path
 from local.state import state_folder
 
 _TIMEOUT_S = 20.0
@@ -194,5 +195,6 @@ def hops(name: str) -> Hops | None:
 
 
 def _output(argv: Sequence[str]) -> str:
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    env = {**os.environ, "PATH": search_path()}  # nft is not in everybody's PATH
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     return done.stdout if done.returncode == 0 else ""

@@ -125,6 +125,7 @@ mount --bind {tmp_path}/passwd /etc/passwd
 mount --bind {tmp_path}/subid /etc/subuid
 mount --bind {tmp_path}/subid /etc/subgid
 export HOME={home} XDG_RUNTIME_DIR={home} PYTHONDONTWRITEBYTECODE=1
+export PATH=/usr/local/bin:/usr/bin:/bin  # a user's on Debian: without nft
 exec setpriv --reuid 4242 --regid 4242 --clear-groups -- {" ".join(COMMAND)} demo --name {name}
 """
     done = subprocess.run(["unshare", "-m", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
