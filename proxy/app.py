@@ -38,7 +38,7 @@ from proxy.inbound.arrive import Arrivals
 from proxy.inbound.serve import Inbound
 from proxy.live import Live
 from proxy.outbound.deadlines import Deadlines
-from proxy.outbound.gate import Services
+from proxy.outbound.gate import Toolkit
 from proxy.outbound.pool import Http1Pool, Http2Pool
 from proxy.outbound.serve import Outbound
 from proxy.probes import PREFIX, ProbeRunner, read_probes
@@ -110,12 +110,12 @@ class Sidecar:
         out1, out2 = replace(http1, replay_bytes=_REPLAY_BYTES), replace(http2, replay_bytes=_REPLAY_BYTES)
         self.http2_pool = Http2Pool(self.relay, replace(out2, idle_timeout_s=max(config.pool_idle_s, 1.0)))
         deadlines = Deadlines(self.relay, nursery, clock)
-        services = Services(dialer, self.relay, nursery, self.http1_pool, self.http2_pool, deadlines, clock)
+        toolkit = Toolkit(dialer, self.relay, nursery, self.http1_pool, self.http2_pool, deadlines, clock)
         self.inbound = Inbound(config, self.discovery, security, dialer, self.relay, self.live, self.recorder, nursery, http1, http2)
         self.arrivals = Arrivals(self.inbound, partial(self._go_on, "inbound"), partial(self._over, "inbound"))
         self._nursery = nursery
         self.proof = CaptureProof(config.outbound_listen.port)
-        self.outbound = Outbound(config, self.discovery, services, self.live, self.recorder, out1, out2)
+        self.outbound = Outbound(config, self.discovery, toolkit, self.live, self.recorder, out1, out2)
         self.metrics.add_source(self._samples)
 
     def _samples(self) -> Iterator[Sample]:

@@ -11,7 +11,7 @@ _PER_S = 10.0  # retries a second that need no requests: where few are made, the
 _MEMORY_S = 10.0  # how long what was not used is remembered
 
 
-class Budget:
+class RetryBudget:
     """The retries that one rule has left."""
 
     __slots__ = ("_left", "_seen")

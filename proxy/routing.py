@@ -20,7 +20,7 @@ from policy.paths import lenient_target_untrusted, query_values
 from policy.patterns import InvalidPattern
 from policy.wire import Action, Destination, FieldEdit, Retry, Route, Share, Timeouts
 from proxy.balance import Balancer
-from proxy.budget import Budget
+from proxy.budget import RetryBudget
 from proxy.protocol.requests import AnswerRule, HeadEdit, RequestHead
 from proxy.rescue import Cause, Redirect
 
@@ -30,12 +30,12 @@ _WELL_KNOWN = {"http": 80, "https": 443}
 _REMEMBERED = 1024  # request shapes whose rule is remembered; then all are forgotten
 
 
-class Limits(NamedTuple):
+class RuleLimits(NamedTuple):
     """How long a request of a rule may take, and how often it may be sent again; None: not at all. budget: of all its requests together."""
 
     timeouts: Timeouts
     retry: Retry | None
-    budget: Budget
+    budget: RetryBudget
     random: Callable[[], float]
 
 
@@ -44,7 +44,7 @@ class Way(NamedTuple):
 
     balancer: Balancer
     edit: HeadEdit
-    limits: Limits | None = None
+    limits: RuleLimits | None = None
 
 
 class _Rule:
@@ -52,12 +52,12 @@ class _Rule:
 
     __slots__ = ("redirect", "sums", "ways")
 
-    def __init__(self, action: Action, backends: list[Balancer | None], budget: Budget, random: Callable[[], float]) -> None:
+    def __init__(self, action: Action, backends: list[Balancer | None], budget: RetryBudget, random: Callable[[], float]) -> None:
         self.redirect = action.redirect
         self.ways: list[Way | None] = []
         limits = None
         if action.timeouts is not None or action.retry is not None:
-            limits = Limits(action.timeouts or Timeouts(), action.retry, budget, random)
+            limits = RuleLimits(action.timeouts or Timeouts(), action.retry, budget, random)
         for share in action.shares:
             balancer = backends[share.backend]
             edit = _head_edit(action, share)
@@ -77,7 +77,7 @@ class Routing:
         self._random = random
         self._memo: dict[tuple[object, ...], _Rule | None] = {}
         self._balancers: dict[tuple[Ref, int], Balancer] = {}
-        self._budgets: dict[tuple[Ref, int], Budget] = {}  # of rules, by their number
+        self._budgets: dict[tuple[Ref, int], RetryBudget] = {}  # of rules, by their number
         backends: list[Balancer | None] = []
         for backend in destination.backends:
             if backend.problem:
@@ -98,8 +98,8 @@ class Routing:
         except (InvalidPattern, MixedKinds):
             pass  # the controller admits no such thing; requests are refused rather than sent anywhere
 
-    def _budget(self, rule: tuple[Ref, int], before: Routing | None, now: float) -> Budget:
-        budget = self._budgets[rule] = (before._budgets.get(rule) if before else None) or Budget(now)
+    def _budget(self, rule: tuple[Ref, int], before: Routing | None, now: float) -> RetryBudget:
+        budget = self._budgets[rule] = (before._budgets.get(rule) if before else None) or RetryBudget(now)
         return budget
 
     def choose(self, head: RequestHead) -> Way | Redirect | Cause:

@@ -20,8 +20,8 @@ from core.addrs import parse_addr
 from policy.wire import Endpoint
 from proxy.balance import Balancer, EndpointLoad
 from proxy.discover import DestinationState
+from proxy.outbound.attempts import Attempts
 from proxy.outbound.deadlines import Deadlines
-from proxy.outbound.patience import Patience
 from proxy.outbound.pool import Http1Pool, Http2Pool
 from proxy.protocol.http1 import Http1Client, Http1Upstream
 from proxy.protocol.http2 import Http2Client, Http2Upstream
@@ -35,8 +35,8 @@ from proxy.transport.relay import Relay
 _ATTEMPTS = 3  # endpoints tried for one request before its client is told
 
 
-class Services(NamedTuple):
-    """What every outbound gate works with."""
+class Toolkit(NamedTuple):
+    """What every outbound gate works with. http1, http2: the pools of upstream connections. now: the clock of deadlines and latencies."""
 
     dialer: Dialer
     relay: Relay
@@ -50,16 +50,16 @@ class Services(NamedTuple):
 class Exchange:
     """What a gate remembers of a request in flight.
 
-    way: where it may go, and its header changes. note: what the record keeps of it. patience: its timeouts and retries, None without any.
+    way: where it may go, and its header changes. note: what the record keeps of it. attempts: its timeouts and retries, None without any.
     """
 
-    __slots__ = ("load", "note", "patience", "way")
+    __slots__ = ("attempts", "load", "note", "way")
 
     def __init__(self, load: EndpointLoad, way: Way, note: Note) -> None:
         self.load = load
         self.way = way
         self.note = note
-        self.patience: Patience | None = None
+        self.attempts: Attempts | None = None
 
 
 class _Gate(ABC):
@@ -69,12 +69,12 @@ class _Gate(ABC):
     inside: bytes
     engine: Http1Client | Http2Client
 
-    def __init__(self, services: Services, destination: DestinationState, record: OutboundRecord) -> None:
-        self._services = services
+    def __init__(self, toolkit: Toolkit, destination: DestinationState, record: OutboundRecord) -> None:
+        self._toolkit = toolkit
         self._destination = destination
         self._straight = Way(destination.balancer, UNTOUCHED)
         self._record = record
-        self._now = services.now
+        self._now = toolkit.now
         self._gone = False
         self._owed: dict[int, Exchange] = {}
 
@@ -96,14 +96,14 @@ class _Gate(ABC):
             return self._nowhere(Cause.NO_ENDPOINTS, now, head)
         exchange = Exchange(load, way, self._record.begin(load.endpoint, head, now))
         if way.limits is not None:
-            exchange.patience = Patience(way.limits, self._services.deadlines, partial(self._late, token), now)
+            exchange.attempts = Attempts(way.limits, self._toolkit.deadlines, partial(self._late, token), now)
         upstream = self._ready(load.endpoint)
         if upstream is None:
             self._open(exchange, token)
             return LATER
         load.active += 1
-        if exchange.patience is not None:
-            exchange.patience.sent(now)
+        if exchange.attempts is not None:
+            exchange.attempts.sent(now)
         return Forward(upstream, way.edit, exchange)
 
     def retry_unprocessed(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
@@ -127,17 +127,17 @@ class _Gate(ABC):
     def retry_by_rule(self, exchange: object, token: int, cause: Cause) -> bool:
         """See requests.Gate: after a pause, and to another endpoint if there is one."""
         assert isinstance(exchange, Exchange)
-        patience, now = exchange.patience, self._now()
-        pause_s = patience.pause_s(now) if patience is not None else None
-        if patience is None or pause_s is None:
+        attempts, now = exchange.attempts, self._now()
+        pause_s = attempts.pause_s(now) if attempts is not None else None
+        if attempts is None or pause_s is None:
             return False
         if cause in UNREACHED:
             exchange.load.failed(now)
         else:
-            exchange.load.observe(now - patience.sent_at, now)
+            exchange.load.observe(now - attempts.sent_at, now)
         self._record.retried(cause)
         self._owed[token] = exchange
-        self._services.nursery.start_soon(self._after_pause, exchange, token, pause_s)
+        self._toolkit.nursery.start_soon(self._after_pause, exchange, token, pause_s)
         return True
 
     def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
@@ -150,9 +150,9 @@ class _Gate(ABC):
         load, now = exchange.load, self._now()
         load.active -= 1
         began = exchange.note.started
-        if exchange.patience is not None:
-            exchange.patience.end()
-            began = exchange.patience.sent_at
+        if exchange.attempts is not None:
+            exchange.attempts.end()
+            began = exchange.attempts.sent_at
         if cause is None or cause is Cause.ROUTE_TIMEOUT:  # too slow an endpoint must not look like a fast one
             load.observe(now - began, now)
         elif not status or cause in UNREACHED:
@@ -168,8 +168,8 @@ class _Gate(ABC):
         exchange = self._owed.pop(token, None)
         if exchange is not None:
             exchange.load.active -= 1
-            if exchange.patience is not None:
-                exchange.patience.end()
+            if exchange.attempts is not None:
+                exchange.attempts.end()
             self._record.finish(exchange.note, 0, Cause.CLIENT_GONE)
 
     def closed(self) -> None:
@@ -198,14 +198,14 @@ class _Gate(ABC):
         """Begin to dial for a request. tried: addresses that were tried for it in vain."""
         exchange.load.active += 1
         self._owed[token] = exchange
-        self._services.nursery.start_soon(self._dial, exchange.load, exchange.way.balancer, token, tried)
+        self._toolkit.nursery.start_soon(self._dial, exchange.load, exchange.way.balancer, token, tried)
 
     async def _dial(self, load: EndpointLoad, balancer: Balancer, token: int, tried: frozenset[str]) -> None:
         """Open a connection for one request, trying other endpoints while the first ones cannot be reached."""
         while True:
             endpoint = load.endpoint
             try:
-                dialled = await self._services.dialer.endpoint(endpoint, parse_addr(endpoint.addr), self.inside)
+                dialled = await self._toolkit.dialer.endpoint(endpoint, parse_addr(endpoint.addr), self.inside)
             except Exception as error:
                 # Whatever else it is must cost this request and not the task, which would take the whole sidecar with it.
                 failure = error if isinstance(error, Failure) else Failure(Cause.INTERNAL, f"dialling {endpoint.addr}: {error!r}")
@@ -222,7 +222,7 @@ class _Gate(ABC):
             if self._gone:
                 dialled.close()
                 return
-            with self._services.relay.batch():
+            with self._toolkit.relay.batch():
                 self._proceed(token, self._adopt(endpoint, dialled, token in self._owed))
             return
 
@@ -242,10 +242,10 @@ class _Gate(ABC):
         if isinstance(found, Cause):
             if found is not Cause.ROUTE_TIMEOUT and self.retry_by_rule(exchange, token, found):
                 return
-        elif exchange.patience is not None:
-            exchange.patience.sent(self._now())
+        elif exchange.attempts is not None:
+            exchange.attempts.sent(self._now())
         verdict = Answer(found, self.explain, exchange) if isinstance(found, Cause) else Forward(found, exchange.way.edit, exchange)
-        with self._services.relay.batch():
+        with self._toolkit.relay.batch():
             self.engine.proceed(token, verdict)
 
     async def _after_pause(self, exchange: Exchange, token: int, pause_s: float) -> None:
@@ -300,8 +300,8 @@ class Http1Gate(_Gate):
 
     inside = alpn.HTTP1
 
-    def __init__(self, services: Services, destination: DestinationState, record: OutboundRecord) -> None:
-        super().__init__(services, destination, record)
+    def __init__(self, toolkit: Toolkit, destination: DestinationState, record: OutboundRecord) -> None:
+        super().__init__(toolkit, destination, record)
         self._mine: Http1Upstream | None = None
         self._mine_at: Endpoint | None = None
 
@@ -311,25 +311,25 @@ class Http1Gate(_Gate):
             if self._mine_at is endpoint and mine.reusable:
                 return mine
             self._leave()
-        upstream = self._services.http1.take(endpoint)
+        upstream = self._toolkit.http1.take(endpoint)
         if upstream is not None:
             self._mine, self._mine_at = upstream, endpoint
         return upstream
 
     def _adopt(self, endpoint: Endpoint, dialled: Dialled, wanted: bool) -> Http1Upstream:
-        upstream = self._services.http1.adopt(endpoint, dialled)
+        upstream = self._toolkit.http1.adopt(endpoint, dialled)
         if wanted:
             self._leave()
             self._mine, self._mine_at = upstream, endpoint
         else:  # the next request may be under way already, on a connection of its own
-            self._services.http1.put(endpoint, upstream)
+            self._toolkit.http1.put(endpoint, upstream)
         return upstream
 
     def _leave(self) -> None:
         mine, at = self._mine, self._mine_at
         self._mine = self._mine_at = None
         if mine is not None and at is not None:
-            self._services.http1.put(at, mine)
+            self._toolkit.http1.put(at, mine)
 
 
 class Http2Gate(_Gate):
@@ -340,14 +340,14 @@ class Http2Gate(_Gate):
 
     inside = alpn.HTTP2
 
-    def __init__(self, services: Services, destination: DestinationState, record: OutboundRecord) -> None:
-        super().__init__(services, destination, record)
+    def __init__(self, toolkit: Toolkit, destination: DestinationState, record: OutboundRecord) -> None:
+        super().__init__(toolkit, destination, record)
         self._own: dict[Endpoint, Http2Upstream] = {}
         self._waiting: dict[Endpoint, list[int]] = {}
 
     def _alive(self) -> dict[Endpoint, Http2Upstream]:
         alone = self._destination.routing is None and len(self._straight.balancer) == 1
-        return self._own if alone else self._services.http2.shared
+        return self._own if alone else self._toolkit.http2.shared
 
     def _ready(self, endpoint: Endpoint) -> Http2Upstream | None:
         upstream = self._alive().get(endpoint)
@@ -369,7 +369,7 @@ class Http2Gate(_Gate):
             await super()._dial(load, balancer, token, tried)
         finally:
             waiting = self._waiting.pop(endpoint, [])
-        with self._services.relay.batch():
+        with self._toolkit.relay.batch():
             for other in waiting:
                 upstream = self._ready(endpoint)
                 exchange = self._owed.get(other)
@@ -380,7 +380,7 @@ class Http2Gate(_Gate):
                     self._open(exchange, other)
 
     def _adopt(self, endpoint: Endpoint, dialled: Dialled, wanted: bool) -> Http2Upstream:
-        return self._services.http2.adopt(dialled, self._alive(), endpoint)
+        return self._toolkit.http2.adopt(dialled, self._alive(), endpoint)
 
     def _leave(self) -> None:
         for upstream in list(self._own.values()):

@@ -23,7 +23,7 @@ from proxy.balance import EndpointLoad
 from proxy.config import Config
 from proxy.discover import DestinationState, Discovery
 from proxy.live import Live
-from proxy.outbound.gate import Http1Gate, Http2Gate, Services
+from proxy.outbound.gate import Http1Gate, Http2Gate, Toolkit
 from proxy.protocol.detect import DECLARED, HTTP, Detected
 from proxy.protocol.http1 import Http1Client, Http1Limits
 from proxy.protocol.http2 import Http2Client, Http2Limits
@@ -51,7 +51,7 @@ class Outbound:
 
     config: Config
     discovery: Discovery
-    services: Services
+    toolkit: Toolkit
     live: Live
     recorder: Recorder
     http1_limits: Http1Limits
@@ -64,7 +64,7 @@ class Outbound:
         try:
             await self._serve_known(accepted, state)
         except BaseException:
-            state.release(self.services.now())
+            state.release(self.toolkit.now())
             raise
 
     async def _serve_known(self, accepted: Accepted, state: DestinationState) -> None:
@@ -153,7 +153,7 @@ class Outbound:
         self, state: DestinationState, destination: Destination, accepted: Accepted, record: OutboundRecord
     ) -> Chosen:
         """A connection to one endpoint, another one when the first cannot be reached; raises Failure."""
-        dialer, now = self.services.dialer, self.services.now
+        dialer, now = self.toolkit.dialer, self.toolkit.now
         if destination.kind == "external":
             return Chosen(EndpointLoad(Endpoint(str(accepted.dst)), now()), await dialer.plain(accepted.dst))
         tried: frozenset[str] = frozenset()
@@ -175,21 +175,21 @@ class Outbound:
     def _serve_http(self, accepted: Accepted, sniffed: Sniffed, state: DestinationState, record: OutboundRecord) -> None:
         http1 = sniffed.protocol is Detected.HTTP1
         record.protocol = "HTTP/1.1" if http1 else "HTTP/2"
-        link = self.services.relay.adopt(accepted.stream.release(), NO_RECEIVER)
-        gate = Http1Gate(self.services, state, record) if http1 else Http2Gate(self.services, state, record)
+        link = self.toolkit.relay.adopt(accepted.stream.release(), NO_RECEIVER)
+        gate = Http1Gate(self.toolkit, state, record) if http1 else Http2Gate(self.toolkit, state, record)
 
         def closed() -> None:
             gate.closed()
             record.closed(link.read_bytes, link.written_bytes)
 
-        with self.services.relay.batch():  # what it said already is served even if we are draining
+        with self.toolkit.relay.batch():  # what it said already is served even if we are draining
             gate.engine = Http1Client(link, gate, self.http1_limits) if http1 else Http2Client(link, gate, self.http2_limits)
-            begin(self.services.relay, link, gate.engine, sniffed.data)
+            begin(self.toolkit.relay, link, gate.engine, sniffed.data)
             self.live.add(link, gate.engine, closed)
 
     def _join(self, accepted: Accepted, sniffed: Sniffed, chosen: Chosen, state: DestinationState, record: OutboundRecord) -> None:
         load, dialled = chosen
-        relay, idle_s = self.services.relay, self.config.opaque_idle_timeout_s
+        relay, idle_s = self.toolkit.relay, self.config.opaque_idle_timeout_s
         secured = dialled.records is not None
 
         def recheck() -> None:
@@ -200,7 +200,7 @@ class Outbound:
         def closed() -> None:
             state.changed.discard(recheck)
             load.active -= 1
-            state.release(self.services.now())
+            state.release(self.toolkit.now())
             record.closed(link.read_bytes, link.written_bytes)
 
         with relay.batch():  # nothing of it ends before it is counted

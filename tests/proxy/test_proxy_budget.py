@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from proxy.budget import Budget
+from proxy.budget import RetryBudget
 
 
-def spent(budget: Budget, now: float) -> int:
+def spent(budget: RetryBudget, now: float) -> int:
     count = 0
     while budget.spend(now):
         count += 1
@@ -13,14 +13,14 @@ def spent(budget: Budget, now: float) -> int:
 
 
 def test_a_few_a_second_are_allowed_without_any_request():
-    budget = Budget(0.0)
+    budget = RetryBudget(0.0)
     assert spent(budget, 0.0) == 100
     assert spent(budget, 0.05) == 0
     assert spent(budget, 1.0) == 10
 
 
 def test_a_fifth_of_the_requests_may_be_sent_again():
-    budget = Budget(0.0)
+    budget = RetryBudget(0.0)
     spent(budget, 0.0)
     for _ in range(300):
         budget.earn()
@@ -28,14 +28,14 @@ def test_a_fifth_of_the_requests_may_be_sent_again():
 
 
 def test_what_was_not_used_is_not_kept_for_ever():
-    budget = Budget(0.0)
+    budget = RetryBudget(0.0)
     for _ in range(1_000_000):
         budget.earn()
     assert spent(budget, 1_000_000.0) == 100
 
 
 def test_a_backend_that_always_fails_gets_a_fifth_more_and_no_multiple():
-    budget, sent = Budget(0.0), 0
+    budget, sent = RetryBudget(0.0), 0
     for number in range(10_000):  # a thousand a second, each of which would be sent again nine times
         budget.earn()
         sent += 1

@@ -10,10 +10,10 @@ import trio
 import trio.testing
 
 from policy.wire import Retry, Timeouts
-from proxy.budget import Budget
+from proxy.budget import RetryBudget
+from proxy.outbound.attempts import Attempts
 from proxy.outbound.deadlines import Deadlines
-from proxy.outbound.patience import Patience
-from proxy.routing import Limits
+from proxy.routing import RuleLimits
 from proxy.transport.relay import Relay
 
 
@@ -82,22 +82,22 @@ async def test_a_call_may_set_the_next_deadline(autojump_clock: trio.testing.Moc
         assert [(name, at - begun) for name, at in seen] == [("next", 1.25)]
 
 
-def patient(timeouts: Timeouts, due: Deadlines, late: Callable[[], None], retry: Retry | None = None) -> Patience:
-    limits = Limits(timeouts, retry, Budget(trio.current_time()), lambda: 0.0)
-    return Patience(limits, due, late, trio.current_time())
+def attempts_of(timeouts: Timeouts, due: Deadlines, late: Callable[[], None], retry: Retry | None = None) -> Attempts:
+    limits = RuleLimits(timeouts, retry, RetryBudget(trio.current_time()), lambda: 0.0)
+    return Attempts(limits, due, late, trio.current_time())
 
 
-async def test_patience_is_for_the_whole_request_and_for_each_attempt(autojump_clock: trio.testing.MockClock, seen: Seen):
+async def test_time_is_limited_for_the_whole_request_and_for_each_attempt(autojump_clock: trio.testing.MockClock, seen: Seen):
     async with deadlines() as due:
         begun = trio.current_time()
-        patience = patient(Timeouts(5.0, 2.0), due, seen.call("late"))
+        attempts = attempts_of(Timeouts(5.0, 2.0), due, seen.call("late"))
         await trio.sleep(1.5)
-        patience.sent(trio.current_time())
+        attempts.sent(trio.current_time())
         await trio.sleep(1.5)
-        patience.sent(trio.current_time())
+        attempts.sent(trio.current_time())
         await trio.sleep(10)
         assert [at - begun for _, at in seen] == [5.0, 5.0]
-        ended = patient(Timeouts(5.0, 2.0), due, seen.call("never"))
+        ended = attempts_of(Timeouts(5.0, 2.0), due, seen.call("never"))
         ended.sent(trio.current_time())
         ended.end()
         await trio.sleep(10)
@@ -106,12 +106,12 @@ async def test_patience_is_for_the_whole_request_and_for_each_attempt(autojump_c
 
 async def test_without_a_duration_there_is_no_deadline(autojump_clock: trio.testing.MockClock, seen: Seen):
     async with deadlines() as due:
-        patience = patient(Timeouts(0.0, 1.0), due, seen.call("late"))
+        attempts = attempts_of(Timeouts(0.0, 1.0), due, seen.call("late"))
         assert len(due) == 0
-        patience.sent(trio.current_time())
+        attempts.sent(trio.current_time())
         assert len(due) == 1
-        patience.end()
-        whole = patient(Timeouts(1.0, 0.0), due, seen.call("late"))
+        attempts.end()
+        whole = attempts_of(Timeouts(1.0, 0.0), due, seen.call("late"))
         whole.sent(trio.current_time())
         assert len(due) == 1
         whole.end()
@@ -119,20 +119,20 @@ async def test_without_a_duration_there_is_no_deadline(autojump_clock: trio.test
 
 async def test_pauses_grow_and_end_with_the_attempts(autojump_clock: trio.testing.MockClock, seen: Seen):
     async with deadlines() as due:
-        patience = patient(Timeouts(0.0, 1.0), due, seen.call("late"), Retry((), 6, 0.1))
+        attempts = attempts_of(Timeouts(0.0, 1.0), due, seen.call("late"), Retry((), 6, 0.1))
         pauses = []
-        while (pause_s := patience.pause_s(trio.current_time())) is not None:
+        while (pause_s := attempts.pause_s(trio.current_time())) is not None:
             pauses.append(pause_s)
         assert pauses == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
 
 
 async def test_no_attempt_is_late_while_it_pauses_and_none_follows_the_end_of_all_time(autojump_clock: trio.testing.MockClock, seen: Seen):
     async with deadlines() as due:
-        patience = patient(Timeouts(5.0, 1.0), due, seen.call("late"), Retry((), 9))
-        patience.sent(trio.current_time())
-        assert patience.pause_s(trio.current_time()) is not None
+        attempts = attempts_of(Timeouts(5.0, 1.0), due, seen.call("late"), Retry((), 9))
+        attempts.sent(trio.current_time())
+        assert attempts.pause_s(trio.current_time()) is not None
         await trio.sleep(4)
         assert seen == []
         await trio.sleep(4)
         assert len(seen) == 1
-        assert patience.pause_s(trio.current_time()) is None
+        assert attempts.pause_s(trio.current_time()) is None

@@ -13,7 +13,7 @@ from core.runtime.watch import Cell
 from policy.wire import Destination, Endpoint
 from proxy.discover import DestinationState
 from proxy.outbound.deadlines import Deadlines
-from proxy.outbound.gate import Http1Gate, Services
+from proxy.outbound.gate import Http1Gate, Toolkit
 from proxy.outbound.pool import Http1Pool, Http2Pool
 from proxy.protocol.http1.client import Http1Client
 from proxy.protocol.http2 import Http2Limits
@@ -47,8 +47,8 @@ async def asked(dialer: Any, *endpoints: Endpoint) -> tuple[bytes, list[tuple[An
     )
     async with trio.open_nursery() as nursery:
         pools = Http1Pool(relay, 1), Http2Pool(relay, Http2Limits())
-        services = Services(dialer, relay, nursery, *pools, Deadlines(relay, nursery, trio.current_time), trio.current_time)
-        gate = Http1Gate(services, destination.hold(), recorder.outbound(Addr("10.0.0.9", 1), Addr("10.96.0.1", 80), WEB))
+        toolkit = Toolkit(dialer, relay, nursery, *pools, Deadlines(relay, nursery, trio.current_time), trio.current_time)
+        gate = Http1Gate(toolkit, destination.hold(), recorder.outbound(Addr("10.0.0.9", 1), Addr("10.96.0.1", 80), WEB))
         sink = FakeSink()
         gate.engine = Http1Client(sink, gate)
         gate.engine.received(b"GET / HTTP/1.1\r\nhost: web\r\n\r\n")

@@ -25,7 +25,7 @@ from policy.wire import (
 )
 from proxy.protocol.requests import HeadEdit
 from proxy.rescue import Cause, Redirect
-from proxy.routing import UNTOUCHED, Limits, Routing, Way, location, retargeted
+from proxy.routing import UNTOUCHED, Routing, Way, location, retargeted
 
 WEB = Ref("", "Service", "shop", "web")
 
@@ -212,7 +212,7 @@ def test_a_replacement_keeps_what_is_known_about_endpoints() -> None:
 
 
 def test_a_replacement_keeps_the_budgets_of_its_rules() -> None:
-    def limits(found: Routing, path: str) -> Limits:
+    def limits(found: Routing, path: str) -> RuleLimits:
         way = found.choose(Head(path))
         assert isinstance(way, Way) and way.limits is not None
         return way.limits

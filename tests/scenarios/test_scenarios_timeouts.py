@@ -36,7 +36,7 @@ def timed(made: Mesh, short: Timeouts) -> None:
 
 
 def pending(made: Mesh) -> Deadlines:
-    return made.client.outbound.services.deadlines
+    return made.client.outbound.toolkit.deadlines
 
 
 def elapse(made: Mesh) -> None:

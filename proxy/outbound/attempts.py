@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from proxy.outbound.deadlines import Deadline, Deadlines
-from proxy.routing import Limits
+from proxy.routing import RuleLimits
 
 _LONGEST_BACKOFF = 10  # the longest pause, as a multiple of the rule's backoff; each pause is twice the one before
 _JITTER = 0.5  # up to this share of a pause is added at random, so that requests that failed together are not retried together
 
 
-class Patience:
+class Attempts:
     """The deadlines of one request and the retries it has left. late: called when a deadline has passed; not after `end`.
 
     sent_at: when it was sent to a backend for the last time; before that, when it came.
@@ -19,7 +19,7 @@ class Patience:
 
     __slots__ = ("_attempt", "_deadlines", "_late", "_limits", "_retries", "_whole", "sent_at")
 
-    def __init__(self, limits: Limits, deadlines: Deadlines, late: Callable[[], None], now: float) -> None:
+    def __init__(self, limits: RuleLimits, deadlines: Deadlines, late: Callable[[], None], now: float) -> None:
         self._limits = limits
         self._deadlines = deadlines
         self._late = late
