@@ -18,7 +18,7 @@ from proxy.protocol.http1 import Http1Client, Http1Upstream
 from proxy.protocol.http2 import Http2Client, Http2Upstream
 from proxy.protocol.requests import LATER, Answer, Bodies, Forward, HeadEdit, RequestHead, Verdict
 from proxy.rescue import Cause, Failure
-from proxy.telemetry.record import InboundRecord, Note
+from proxy.telemetry.record import InboundRecord, InFlight
 from proxy.transport.connect import Dialled
 from proxy.transport.relay import Relay
 
@@ -54,7 +54,7 @@ class InboundGate:
         self._edit = HeadEdit(strip=(CLIENT_ID,), add=(*added, *forwarded))
         self._guarded: Spellings | None = None  # what `_edit` keeps from trailers
         self._upstream: Http1Upstream | Http2Upstream | None = None
-        self._waiting: dict[int, Note] = {}
+        self._waiting: dict[int, InFlight] = {}
         self._connecting = False
 
     # --- Gate ----------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ class InboundGate:
 
     def retry_unprocessed(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
         """See requests.Gate: a fresh connection to the same app, under the policy of now."""
-        assert isinstance(exchange, Note)
+        assert isinstance(exchange, InFlight)
         self._record.retried(cause)
         decision = self._authorization.request(head)
         if not isinstance(decision, Permit):
@@ -85,7 +85,7 @@ class InboundGate:
 
     def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
         """See requests.Gate: under the policy of now, and of whatever follows it."""
-        assert isinstance(exchange, Note)
+        assert isinstance(exchange, InFlight)
         self._authorization.follow(self._review)
         decision = self._authorization.request(head)
         if isinstance(decision, Permit):
@@ -95,7 +95,7 @@ class InboundGate:
 
     def finished(self, exchange: object, status: int, cause: Cause | None, grpc_status: int, bodies: Bodies) -> None:
         """See requests.Gate."""
-        assert isinstance(exchange, Note)
+        assert isinstance(exchange, InFlight)
         self._record.finish(exchange, status, cause, grpc_status, bodies)
 
     def refused(self, cause: Cause, detail: str) -> None:
@@ -126,7 +126,7 @@ class InboundGate:
 
     # --- the upstream --------------------------------------------------------------------------------------------------
 
-    def _forward(self, permit: Permit, exchange: Note, token: int) -> Verdict | None:
+    def _forward(self, permit: Permit, exchange: InFlight, token: int) -> Verdict | None:
         upstream = self._upstream
         if upstream is not None:
             return Forward(upstream, self._edit, exchange)
@@ -134,7 +134,7 @@ class InboundGate:
             try:
                 connecting = self._forwarder.begin(permit)
             except Failure as failure:
-                self._record.note(failure)
+                self._record.log_failure(failure)
                 return Answer(failure.cause, self.explain, exchange)
             if connecting.done:
                 return Forward(self._adopt(Dialled(connecting.sock, None)), self._edit, exchange)
@@ -148,7 +148,7 @@ class InboundGate:
         try:
             dialled = await self._forwarder.finish(connecting)
         except Failure as failure:
-            self._record.note(failure)
+            self._record.log_failure(failure)
             cause = failure.cause
             self._tell(lambda exchange: Answer(cause, self.explain, exchange))
             return
@@ -171,7 +171,7 @@ class InboundGate:
         self._upstream = upstream
         return upstream
 
-    def _tell(self, verdict: Callable[[Note], Verdict]) -> None:
+    def _tell(self, verdict: Callable[[InFlight], Verdict]) -> None:
         waiting, self._waiting = self._waiting, {}
         with self._relay.batch():
             for token, exchange in waiting.items():

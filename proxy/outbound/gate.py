@@ -28,7 +28,7 @@ from proxy.protocol.http2 import Http2Client, Http2Upstream
 from proxy.protocol.requests import LATER, Answer, Bodies, Forward, RequestHead, Verdict
 from proxy.rescue import UNREACHED, Cause, Failure, Redirect
 from proxy.routing import UNTOUCHED, Way
-from proxy.telemetry.record import Note, OutboundRecord
+from proxy.telemetry.record import InFlight, OutboundRecord
 from proxy.transport.connect import Dialer, Dialled
 from proxy.transport.relay import Relay
 
@@ -50,15 +50,15 @@ class Toolkit(NamedTuple):
 class Exchange:
     """What a gate remembers of a request in flight.
 
-    way: where it may go, and its header changes. note: what the record keeps of it. attempts: its timeouts and retries, None without any.
+    way: where it may go, and its header changes. in_flight: what the record keeps of it. attempts: its timeouts and retries, None for none.
     """
 
-    __slots__ = ("attempts", "load", "note", "way")
+    __slots__ = ("attempts", "in_flight", "load", "way")
 
-    def __init__(self, load: EndpointLoad, way: Way, note: Note) -> None:
+    def __init__(self, load: EndpointLoad, way: Way, in_flight: InFlight) -> None:
         self.load = load
         self.way = way
-        self.note = note
+        self.in_flight = in_flight
         self.attempts: Attempts | None = None
 
 
@@ -149,7 +149,7 @@ class _Gate(ABC):
         assert isinstance(exchange, Exchange)
         load, now = exchange.load, self._now()
         load.active -= 1
-        began = exchange.note.started
+        began = exchange.in_flight.started
         if exchange.attempts is not None:
             exchange.attempts.end()
             began = exchange.attempts.sent_at
@@ -157,7 +157,7 @@ class _Gate(ABC):
             load.observe(now - began, now)
         elif not status or cause in UNREACHED:
             load.failed(now)
-        self._record.finish(exchange.note, status, cause, grpc_status, bodies)
+        self._record.finish(exchange.in_flight, status, cause, grpc_status, bodies)
 
     def refused(self, cause: Cause, detail: str) -> None:
         """See requests.Gate."""
@@ -170,7 +170,7 @@ class _Gate(ABC):
             exchange.load.active -= 1
             if exchange.attempts is not None:
                 exchange.attempts.end()
-            self._record.finish(exchange.note, 0, Cause.CLIENT_GONE)
+            self._record.finish(exchange.in_flight, 0, Cause.CLIENT_GONE)
 
     def closed(self) -> None:
         """The client's connection is over, in whatever way. Called once, after everything else."""
@@ -186,7 +186,7 @@ class _Gate(ABC):
 
     def _nowhere(self, cause: Cause, now: float, head: RequestHead) -> Answer:
         """Refuse a request for which nothing is dialled: so nothing else logs why."""
-        self._record.note(Failure(cause, _NOWHERE_TO_GO.get(cause, "")))
+        self._record.log_failure(Failure(cause, _NOWHERE_TO_GO.get(cause, "")))
         return Answer(cause, self.explain, self._unsent(now, head))
 
     def _unsent(self, now: float, head: RequestHead) -> Exchange:
@@ -209,7 +209,7 @@ class _Gate(ABC):
             except Exception as error:
                 # Whatever else it is must cost this request and not the task, which would take the whole sidecar with it.
                 failure = error if isinstance(error, Failure) else Failure(Cause.INTERNAL, f"dialling {endpoint.addr}: {error!r}")
-                self._record.note(failure)
+                self._record.log_failure(failure)
                 load.failed(self._now())
                 tried |= {endpoint.addr}
                 other = balancer.choose(self._now(), avoid=tried) if len(tried) < _ATTEMPTS else None

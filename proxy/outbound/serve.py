@@ -166,7 +166,7 @@ class Outbound:
                 load.active -= 1
                 if not isinstance(error, Failure):
                     raise
-                record.note(error)
+                record.log_failure(error)
                 load.failed(now())
                 tried |= {load.endpoint.addr}
                 last = error

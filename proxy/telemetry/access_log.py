@@ -1,7 +1,7 @@
 """The access log: which finished exchanges are written, and as which fields. The schema is documented in docs/access-log.md.
 
-Pure: makes a record; the caller hands it to its logger. Query strings are never part of a record, because they carry tokens; neither
-are header values but the two that are meant for logs (user agent, trace id). Called by the inbound and outbound gates.
+Pure: makes entries; the caller hands them to its logger. Query strings are never part of an entry, because they carry tokens; neither
+are header values but the two that are meant for logs (user agent, trace id). Called by record.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from core.refs import Ref
 _TEXT_BYTES_MAX = 1024
 
 EVENT = "access"
-"""The event name of every record."""
+"""The event name of every entry."""
 
 TRACE_HEADERS: tuple[bytes, ...] = (b"traceparent", b"x-b3-traceid", b"x-request-id", b"x-amzn-trace-id")
 """Where a trace id is looked for, in this order."""
@@ -37,7 +37,7 @@ def wanted(mode: Mode, status: int, cause: str | None, grpc_status: int = -1) ->
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
+class Entry:
     """A finished request and its answer, or a finished opaque connection (then without method, target, authority and status).
 
     client_id: verified SPIFFE URI, empty without one. target: origin-form as received. status: what the client saw, 0 if nothing.
@@ -68,30 +68,30 @@ class Exchange:
     trace_id: bytes | None = None
 
 
-def record(exchange: Exchange) -> dict[str, str | int | float | bool]:
-    """The fields of a record, in the documented order; what is empty or unknown is left out."""
+def fields_of(entry: Entry) -> dict[str, str | int | float | bool]:
+    """The fields of an entry, in the documented order; what is empty or unknown is left out."""
     fields: dict[str, str | int | float | bool | None] = {
-        "direction": exchange.direction,
-        "protocol": exchange.protocol,
-        "client_addr": exchange.client_addr,
-        "client_id": exchange.client_id or None,
-        "server_addr": exchange.server_addr,
-        "method": _text(exchange.method),
-        "path": _text(exchange.target.partition(b"?")[0]),
-        "host": _text(exchange.authority),
-        "status": exchange.status if exchange.method else None,
-        "grpc_status": exchange.grpc_status,
-        "request_bytes": exchange.request_bytes,
-        "response_bytes": exchange.response_bytes,
-        "duration_ms": round(exchange.duration_ms, 3),
-        "server": _ref(exchange.server),
-        "route": _ref(exchange.route),
-        "authorization": _ref(exchange.authorization),
-        "audit": exchange.audit or None,
-        "error": exchange.cause,
-        "reason": exchange.reason or None,
-        "user_agent": _text(exchange.user_agent),
-        "trace_id": _text(exchange.trace_id),
+        "direction": entry.direction,
+        "protocol": entry.protocol,
+        "client_addr": entry.client_addr,
+        "client_id": entry.client_id or None,
+        "server_addr": entry.server_addr,
+        "method": _text(entry.method),
+        "path": _text(entry.target.partition(b"?")[0]),
+        "host": _text(entry.authority),
+        "status": entry.status if entry.method else None,
+        "grpc_status": entry.grpc_status,
+        "request_bytes": entry.request_bytes,
+        "response_bytes": entry.response_bytes,
+        "duration_ms": round(entry.duration_ms, 3),
+        "server": _ref(entry.server),
+        "route": _ref(entry.route),
+        "authorization": _ref(entry.authorization),
+        "audit": entry.audit or None,
+        "error": entry.cause,
+        "reason": entry.reason or None,
+        "user_agent": _text(entry.user_agent),
+        "trace_id": _text(entry.trace_id),
     }
     return {name: value for name, value in fields.items() if value is not None}
 

@@ -17,7 +17,7 @@ from core.runtime.throttle import Throttle
 from policy.authorize import BadTarget, Client, Denied, NoRoute, Permit
 from policy.wire import Endpoint
 from proxy.rescue import Cause, Failure, effect
-from proxy.telemetry.access_log import TRACE_HEADERS, Exchange, Mode, record, wanted
+from proxy.telemetry.access_log import TRACE_HEADERS, Entry, Mode, fields_of, wanted
 from proxy.telemetry.counters import Counter
 from proxy.telemetry.metrics import Direction, HttpSeries, Metrics, Tls, inbound_labels, outbound_labels
 
@@ -85,7 +85,7 @@ class Outcome:
         self._latency.total += millis
 
 
-class Note:
+class InFlight:
     """A request in flight. started: as the recorder's clock said. head: kept for the access log only."""
 
     __slots__ = ("head", "outcome", "started")
@@ -146,18 +146,18 @@ class _Record:
         self._cause = ""
         self.protocol = "TCP"  # until somebody knows better
 
-    def finish(self, note: Note, status: int, cause: Cause | None, grpc_status: int = -1, bodies: Bodies | None = None) -> None:
+    def finish(self, in_flight: InFlight, status: int, cause: Cause | None, grpc_status: int = -1, bodies: Bodies | None = None) -> None:
         """A request ended as gates say: see requests.Gate.finished."""
-        outcome = note.outcome
+        outcome = in_flight.outcome
         recorder = self._recorder
-        millis = (recorder.now() - note.started) * 1000.0
+        millis = (recorder.now() - in_flight.started) * 1000.0
         if cause is None:
             outcome.answered(status, millis, grpc_status)
         else:
             outcome.answered(status, millis, grpc_status, cause in _CUT)
-            self._failed(cause, outcome.decision)
-        if note.head is not None and wanted(recorder.access_log, status, cause.value if cause else None, grpc_status):
-            recorder.access(record(self._exchange(outcome.decision, note.head, status, cause, millis, grpc_status, bodies)))
+            self._count_failure(cause, outcome.decision)
+        if in_flight.head is not None and wanted(recorder.access_log, status, cause.value if cause else None, grpc_status):
+            recorder.access(fields_of(self._entry(outcome.decision, in_flight.head, status, cause, millis, grpc_status, bodies)))
 
     def refused(self, cause: Cause, detail: str) -> None:
         """Bytes that never became a request."""
@@ -168,7 +168,7 @@ class _Record:
         self._recorder.metrics.retry(self.direction, cause.value)
         self._recorder.say("info", "retried", f"{self.direction} retried", client=str(self._client), dst=str(self._dst), cause=cause.value)
 
-    def note(self, failure: Failure) -> None:
+    def log_failure(self, failure: Failure) -> None:
         """Something on the way failed; the request it was for is finished separately."""
         self._recorder.say(
             effect(failure.cause).level,
@@ -195,7 +195,7 @@ class _Record:
         if self.protocol != "TCP" or not (recorder.access_log is Mode.ALL or (recorder.access_log is Mode.ERRORS and self._cause)):
             return
         decision = self._connection
-        line = Exchange(
+        entry = Entry(
             direction=self.direction,
             protocol=self.protocol,
             client_addr=str(self._client),
@@ -210,9 +210,9 @@ class _Record:
             reason=decision.reason if isinstance(decision, Denied) else "",
             cause=self._cause or None,
         )
-        recorder.access(record(line))
+        recorder.access(fields_of(entry))
 
-    def _failed(self, cause: Cause, decision: Decision | None) -> None:
+    def _count_failure(self, cause: Cause, decision: Decision | None) -> None:
         self._recorder.metrics.error(self.direction, cause.value)
         if decision is not None and not isinstance(decision, Permit):
             self._recorder.say(
@@ -224,7 +224,7 @@ class _Record:
                 reason=decision.reason,
             )
 
-    def _exchange(
+    def _entry(
         self,
         decision: Decision | None,
         head: RequestHead,
@@ -233,10 +233,10 @@ class _Record:
         millis: float,
         grpc_status: int,
         bodies: Bodies | None,
-    ) -> Exchange:
+    ) -> Entry:
         agent, *traces = head.values((b"user-agent", *TRACE_HEADERS))
         request_bytes, response_bytes = (None, None) if bodies is None else bodies.body_bytes()
-        return Exchange(
+        return Entry(
             direction=self.direction,
             protocol=self.protocol,
             client_addr=str(self._client),
@@ -273,7 +273,7 @@ class InboundRecord(_Record):
         self._tcp = recorder.metrics.tcp(inbound_labels(self._tls, peer.identity or "", port=dst.port))
         self._tcp.opened()
 
-    def begin(self, decision: Decision, head: RequestHead) -> Note:
+    def begin(self, decision: Decision, head: RequestHead) -> InFlight:
         """A request was decided on."""
         outcome = self._outcomes.get(decision)
         if outcome is None:
@@ -281,7 +281,7 @@ class InboundRecord(_Record):
         outcome.requests.value += 1
         if outcome.authz is not None:
             outcome.authz.value += 1
-        return Note(outcome, self._recorder.now(), head if self._keep_heads else None)
+        return InFlight(outcome, self._recorder.now(), head if self._keep_heads else None)
 
     def connection(self, decision: Permit | Denied) -> None:
         """The connection was decided on as opaque bytes."""
@@ -295,10 +295,10 @@ class InboundRecord(_Record):
         self._recorder.metrics.tcp_authz("terminate", self._labels(decision)).value += 1
         self._recorder.say("info", "terminated", "inbound terminated", client=str(self._client), dst=str(self._dst), reason=decision.reason)
 
-    def withdrawn(self, note: Note, decision: Denied | NoRoute | BadTarget) -> None:
+    def withdrawn(self, in_flight: InFlight, decision: Denied | NoRoute | BadTarget) -> None:
         """A later policy took the permit of a tunnel back, which ends now: `finish` reports it with the reason."""
         self._recorder.metrics.http_authz("terminate", self._labels(decision)).value += 1
-        note.outcome = Outcome(note.outcome.http, None, decision)
+        in_flight.outcome = Outcome(in_flight.outcome.http, None, decision)
 
     def closed(self, read_bytes: int, written_bytes: int) -> None:
         """The connection is over."""
@@ -338,7 +338,7 @@ class OutboundRecord(_Record):
         self._tcp = recorder.metrics.tcp(outbound_labels("disabled", destination=destination, port=dst.port))
         self._tcp.opened()
 
-    def begin(self, endpoint: Endpoint | None, head: RequestHead, now: float) -> Note:
+    def begin(self, endpoint: Endpoint | None, head: RequestHead, now: float) -> InFlight:
         """A request is about to go to this endpoint; None: there is none. now: as the recorder's clock says."""
         identity = endpoint.identity if endpoint is not None else None
         outcome = self._outcomes.get(identity)
@@ -346,7 +346,7 @@ class OutboundRecord(_Record):
             labels = outbound_labels("true" if identity else "disabled", identity or "", self._destination, self._dst.port)
             outcome = self._outcomes[identity] = Outcome(self._recorder.metrics.http(labels), None, None)
         outcome.requests.value += 1
-        return Note(outcome, now, head if self._keep_heads else None)
+        return InFlight(outcome, now, head if self._keep_heads else None)
 
     def closed(self, read_bytes: int, written_bytes: int) -> None:
         """The connection is over."""

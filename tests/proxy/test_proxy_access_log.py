@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from core.refs import Ref
-from proxy.telemetry.access_log import Exchange, Mode, record, wanted
+from proxy.telemetry.access_log import Entry, Mode, fields_of, wanted
 
-FULL = Exchange(
+FULL = Entry(
     direction="inbound",
     protocol="HTTP/1.1",
     client_addr="10.0.0.1:40000",
@@ -40,17 +40,17 @@ def test_every_written_field_is_documented_and_every_documented_one_is_written()
     page = Path(__file__).parents[2].joinpath("docs/access-log.md").read_text(encoding="utf-8")
     table = page.partition("| field |")[2]
     documented = {name for row in table.splitlines() if row.startswith("| `") for name in re.findall(r"`(\w+)`", row.split("|")[1])}
-    assert documented - {"timestamp", "level", "event", "component"} == set(record(FULL))
+    assert documented - {"timestamp", "level", "event", "component"} == set(fields_of(FULL))
 
 
 def test_the_query_is_never_written() -> None:
-    assert record(FULL)["path"] == "/items"
-    assert "secret" not in str(record(FULL))
+    assert fields_of(FULL)["path"] == "/items"
+    assert "secret" not in str(fields_of(FULL))
 
 
 def test_zero_bytes_are_written_but_what_is_unknown_is_left_out() -> None:
-    assert record(FULL)["request_bytes"] == 0
-    opaque = record(Exchange("outbound", "TCP", "10.0.0.1:1", "", "10.0.0.2:5432", 12.0, request_bytes=3))
+    assert fields_of(FULL)["request_bytes"] == 0
+    opaque = fields_of(Entry("outbound", "TCP", "10.0.0.1:1", "", "10.0.0.2:5432", 12.0, request_bytes=3))
     assert opaque == {
         "direction": "outbound",
         "protocol": "TCP",
@@ -62,11 +62,11 @@ def test_zero_bytes_are_written_but_what_is_unknown_is_left_out() -> None:
 
 
 def test_an_exchange_the_client_saw_nothing_of_has_status_0() -> None:
-    assert record(replace(FULL, status=0))["status"] == 0
+    assert fields_of(replace(FULL, status=0))["status"] == 0
 
 
 def test_long_values_are_cut() -> None:
-    assert len(str(record(replace(FULL, target=b"/" * 100_000, user_agent=b"\xff" * 100_000)))) < 4000
+    assert len(str(fields_of(replace(FULL, target=b"/" * 100_000, user_agent=b"\xff" * 100_000)))) < 4000
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from policy.wire import (
 )
 from proxy.protocol.requests import HeadEdit
 from proxy.rescue import Cause, Redirect
-from proxy.routing import UNTOUCHED, Routing, Way, location, retargeted
+from proxy.routing import UNTOUCHED, Routing, RuleLimits, Way, location, retargeted
 
 WEB = Ref("", "Service", "shop", "web")
 
