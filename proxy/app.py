@@ -9,9 +9,8 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import trio
@@ -23,7 +22,6 @@ from core.runtime.drain import Drain, drain_on_signals
 from core.runtime.listen import listen, trio_listener
 from core.runtime.process import most_files, read_process
 from core.runtime.secrecy import keep_memory_private
-from core.runtime.tls import HandshakeFailed
 from core.runtime.watch import Cell
 from identity.client import IdentitySettings, keep_certified
 from policy.client import PolicyClient
@@ -33,9 +31,10 @@ from proxy.capture_proof import CaptureProof
 from proxy.config import Config
 from proxy.discover import Discovery, PolicySource
 from proxy.dumps import dump_routes
+from proxy.engines import HttpEngines
 from proxy.hold import end_unproven, release
-from proxy.inbound.arrive import Arrivals
 from proxy.inbound.serve import Inbound
+from proxy.intake import Intake
 from proxy.live import Live
 from proxy.outbound.deadlines import Deadlines
 from proxy.outbound.gate import Toolkit
@@ -44,12 +43,11 @@ from proxy.outbound.serve import Outbound
 from proxy.probes import PREFIX, ProbeRunner, read_probes
 from proxy.protocol.http1 import Http1Limits
 from proxy.protocol.http2 import Http2Limits
-from proxy.rescue import Cause, Failure, effect
 from proxy.telemetry.access_log import EVENT, Mode
-from proxy.telemetry.metrics import Direction, Metrics, build_info, process_samples
+from proxy.telemetry.metrics import Metrics, build_info, process_samples
 from proxy.telemetry.prometheus import Sample
 from proxy.telemetry.record import Recorder
-from proxy.transport.accept import Accepted, accepting
+from proxy.transport.accept import accepting
 from proxy.transport.connect import Dialer
 from proxy.transport.listener import Listener
 from proxy.transport.relay import Relay
@@ -59,7 +57,6 @@ VERSION = "0.1.0"
 _log = logs.logger("proxy")
 _access = logs.logger("access")
 
-_OWN_FILES = 256  # descriptors kept free of connections: without one for the admin port, probes fail and the pod is taken for dead
 _REPLAY_BYTES = 16 << 10  # of a request's body kept for a retry: enough for an API call, too little for an upload
 
 
@@ -95,8 +92,6 @@ class Sidecar:
         self.credentials: Cell[Credentials | None] = Cell(None)
         self.metrics = Metrics(clock)
         self.relay = Relay(_report_crash, clock)
-        files = most_files()
-        self._most_sockets = min(2 * config.max_connections, max(files - _OWN_FILES, files // 2))
         self.live = Live(self.relay)
         hello = Hello(config.namespace, config.pod, VERSION)
         policy_addr = (config.policy_addr.host, config.policy_addr.port)
@@ -105,17 +100,16 @@ class Sidecar:
         self.recorder = Recorder(self.metrics, time.monotonic, _write_log, Mode(config.access_log), _write_access)
         security = Security(config.identity, self.credentials, config.handshake_timeout_s)
         dialer = Dialer(security, config.connect_timeout_s, config.pod_ips)
-        http1, http2 = _limits(config)
+        engines = HttpEngines(self.relay, self.live, *_limits(config))
+        self.inbound = Inbound(config, self.discovery, security, dialer, self.relay, self.live, self.recorder, nursery, engines)
+        engines = HttpEngines(self.relay, self.live, *_limits(config, replay_bytes=_REPLAY_BYTES))
         self.http1_pool = Http1Pool(self.relay, config.pool_idle_s)
-        out1, out2 = replace(http1, replay_bytes=_REPLAY_BYTES), replace(http2, replay_bytes=_REPLAY_BYTES)
-        self.http2_pool = Http2Pool(self.relay, replace(out2, idle_timeout_s=max(config.pool_idle_s, 1.0)))
+        self.http2_pool = Http2Pool(self.relay, replace(engines.http2, idle_timeout_s=max(config.pool_idle_s, 1.0)))
         deadlines = Deadlines(self.relay, nursery, clock)
         toolkit = Toolkit(dialer, self.relay, nursery, self.http1_pool, self.http2_pool, deadlines, clock)
-        self.inbound = Inbound(config, self.discovery, security, dialer, self.relay, self.live, self.recorder, nursery, http1, http2)
-        self.arrivals = Arrivals(self.inbound, partial(self._go_on, "inbound"), partial(self._over, "inbound"))
-        self._nursery = nursery
+        self.outbound = Outbound(config, self.discovery, toolkit, self.live, self.recorder, engines)
         self.proof = CaptureProof(config.outbound_listen.port)
-        self.outbound = Outbound(config, self.discovery, toolkit, self.live, self.recorder, out1, out2)
+        self.intake = Intake(config, self.inbound, self.outbound, self.proof, self.recorder, most_files(), _report_crash)
         self.metrics.add_source(self._samples)
 
     def _samples(self) -> Iterator[Sample]:
@@ -140,75 +134,6 @@ class Sidecar:
         elif not self.config.inbound_ports and not self.policy.connected.value and not self.discovery.ports:
             reasons.append("not connected to the policy controller yet")
         return reasons
-
-    def admit(self) -> bool:
-        """Whether one more connection of the app may be accepted."""
-        return self._sockets() < self._most_sockets
-
-    def admit_inbound(self) -> bool:
-        """Whether one more connection from outside may be accepted. The last eighth is the app's: callers must not keep it from calling."""
-        return self._sockets() < self._most_sockets - self._most_sockets // 8
-
-    def _sockets(self) -> int:
-        """Sockets in use, and those that connections still on their way to the relay will use: two each."""
-        return self.relay.open_links - len(self.arrivals) + 2 * self.live.arriving
-
-    def take_inbound(self, accepted: Accepted) -> None:
-        """Begin to serve what was meant for this pod.
-
-        Redirection catches whatever is delivered to the pod's link, and the original destination is what the sender wrote. Without this
-        check a neighbour on the same network could write 127.0.0.1, or any other host, and have it dialled from inside the pod.
-        """
-        ours = accepted.dst.ip in self.config.pod_ips
-        if not ours and accepted.dst.port not in (self.config.inbound_listen.port, self.config.outbound_listen.port):
-            self.live.arrived()
-            detail = f"{accepted.dst} is not an address of this pod ({', '.join(self.config.pod_ips)})"
-            self._over("inbound", accepted, Failure(Cause.FOREIGN, detail))
-            return
-        self.arrive(accepted)
-
-    def arrive(self, accepted: Accepted) -> None:
-        """Begin to serve a connection to a port of this pod."""
-        self.live.arrived()
-        if not self.arrivals.take(accepted):
-            self._go_on("inbound", accepted, self.inbound.serve)
-
-    def take_outbound(self, accepted: Accepted) -> None:
-        """Begin to serve a connection that the app made."""
-        self.live.arrived()
-        self._go_on("outbound", accepted, self.proof.take if self.proof.concerns(accepted) else self.outbound.serve)
-
-    def _go_on(self, direction: Direction, accepted: Accepted, serve: Callable[[Accepted], Awaitable[None]]) -> None:
-        self._nursery.start_soon(self._serve, direction, accepted, serve)
-
-    async def _serve(self, direction: Direction, accepted: Accepted, serve: Callable[[Accepted], Awaitable[None]]) -> None:
-        """Serve one connection; whatever goes wrong ends this connection only."""
-        failed: Exception | None = None
-        try:
-            await serve(accepted)
-        except Exception as error:
-            failed = error
-        finally:
-            self._over(direction, accepted, failed)
-
-    def _over(self, direction: Direction, accepted: Accepted, error: Exception | None) -> None:
-        """A connection has left its path: the relay serves it now, or ``error`` says why not."""
-        if error is not None:
-            self._tell(direction, accepted, error)
-            accepted.stream.abort()
-        self.live.settled()
-
-    def _tell(self, direction: Direction, accepted: Accepted, error: Exception) -> None:
-        client, dst = accepted.client, accepted.dst
-        if isinstance(error, Failure):
-            self.recorder.failed(direction, client, dst, error.cause.value, error.detail, effect(error.cause).level)
-        elif isinstance(error, HandshakeFailed):
-            self.recorder.failed(direction, client, dst, f"tls-{error.reason}", error.detail, "warning")
-        elif isinstance(error, (trio.BrokenResourceError, trio.TooSlowError, OSError)):
-            self.recorder.failed(direction, client, dst, "connection-lost", str(error), "debug")
-        else:
-            self.metrics.error(direction, Cause.INTERNAL.value)
-            _report_crash(error)
 
 
 async def run(config: Config) -> None:
@@ -253,8 +178,8 @@ def accept_both(sidecar: Sidecar) -> tuple[Listener, Listener]:
     config = sidecar.config
     inbound, outbound = listen(config.inbound_listen), listen(config.outbound_listen)
     listeners = (
-        accepting(sidecar.relay, inbound, sidecar.take_inbound, sidecar.admit_inbound),
-        accepting(sidecar.relay, outbound, sidecar.take_outbound, sidecar.admit),
+        accepting(sidecar.relay, inbound, sidecar.intake.take_inbound, sidecar.intake.admit_inbound),
+        accepting(sidecar.relay, outbound, sidecar.intake.take_outbound, sidecar.intake.admit_outbound),
     )
     _log.info("listening", inbound=str(config.inbound_listen), outbound=str(config.outbound_listen))
     return listeners
@@ -290,19 +215,21 @@ def _identity_settings(config: Config) -> IdentitySettings:
     )
 
 
-def _limits(config: Config) -> tuple[Http1Limits, Http2Limits]:
+def _limits(config: Config, *, replay_bytes: int = 0) -> tuple[Http1Limits, Http2Limits]:
     http1 = Http1Limits(
         target_bytes=config.max_target_bytes,
         head_bytes=config.max_head_bytes,
         header_count=config.max_header_count,
         header_timeout_s=config.header_timeout_s,
         idle_timeout_s=config.idle_timeout_s,
+        replay_bytes=replay_bytes,
     )
     return http1, Http2Limits(
         header_list_bytes=config.max_head_bytes,
         header_count=config.max_header_count,
         max_target=config.max_target_bytes,
         idle_timeout_s=config.idle_timeout_s,
+        replay_bytes=replay_bytes,
     )
 
 

@@ -1,4 +1,4 @@
-"""The first part of `serve`'s path without a task: the relay loop itself hears a client's first words and does its handshake.
+"""The first part of `serve`'s path without a task: the relay loop itself reads a client's first bytes and does its handshake.
 
 A task with its scopes and waits costs more CPU than the signature of a handshake, and most clients speak at once, to a port whose policy
 is known. Such a connection is a link of the relay from its accept on, and `Arrival` is its receiver until it has an engine. When there is
@@ -21,22 +21,22 @@ from proxy.rescue import Failure
 from proxy.transport.accept import Accepted
 from proxy.transport.sniff import classify
 
-Going = Callable[[Accepted], Awaitable[None]]
+Serve = Callable[[Accepted], Awaitable[None]]
 
 
 class Arrivals:
     """Connections that the relay carries and nobody serves yet.
 
-    go_on: starts a task that serves a connection from here on. over: told that a connection is served now (None), or why it is not. Exactly
-    one of the two is called, once, for every connection taken.
+    start_task: starts a task that serves a connection from here on. settle: told that a connection is served now (None), or why it is not.
+    Exactly one of the two is called, once, for every connection taken.
     """
 
     def __init__(
-        self, inbound: Inbound, go_on: Callable[[Accepted, Going], None], over: Callable[[Accepted, Exception | None], None]
+        self, inbound: Inbound, start_task: Callable[[Accepted, Serve], None], settle: Callable[[Accepted, Exception | None], None]
     ) -> None:
         self.inbound = inbound
-        self.go_on = go_on
-        self.over = over
+        self.start_task = start_task
+        self.settle = settle
         self._open = 0
         self._silent: dict[Arrival, float] = {}  # until when each may say something; all have the same time, so the first is the next
         self._listening = False
@@ -108,7 +108,7 @@ class Arrival:
     def ended(self) -> None:
         """See sides.Receiver."""
         if self._handshake is None:
-            self._go_on(self._arrivals.inbound.serve)
+            self._start_task(self._arrivals.inbound.serve)
         else:
             self._fail(HandshakeFailed("closed", "the peer ended the handshake early"))
 
@@ -130,13 +130,13 @@ class Arrival:
 
     def stayed_silent(self) -> None:
         """Its time for first words is over."""
-        self._go_on(partial(self._arrivals.inbound.serve, said=b""))
+        self._start_task(partial(self._arrivals.inbound.serve, silent=True))
 
     def _hear(self, data: bytes) -> None:
         inbound = self._arrivals.inbound
         sniffed = classify(data)
         if sniffed is None:
-            self._go_on(partial(inbound.serve, said=data))
+            self._start_task(partial(inbound.serve, received=data))
         elif inbound.addressed_to_us(sniffed):
             self._arrivals.spoke(self)
             self._handshake = inbound.security.accepting()
@@ -157,23 +157,23 @@ class Arrival:
     def _serve(self, peer: Authenticated) -> None:
         inbound, port = self._arrivals.inbound, self._port
         if peer.protocol not in HTTP:
-            self._go_on(partial(inbound.serve_opaque, peer=peer, port=port))
+            self._start_task(partial(inbound.serve_opaque, peer=peer, port=port))
             return
         self._accepted.stream.release()
         if peer.records is not None:
             self.link = inbound.relay.secure(self.link, peer.records)
         inbound.serve_http(self._accepted, self.link, peer, port)
         self._arrivals.left(self)
-        self._arrivals.over(self._accepted, None)
+        self._arrivals.settle(self._accepted, None)
 
-    def _go_on(self, going: Going) -> None:
+    def _start_task(self, serve: Serve) -> None:
         self.link.leave()
         self._arrivals.left(self)
-        self._arrivals.go_on(self._accepted, going)
+        self._arrivals.start_task(self._accepted, serve)
 
     def _fail(self, error: Exception) -> None:
         if isinstance(error, HandshakeFailed) and error.farewell:
             self.link.write(error.farewell)
         self.link.abort()
         self._arrivals.left(self)
-        self._arrivals.over(self._accepted, error)
+        self._arrivals.settle(self._accepted, error)

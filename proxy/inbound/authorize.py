@@ -1,7 +1,8 @@
 """Step 11: facts and policy become a permit or a cause. The evaluation itself is policy.authorize; here it meets a live connection.
 
-`Authorization` belongs to one client connection and follows the policy of its port: a replaced policy is noticed with the next request,
-so the memo of decisions never outlives the policy it came from. What goes on without another request has to be told of it: `follow`.
+`ConnectionAuthorizer` belongs to one client connection and follows the policy of its port: a replaced policy is noticed with the next
+request, so the memo of decisions never outlives the policy it came from. What goes on without another request, such as a tunnel, has to
+be told of it: `follow`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class PolicyOfPort(Protocol):
     changed: set[Callable[[], None]]
 
 
-class Authorization:
-    """The standing question of one connection: may this client do this now?
+class ConnectionAuthorizer:
+    """The policy as one client connection meets it: may this client do this now?
 
     spellings: of the header fields that the policy looks at; None where requests may have other spellings of them.
     """

@@ -6,13 +6,14 @@ One gate for each client connection. A permitted request goes to this connection
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import trio
 
 from core.runtime.sockets import Connecting
 from core.spelling import Spellings
 from policy.authorize import Permit
-from proxy.inbound.authorize import Authorization, cause_of
+from proxy.inbound.authorize import ConnectionAuthorizer, cause_of
 from proxy.inbound.forward import Forwarder
 from proxy.protocol.http1 import Http1Client, Http1Upstream
 from proxy.protocol.http2 import Http2Client, Http2Upstream
@@ -25,28 +26,29 @@ from proxy.transport.relay import Relay
 CLIENT_ID = b"pillion-client-id"
 
 
-class InboundGate:
-    """Decides about the requests of one client connection; `engine` is set right after construction.
+class Session(NamedTuple):
+    """One client connection whose peer is known: what it may do, how the app is reached, and who counts it.
 
-    record: counts and logs what becomes of each request. identity: the client's verified SPIFFE URI, which the app is told; a value
-    that the client sends itself is removed in any case. forwarded: fields that tell the app the caller's address, if it wants them.
+    identity: the client's verified SPIFFE URI, None without one.
+    """
+
+    identity: str | None
+    authorizer: ConnectionAuthorizer
+    forwarder: Forwarder
+    record: InboundRecord
+
+
+class InboundGate:
+    """Decides about the requests of one client connection; `engine` is set by `HttpEngines.start`.
+
+    The app is told the client's identity; a value that the client sends itself is removed in any case. forwarded: fields that tell the
+    app the caller's address, if it wants them.
     """
 
     engine: Http1Client | Http2Client
 
-    def __init__(
-        self,
-        authorization: Authorization,
-        forwarder: Forwarder,
-        record: InboundRecord,
-        relay: Relay,
-        nursery: trio.Nursery,
-        identity: str | None,
-        forwarded: tuple[tuple[bytes, bytes], ...] = (),
-    ) -> None:
-        self._authorization = authorization
-        self._forwarder = forwarder
-        self._record = record
+    def __init__(self, session: Session, relay: Relay, nursery: trio.Nursery, forwarded: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+        identity, self._authorizer, self._forwarder, self._record = session
         self._relay = relay
         self._nursery = nursery
         self.explain = identity is not None
@@ -61,11 +63,11 @@ class InboundGate:
 
     def request(self, head: RequestHead, token: int) -> Verdict | None:
         """See requests.Gate."""
-        decision = self._authorization.request(head)
+        decision = self._authorizer.request(head)
         exchange = self._record.begin(decision, head)
         if not isinstance(decision, Permit):
             return Answer(cause_of(decision), self.explain, exchange)
-        if self._authorization.spellings is not self._guarded:
+        if self._authorizer.spellings is not self._guarded:
             self._guard_trailers()
         return self._forward(decision, exchange, token)
 
@@ -73,7 +75,7 @@ class InboundGate:
         """See requests.Gate: a fresh connection to the same app, under the policy of now."""
         assert isinstance(exchange, InFlight)
         self._record.retried(cause)
-        decision = self._authorization.request(head)
+        decision = self._authorizer.request(head)
         if not isinstance(decision, Permit):
             return Answer(cause_of(decision), self.explain, exchange)
         self._upstream = None
@@ -86,8 +88,8 @@ class InboundGate:
     def tunnel(self, exchange: object, head: RequestHead) -> Cause | None:
         """See requests.Gate: under the policy of now, and of whatever follows it."""
         assert isinstance(exchange, InFlight)
-        self._authorization.follow(self._review)
-        decision = self._authorization.request(head)
+        self._authorizer.follow(self._review)
+        decision = self._authorizer.request(head)
         if isinstance(decision, Permit):
             return None
         self._record.withdrawn(exchange, decision)
@@ -110,7 +112,7 @@ class InboundGate:
 
     def closed(self) -> None:
         """The client's connection is over, in whatever way. Called once, after everything else."""
-        self._authorization.unfollow(self._review)
+        self._authorizer.unfollow(self._review)
         for token in list(self._waiting):
             self.cancelled(token)
         upstream, self._upstream = self._upstream, None
@@ -121,7 +123,7 @@ class InboundGate:
 
     def _guard_trailers(self) -> None:
         """The policy looks at other header fields than before: these must not come in trailers."""
-        self._guarded = spellings = self._authorization.spellings
+        self._guarded = spellings = self._authorizer.spellings
         self._edit = self._edit._replace(trailers=spellings.names if spellings is not None else ())
 
     # --- the upstream --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from proxy.transport.relay import Relay
 
 
 class RefusingGate:
-    """Gives every request of a connection the same answer, and ends the connection after the first; `engine` is set after construction.
+    """Gives every request of a connection the same answer, and ends the connection after the first; `engine` is set by `HttpEngines.start`.
 
     explain: the client is meshed and may know the cause. Whoever refuses counts it, once for the connection.
     """

@@ -14,7 +14,7 @@ Most connections come here only after their first steps, which `inbound/arrive.p
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import trio
@@ -25,19 +25,18 @@ from core.runtime.tls import Handshake, HandshakeFailed
 from policy.authorize import Client, Denied, Permit
 from proxy.config import Config
 from proxy.discover import Discovery, PortState
-from proxy.inbound.authorize import Authorization
+from proxy.engines import HttpEngines
+from proxy.inbound.authorize import ConnectionAuthorizer
 from proxy.inbound.forward import Forwarder
-from proxy.inbound.gate import InboundGate, forwarded_fields
+from proxy.inbound.gate import InboundGate, Session, forwarded_fields
 from proxy.inbound.refuse import RefusingGate
 from proxy.live import Live
 from proxy.protocol.detect import DECLARED, HTTP, Detected, FirstLine
-from proxy.protocol.http1 import Http1Client, Http1Limits
-from proxy.protocol.http2 import Http2Client, Http2Limits
 from proxy.rescue import Cause, Failure
-from proxy.telemetry.record import InboundRecord, Recorder
+from proxy.telemetry.record import Recorder
 from proxy.transport.accept import Accepted
 from proxy.transport.connect import Dialer, Dialled
-from proxy.transport.join import ClientSide, begin, join, who_speaks_first
+from proxy.transport.join import ClientSide, join, who_speaks_first
 from proxy.transport.link import NO_RECEIVER, Link
 from proxy.transport.relay import Relay
 from proxy.transport.secure import Security
@@ -50,7 +49,7 @@ _SILENT = Sniffed(b"", Detected.OPAQUE)
 
 
 class Heard(NamedTuple):
-    """What the client said first. to_app: a connection made while the client was silent; used if what it said then turns out opaque."""
+    """The client's first bytes. to_app: a connection made while the client was silent; used if what it said then turns out opaque."""
 
     sniffed: Sniffed
     to_app: Dialled | None = None
@@ -70,14 +69,6 @@ class Authenticated:
     records: Records | None
 
 
-class _Session(NamedTuple):
-    """One authenticated connection: what it may do, how the app is reached, and who counts it."""
-
-    authorization: Authorization
-    forwarder: Forwarder
-    record: InboundRecord
-
-
 @dataclass(frozen=True, slots=True)
 class Inbound:
     """Serves connections to this pod. Everything here is shared by all of them."""
@@ -90,13 +81,12 @@ class Inbound:
     live: Live
     recorder: Recorder
     nursery: trio.Nursery
-    http1_limits: Http1Limits
-    http2_limits: Http2Limits
+    engines: HttpEngines
 
-    async def serve(self, accepted: Accepted, said: bytes | None = None) -> None:
+    async def serve(self, accepted: Accepted, received: bytes = b"", *, silent: bool = False) -> None:
         """Take one connection from accept to the relay; raises Failure, HandshakeFailed, trio.BrokenResourceError.
 
-        said: what was read of it already; empty when it was silent for the time in which a client would have spoken.
+        received: what was read of it already. silent: it said nothing for the time in which a client would have spoken.
         """
         self._refuse_loops(accepted)
         try:
@@ -104,7 +94,7 @@ class Inbound:
         except Failure as failure:
             await self._refuse(accepted, failure.cause)
             raise
-        heard = await self._listen(accepted, port, said)
+        heard = (None if silent else await self._sniff(accepted, received)) or await self._break_silence(accepted, port)
         try:
             peer = await self._authenticate(accepted, heard.sniffed, _declared(port))
         except BaseException:
@@ -123,55 +113,56 @@ class Inbound:
         self._refuse_loops(accepted)
         return self.discovery.known_port(accepted.dst.port)
 
-    def _session(self, accepted: Accepted, peer: Authenticated, port: PortState) -> _Session:
+    def _session(self, accepted: Accepted, peer: Authenticated, port: PortState) -> Session:
         client = Client(accepted.client.ip, peer.identity.uri if peer.identity else None, peer.reason)
         record = self.recorder.inbound(accepted.client, accepted.dst, client)
-        return _Session(Authorization(port, client), self._forwarder(accepted), record)
+        return Session(client.identity, ConnectionAuthorizer(port, client), self._forwarder(accepted), record)
 
     def _refuse_loops(self, accepted: Accepted) -> None:
         """Our own ports are never an app: a connection made to them directly would be forwarded to ourselves for ever."""
         if accepted.dst.port in (self.config.inbound_listen.port, self.config.outbound_listen.port):
             raise Failure(Cause.LOOP, f"{accepted.dst} is a port of the sidecar itself")
 
-    async def _listen(self, accepted: Accepted, port: PortState, said: bytes | None) -> Heard:
-        """The client's first words; or, when it stays silent, the words of whoever speaks first.
+    async def _sniff(self, accepted: Accepted, received: bytes) -> Heard | None:
+        """The client's first bytes; None when it stays silent."""
+        sniffed = await sniff(accepted.stream, self.config.detect_silence_s, self.config.detect_timeout_s, received)
+        return Heard(sniffed) if sniffed.protocol is not None else None
 
-        A silent client may be waiting for the app to speak (SMTP, MySQL). The app is dialled only for a client that may use the port as
-        opaque bytes. One whose requests may pass may be silent as long as any idle connection; one that has to prove its identity, as long
-        as a handshake may take; and one that no policy can let in is treated as opaque at once, and refused.
+    async def _break_silence(self, accepted: Accepted, port: PortState) -> Heard:
+        """The client may be waiting for the app to speak (SMTP, MySQL): dial the app for it, and let whoever speaks first decide.
+
+        The app is dialled only for a client that may use the port as opaque bytes. One whose requests may pass may be silent as long as any
+        idle connection; one that has to prove its identity, as long as a handshake may take; and one that no policy can let in is treated
+        as opaque at once, and refused.
         """
         config = self.config
-        if said != b"":
-            sniffed = await sniff(accepted.stream, config.detect_silence_s, config.detect_timeout_s, said or b"")
-            if sniffed.protocol is not None:
-                return Heard(sniffed)
-        authorization = Authorization(port, Client(accepted.client.ip, None, "plaintext"))
-        permit = authorization.connection()
-        if authorization.some_request() and (_declared(port) in HTTP or not isinstance(permit, Permit)):
-            return Heard(await self._wait_words(accepted, self.config.idle_timeout_s))
+        authorizer = ConnectionAuthorizer(port, Client(accepted.client.ip, None, "plaintext"))
+        permit = authorizer.connection()
+        if authorizer.some_request() and (_declared(port) in HTTP or not isinstance(permit, Permit)):
+            return Heard(await self._wait_for_client(accepted, config.idle_timeout_s))
         if not isinstance(permit, Permit):
             assert port.authorizer is not None
             if not port.authorizer.names_network_of(accepted.client.ip):
                 return Heard(_SILENT)
-            return Heard(await self._wait_words(accepted, self.config.handshake_timeout_s, _SILENT))
+            return Heard(await self._wait_for_client(accepted, config.handshake_timeout_s, _SILENT))
         to_app = await self._forwarder(accepted).open(permit)
         try:
             with trio.fail_after(config.opaque_idle_timeout_s), self.live.silent():
                 first = await who_speaks_first(accepted.stream, to_app)
             if first == "http2":
                 to_app.close()  # the requests of this client get a connection of their own, once they are let in
-                return Heard(await self._wait_words(accepted, config.idle_timeout_s))
+                return Heard(await self._wait_for_client(accepted, config.idle_timeout_s))
             if first != "client":
                 return Heard(_SILENT, to_app)
-            return Heard(await self._wait_words(accepted, config.idle_timeout_s), to_app)
+            return Heard(await self._wait_for_client(accepted, config.idle_timeout_s), to_app)
         except BaseException:
             to_app.close()
             raise
 
     def _forwarder(self, accepted: Accepted) -> Forwarder:
-        return Forwarder(self.relay, self.dialer, accepted.dst, accepted.client, self.http2_limits)
+        return Forwarder(self.relay, self.dialer, accepted.dst, accepted.client, self.engines.http2)
 
-    async def _wait_words(self, accepted: Accepted, patience_s: float, otherwise: Sniffed | None = None) -> Sniffed:
+    async def _wait_for_client(self, accepted: Accepted, patience_s: float, otherwise: Sniffed | None = None) -> Sniffed:
         with trio.move_on_after(patience_s) as scope, self.live.silent():
             await trio.lowlevel.wait_readable(accepted.stream.sock)
         if not scope.cancelled_caught:
@@ -190,13 +181,8 @@ class Inbound:
                 return
             gate = RefusingGate(cause, self.relay, explain=peer.identity is not None)
             link = self.relay.adopt(accepted.stream.release(), NO_RECEIVER, peer.records)
-            if peer.protocol is Detected.HTTP1:
-                gate.engine = Http1Client(link, gate, replace(self.http1_limits, idle_timeout_s=config.detect_timeout_s))
-            else:
-                gate.engine = Http2Client(link, gate, replace(self.http2_limits, idle_timeout_s=config.detect_timeout_s))
-            with self.relay.batch():
-                begin(self.relay, link, gate.engine, peer.data)
-                self.live.add(link, gate.engine, lambda: None)
+            engines = self.engines.with_idle_timeout(config.detect_timeout_s)
+            engines.start(link, gate, peer.protocol, peer.data, lambda: None)
 
     async def _authenticate(self, accepted: Accepted, sniffed: Sniffed, declared: Detected | None) -> Authenticated:
         if self.addressed_to_us(sniffed):
@@ -221,33 +207,29 @@ class Inbound:
 
     def serve_http(self, accepted: Accepted, link: Link, peer: Authenticated, port: PortState) -> None:
         """Requests of this connection are decided on one by one from now on; the link carries it already."""
-        authorization, forwarder, record = self._session(accepted, peer, port)
-        identity = peer.identity.uri if peer.identity else None
-        told = forwarded_fields(self.config.forwarded, accepted.client.ip)
-        gate = InboundGate(authorization, forwarder, record, self.relay, self.nursery, identity, told)
-        http1 = peer.protocol is Detected.HTTP1
-        record.protocol = "HTTP/1.1" if http1 else "HTTP/2"
+        session = self._session(accepted, peer, port)
+        record = session.record
+        record.protocol = "HTTP/1.1" if peer.protocol is Detected.HTTP1 else "HTTP/2"
+        gate = InboundGate(session, self.relay, self.nursery, forwarded_fields(self.config.forwarded, accepted.client.ip))
 
         def closed() -> None:
             gate.closed()
             record.closed(link.read_bytes, link.written_bytes)
 
-        with self.relay.batch():  # what it said already is served even if we are draining
-            gate.engine = Http1Client(link, gate, self.http1_limits) if http1 else Http2Client(link, gate, self.http2_limits)
-            begin(self.relay, link, gate.engine, peer.data)
-            self.live.add(link, gate.engine, closed)
+        self.engines.start(link, gate, peer.protocol, peer.data, closed)
 
     async def serve_opaque(self, accepted: Accepted, peer: Authenticated, port: PortState, to_app: Dialled | None = None) -> None:
         """Join the connection with the app; cut it when a later policy takes the permit back."""
-        authorization, forwarder, record = self._session(accepted, peer, port)
+        session = self._session(accepted, peer, port)
+        authorizer, record = session.authorizer, session.record
         screened = _declared(port) is not Detected.OPAQUE
         try:
-            app = await self._open_opaque(authorization, forwarder, record, to_app, peer.data if screened else b"")
+            app = await self._open_opaque(session, to_app, peer.data if screened else b"")
         except BaseException as error:
             if isinstance(error, Failure):
                 record.failed(error.cause)
-                if error.cause is Cause.DENIED and not authorization.some_request():
-                    await _say_no(accepted, peer.records)
+                if error.cause is Cause.DENIED and not authorizer.some_request():
+                    await _send_close_notify(accepted, peer.records)
             record.closed(0, 0)
             raise
 
@@ -256,7 +238,7 @@ class Inbound:
             record.ended(cause)
 
         def recheck() -> None:
-            now = authorization.connection()
+            now = authorizer.connection()
             if isinstance(now, Denied):
                 record.terminated(now)
                 splice.cut("denied")
@@ -269,17 +251,15 @@ class Inbound:
             port.changed.add(recheck)
             recheck()  # the policy may have changed while the app was dialled
 
-    async def _open_opaque(
-        self, authorization: Authorization, forwarder: Forwarder, record: InboundRecord, to_app: Dialled | None, said: bytes
-    ) -> Dialled:
+    async def _open_opaque(self, session: Session, to_app: Dialled | None, screened: bytes) -> Dialled:
         """The connection to the app, if the client may use the port as opaque bytes; raises Failure.
 
-        to_app: one that exists already. said: what the client sent, if requests must not pass as opaque bytes here.
+        to_app: one that exists already. screened: what the client sent, if requests must not pass as opaque bytes here.
         """
-        decision = authorization.connection()
-        record.connection(decision)
-        if isinstance(decision, Permit) and not (said and FirstLine().is_http_untrusted(said)):
-            return to_app or await forwarder.open(decision)
+        decision = session.authorizer.connection()
+        session.record.connection(decision)
+        if isinstance(decision, Permit) and not (screened and FirstLine().is_http_untrusted(screened)):
+            return to_app or await session.forwarder.open(decision)
         if to_app is not None:
             to_app.close()
         if isinstance(decision, Permit):
@@ -293,8 +273,8 @@ def _unauthenticated(sniffed: Sniffed, declared: Detected | None) -> Authenticat
     return Authenticated(None, "plaintext", _plain_protocol(sniffed, declared), sniffed.data, None)
 
 
-async def _say_no(accepted: Accepted, records: Records | None) -> None:
-    """Send close_notify to a meshed peer before its connection is reset: nothing that its client could say would change the refusal.
+async def _send_close_notify(accepted: Accepted, records: Records | None) -> None:
+    """Tell a meshed peer before its connection is reset that nothing its client could say would change the refusal.
 
     A reset alone, while its client is silent, would tell the peer that the port takes requests only (`Outbound._break_silence`).
     """

@@ -63,7 +63,7 @@ class Exchange:
 
 
 class _Gate(ABC):
-    """What both protocols share. `engine` is set right after construction."""
+    """What both protocols share. `engine` is set by `HttpEngines.start`."""
 
     explain = True  # the client is our own app
     inside: bytes

@@ -22,16 +22,15 @@ from policy.wire import Destination, Endpoint
 from proxy.balance import EndpointLoad
 from proxy.config import Config
 from proxy.discover import DestinationState, Discovery
+from proxy.engines import HttpEngines
 from proxy.live import Live
 from proxy.outbound.gate import Http1Gate, Http2Gate, Toolkit
 from proxy.protocol.detect import DECLARED, HTTP, Detected
-from proxy.protocol.http1 import Http1Client, Http1Limits
-from proxy.protocol.http2 import Http2Client, Http2Limits
 from proxy.rescue import Cause, Failure
 from proxy.telemetry.record import OutboundRecord, Recorder
 from proxy.transport.accept import Accepted
 from proxy.transport.connect import Dialled
-from proxy.transport.join import ClientSide, begin, join, who_speaks_first
+from proxy.transport.join import ClientSide, join, who_speaks_first
 from proxy.transport.link import NO_RECEIVER
 from proxy.transport.sniff import Sniffed, sniff
 
@@ -54,8 +53,7 @@ class Outbound:
     toolkit: Toolkit
     live: Live
     recorder: Recorder
-    http1_limits: Http1Limits
-    http2_limits: Http2Limits
+    engines: HttpEngines
 
     async def serve(self, accepted: Accepted) -> None:
         """Take one connection from accept to the relay; raises Failure, trio.BrokenResourceError."""
@@ -87,7 +85,7 @@ class Outbound:
     ) -> tuple[Chosen | None, Sniffed]:
         """What the client speaks, and for opaque bytes the connection they go to; requests are balanced one by one instead."""
         chosen: Chosen | None = None
-        sniffed = await self._listen(accepted, destination)
+        sniffed = await self._sniff(accepted, destination)
         if sniffed.protocol is None:
             chosen, sniffed = await self._break_silence(accepted, state, destination, record)
         if sniffed.protocol not in HTTP:
@@ -109,7 +107,7 @@ class Outbound:
         if accepted.dst.port in ours and (_is_local(accepted.dst.ip, self.config.pod_ips) or not _was_led_here(accepted)):
             raise Failure(Cause.LOOP, f"{accepted.dst} is a port of the sidecar itself")
 
-    async def _listen(self, accepted: Accepted, destination: Destination) -> Sniffed:
+    async def _sniff(self, accepted: Accepted, destination: Destination) -> Sniffed:
         """The protocol: as declared, opaque beyond the mesh, else by the client's first bytes."""
         declared = Detected.OPAQUE if destination.kind == "external" else DECLARED.get(destination.protocol)
         if declared is Detected.OPAQUE:
@@ -182,10 +180,8 @@ class Outbound:
             gate.closed()
             record.closed(link.read_bytes, link.written_bytes)
 
-        with self.toolkit.relay.batch():  # what it said already is served even if we are draining
-            gate.engine = Http1Client(link, gate, self.http1_limits) if http1 else Http2Client(link, gate, self.http2_limits)
-            begin(self.toolkit.relay, link, gate.engine, sniffed.data)
-            self.live.add(link, gate.engine, closed)
+        assert sniffed.protocol is not None
+        self.engines.start(link, gate, sniffed.protocol, sniffed.data, closed)
 
     def _join(self, accepted: Accepted, sniffed: Sniffed, chosen: Chosen, state: DestinationState, record: OutboundRecord) -> None:
         load, dialled = chosen

@@ -117,7 +117,7 @@ class Mesh:
         return peer
 
     def give_to_server(self, sock: socket.socket, app: Addr | None = None) -> None:
-        self.server.arrive(Accepted(RawStream(sock), _client_of(sock), OriginalDst(app or self.app)))
+        self.server.intake.serve_inbound(Accepted(RawStream(sock), _client_of(sock), OriginalDst(app or self.app)))
 
     def policy(self, policy: InboundPolicy | None) -> None:
         """What the controller says about the app's port."""
@@ -140,14 +140,14 @@ class Mesh:
     async def dial(self, dst: OriginalDst = VIP) -> trio.SocketStream:
         """The client app connects to ``dst``; the redirect gives the connection to its sidecar."""
         near, far = tcp_pair()
-        self.client.take_outbound(Accepted(RawStream(far), _client_of(far), dst))
+        self.client.intake.take_outbound(Accepted(RawStream(far), _client_of(far), dst))
         return app_stream(near)
 
     async def dial_with_reversed_target(self) -> trio.SocketStream:
         """The client app connects, and the kernel names the app itself as what it dialled."""
         near, far = tcp_pair()
         client = _client_of(far)
-        self.client.take_outbound(Accepted(RawStream(far), client, OriginalDst(client)))
+        self.client.intake.take_outbound(Accepted(RawStream(far), client, OriginalDst(client)))
         return app_stream(near)
 
     async def dial_unmeshed(self) -> trio.SocketStream:
@@ -167,7 +167,7 @@ class Mesh:
         listener.setblocking(False)
 
         def give(sock: socket.socket) -> None:
-            self.client.take_outbound(Accepted(RawStream(sock), _client_of(sock), dst))
+            self.client.intake.take_outbound(Accepted(RawStream(sock), _client_of(sock), dst))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._redirect, listener, give)

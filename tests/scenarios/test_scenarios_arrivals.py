@@ -69,7 +69,7 @@ async def test_a_handshake_may_come_in_pieces_of_any_size(size: int):
         await client.shake(send)
         assert CART.uri.encode() in await client.ask()
         client.stream.close()
-        assert len(made.server.arrivals) == made.server.live.arriving == 0
+        assert len(made.server.intake.arrivals) == made.server.live.arriving == 0
 
 
 async def test_a_handshake_that_stops_in_the_middle_is_given_up(autojump_clock: trio.testing.MockClock):
@@ -81,7 +81,7 @@ async def test_a_handshake_that_stops_in_the_middle_is_given_up(autojump_clock: 
         await client.rest()
         assert trio.current_time() - began <= made.server.config.handshake_timeout_s + 2
         assert made.metric(made.server, "pillion_errors_total", direction="inbound", error="tls-timeout") == 1
-        assert len(made.server.arrivals) == made.server.live.arriving == made.server.relay.open_links == 0
+        assert len(made.server.intake.arrivals) == made.server.live.arriving == made.server.relay.open_links == 0
         client.stream.close()
 
 
@@ -94,7 +94,7 @@ async def test_a_handshake_that_the_client_leaves_is_counted_with_how_it_left(en
         end(client.stream)
         await made.server.live.wait_none()
         assert made.metric(made.server, "pillion_errors_total", direction="inbound", error=reason) == 1
-        assert len(made.server.arrivals) == made.server.relay.open_links == 0
+        assert len(made.server.intake.arrivals) == made.server.relay.open_links == 0
 
 
 async def test_a_client_that_leaves_before_it_said_anything_leaves_nothing_behind():
@@ -102,13 +102,13 @@ async def test_a_client_that_leaves_before_it_said_anything_leaves_nothing_behin
         client = Client(made)
         client.stream.abort()
         await made.server.live.wait_none()
-        assert len(made.server.arrivals) == made.server.relay.open_links == 0
+        assert len(made.server.intake.arrivals) == made.server.relay.open_links == 0
 
 
 async def test_the_policy_is_waited_for_and_then_the_first_words_are_heard():
     async with mesh(H11App(_answer), authority=_OURS, policy=None) as made:
         client = Client(made)
-        assert len(made.server.arrivals) == 0  # a task waits for the policy instead
+        assert len(made.server.intake.arrivals) == 0  # a task waits for the policy instead
         made.policy(inbound_policy(ANYONE))
         await client.shake(client.stream.send_all)
         assert CART.uri.encode() in await client.ask()

@@ -219,12 +219,12 @@ async def test_an_idle_connection_is_closed_in_order(autojump_clock: MockClock):
 
 async def test_more_connections_than_allowed_are_refused_and_the_others_live():
     async with mesh(H11App(_reply), PILLION_MAX_CONNECTIONS="2") as made:
-        assert made.client.admit()
+        assert made.client.intake.admit_outbound()
         async with _open(made, 4) as streams:
             for stream in streams:
                 client = Http1(stream)
                 assert (await client.ask())[0] == 200
-            assert not made.client.admit()
+            assert not made.client.intake.admit_outbound()
         with trio.fail_after(PATIENCE_S):
             await made.client.live.wait_none()
 
@@ -234,7 +234,7 @@ async def test_callers_leave_the_app_room_to_call_others():
         silent = [await made.dial_unmeshed() for _ in range(7)]
         while made.server.live.arriving < 7:
             await trio.lowlevel.checkpoint()
-        assert (made.server.admit_inbound(), made.server.admit()) == (False, True)
+        assert (made.server.intake.admit_inbound(), made.server.intake.admit_outbound()) == (False, True)
         for stream in silent:
             await stream.aclose()
 
@@ -245,7 +245,7 @@ async def test_connections_leave_descriptors_to_the_admin_port(monkeypatch: pyte
         silent = [await made.dial_unmeshed() for _ in range(4)]
         while made.server.live.arriving < 4:
             await trio.lowlevel.checkpoint()
-        assert not made.server.admit()
+        assert not made.server.intake.admit_outbound()
         for stream in silent:
             await stream.aclose()
 
@@ -255,12 +255,12 @@ async def test_connections_that_say_nothing_count_as_well():
         silent = [await made.dial_unmeshed() for _ in range(2)]
         while made.server.live.arriving < 2:
             await trio.lowlevel.checkpoint()
-        assert not made.server.admit()
+        assert not made.server.intake.admit_outbound()
         for stream in silent:
             await stream.aclose()
         with trio.fail_after(PATIENCE_S):
             await made.server.live.wait_none()
-        assert made.server.admit()
+        assert made.server.intake.admit_outbound()
 
 
 @pytest.mark.parametrize(
