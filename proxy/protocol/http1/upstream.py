@@ -77,7 +77,7 @@ class Http1Upstream:
         if self._state == _IDLE:
             self._give_up(self.sink.close)
         elif self._state != _GONE:
-            self._broken(Cause.UPSTREAM_RESET, "closed by its owner")
+            self._broken(Cause.UPSTREAM_RESET)
 
     # What the client's engine calls.
 
@@ -160,14 +160,14 @@ class Http1Upstream:
         elif self._state == _IDLE:
             self._give_up(self.sink.close)
         elif self._state != _GONE:
-            self._broken(Cause.UPSTREAM_RESET, "the upstream closed before its response was complete")
+            self._broken(Cause.UPSTREAM_RESET)  # before its response was complete
 
     def lost(self, reset: bool) -> None:
         """See sides.Receiver."""
         if self._state == _IDLE:
             self._give_up(None)
         elif self._state != _GONE:
-            self._broken(Cause.UPSTREAM_RESET, "the connection to the upstream was reset" if reset else "the upstream's stream was cut off")
+            self._broken(Cause.UPSTREAM_RESET)
 
     def drained(self) -> None:
         """See sides.Receiver."""
@@ -185,16 +185,16 @@ class Http1Upstream:
         """Whether what is held is a whole head; when it cannot become one, the exchange is broken off."""
         try:
             return not incomplete_untrusted(self._held, known, RESPONSE_HEAD_BYTES, RESPONSE_HEAD_BYTES)
-        except HeadError as error:
-            self._broken(Cause.UPSTREAM_PROTOCOL, error.detail)
+        except HeadError:
+            self._broken(Cause.UPSTREAM_PROTOCOL)
             return False
 
     def _read_head(self, data: bytes) -> ResponseHead | None:
         """The head at the beginning of ``data``, or None when it is not complete or was refused."""
         try:
             head = response_untrusted(data, RESPONSE_HEAD_BYTES)
-        except HeadError as error:
-            self._broken(Cause.UPSTREAM_PROTOCOL, error.detail)
+        except HeadError:
+            self._broken(Cause.UPSTREAM_PROTOCOL)
             return None
         if head is None:
             self._held = data
@@ -212,7 +212,7 @@ class Http1Upstream:
         status = head.status
         if status == 101 or (request.connects and 200 <= status < 300):
             if status == 101 and not (request.upgrades and client.sent):
-                return self._broken(Cause.UPSTREAM_PROTOCOL, "a 101 that nobody asked for")
+                return self._broken(Cause.UPSTREAM_PROTOCOL)  # a 101 that nobody asked for
             self._state = _TUNNEL
             client.tunnel(status, head, data[head.size :])
             return None
@@ -226,14 +226,14 @@ class Http1Upstream:
         if status >= 400 and client.unwanted(status):
             return self._dismiss(client, head, length, data)
         if length == CHUNKED and request.old:
-            return self._broken(Cause.UPSTREAM_PROTOCOL, "a chunked response to an HTTP/1.0 request")
+            return self._broken(Cause.UPSTREAM_PROTOCOL)
         body = reader_of(length)
         end = head.size
         try:
             if not body.done:
                 end = body.take_untrusted(data, end)
-        except BodyError as error:
-            return self._broken(Cause.UPSTREAM_PROTOCOL, str(error))
+        except BodyError:
+            return self._broken(Cause.UPSTREAM_PROTOCOL)
         client.respond(head, length, data[head.size : end])
         self._head = head
         self._body = body
@@ -245,7 +245,7 @@ class Http1Upstream:
         """Relay a 1xx response (RFC 9110 section 15.2) and go on with what follows it."""
         self._interims += 1
         if self._interims > INTERIM_RESPONSES:
-            return self._broken(Cause.UPSTREAM_PROTOCOL, "too many interim responses")
+            return self._broken(Cause.UPSTREAM_PROTOCOL)
         client.interim(head)
         rest = data[head.size :]
         if rest:
@@ -261,8 +261,8 @@ class Http1Upstream:
             self._held = b""
         try:
             end = body.take_untrusted(data, 0)
-        except BodyError as error:
-            return self._broken(Cause.UPSTREAM_PROTOCOL, str(error))
+        except BodyError:
+            return self._broken(Cause.UPSTREAM_PROTOCOL)
         if end:
             self._to_client(client, data if end == len(data) else data[:end])
         self._after_span(client, body, data, end)
@@ -319,7 +319,7 @@ class Http1Upstream:
             self._give_up(self.sink.close if client.sent else self.sink.abort)
             client.responded(status, body_bytes, self, None)
 
-    def _broken(self, cause: Cause, detail: str) -> None:
+    def _broken(self, cause: Cause) -> None:
         """The exchange cannot be completed."""
         client, untouched = self._client, self._state == _HEAD and not self._held and not self._interims
         assert client is not None
