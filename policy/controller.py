@@ -18,11 +18,13 @@ from core.runtime.admin import AdminServer, standard_routes
 from core.runtime.drain import Drain, drain_on_signals
 from core.runtime.listen import listen, trio_listener
 from core.runtime.memory import settle
+from core.runtime.process import most_files, most_memory
 from core.runtime.watch import Cell
 from policy.config import Config
 from policy.diagnostics import exposition, listen_unix, routes
 from policy.index import Index, IndexSettings, Key
 from policy.index.report import Problem, problems_by_parts
+from policy.limits import Limits
 from policy.server import PolicyServer
 
 _log = logs.logger("controller")
@@ -44,10 +46,10 @@ class Listener(Protocol):
 class Controller:
     """index and server are there for diagnostics and tests."""
 
-    def __init__(self, source: Source, settings: IndexSettings | None = None) -> None:
+    def __init__(self, source: Source, settings: IndexSettings | None = None, limits: Limits | None = None) -> None:
         self.index = Index(settings)
         self.listener: Listener | None = None
-        self.server = PolicyServer(self.index)
+        self.server = PolicyServer(self.index, limits)
         self.source = source
         self._synced = trio.Event()
         self._refused: set[str] = set()
@@ -143,7 +145,7 @@ class Companion(Protocol):
 
 async def run(config: Config, source: Source, keep_certified: KeepCertified, companion: Companion | None = None) -> None:
     """Serve until SIGTERM. Raises CannotListen and OSError when a socket cannot be had."""
-    controller = Controller(source, config.index)
+    controller = Controller(source, config.index, Limits.of_process(most_memory(), most_files()))
     if companion is not None:
         companion.attach(controller)
     credentials: Cell[Credentials | None] = Cell(None)

@@ -100,8 +100,9 @@ def exposition(index: Index, counters: Counters, refusals: Sequence[Refusal]) ->
     rows: list[Row] = [
         ("pillion_policy_subscribers", "gauge", "Connected peers", {"": counters.connected}),
         ("pillion_policy_subscribers_total", "counter", "Peers admitted", {"": counters.accepted}),
+        ("pillion_policy_subscribers_bytes", "gauge", "Memory set aside for them", {"": counters.bytes_taken}),
         ("pillion_policy_messages_sent_total", "counter", "States sent to sidecars", {"": counters.messages_sent}),
-        ("pillion_policy_subscriptions_ignored_total", "counter", "Beyond the bound of a peer", {"": counters.subscriptions_ignored}),
+        ("pillion_policy_subscriptions_ignored_total", "counter", "Beyond a bound", {"": counters.subscriptions_ignored}),
         (
             "pillion_policy_refused_total",
             "counter",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+_FILES_OF_OUR_OWN = 256  # listeners, the API server, the webhook's and the admin port's connections
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -15,7 +17,8 @@ class Limits:
     line_bytes: of a request; the longest honest one is under 1 KiB. subscriptions: per connection; more are ignored, and the sidecar
     refuses connections whose policy never comes. per_pod: connections of one pod; the oldest is closed for the next. pod_wait_s: how long
     to wait for a pod that is not known yet, because its sidecar may start before the API server has told us of it. send_s: how long a peer
-    may read nothing.
+    may read nothing. newcomers: connections that have not said who they are, or whose pod is not known. memory_bytes: what all subscribers
+    together may take, see policy.shares.
     """
 
     handshake_s: float = 10
@@ -25,8 +28,15 @@ class Limits:
     line_bytes: int = 64 * 1024
     subscriptions: int = 8192  # a sidecar's own bounds are 4096 destinations and 1024 undeclared ports
     handshakes: int = 512
+    newcomers: int = 512
     connections: int = 20_000
     per_pod: int = 4
+    memory_bytes: int = 1 << 30
+
+    @classmethod
+    def of_process(cls, memory_bytes: int, files: int) -> Limits:
+        """Of a process that may use this much memory, and so many descriptors: the index and what is in work have the rest."""
+        return cls(memory_bytes=memory_bytes * 2 // 3, connections=max(1, min(cls.connections, files - _FILES_OF_OUR_OWN)))
 
 
 @dataclass
@@ -35,6 +45,7 @@ class Counters:
 
     connected: int = 0
     accepted: int = 0
+    bytes_taken: int = 0
     messages_sent: int = 0
     subscriptions_ignored: int = 0
     refused: dict[str, int] = field(default_factory=dict)

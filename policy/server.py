@@ -35,7 +35,7 @@ _log = logs.logger("policy")
 
 _READ_BYTES = 65536
 _SEND_BYTES = 65536  # small answers leave together up to about this many bytes
-_FEW_HANDSHAKES = 4  # at a time: who has more is cut when there is no room, and who has not is never cut for somebody else
+_FEW_AT_ONCE = 4  # of one address: who has more is cut when there is no room, and who has not is never cut for somebody else
 _LINES_PER_TURN = 100  # after so many requests of one peer the others get their turn
 _ANSWERS_PER_TURN = 100  # looked up, though most may be what the peer has already
 
@@ -48,7 +48,8 @@ class PolicyServer:
         self._index = index
         self._limits = limits or Limits()
         self._subscriptions = Subscriptions(index, self._limits, self.counters)
-        self._handshakes = Rooms(self._limits.handshakes, self._limits.handshakes, _FEW_HANDSHAKES)
+        self._handshakes = Rooms(self._limits.handshakes, self._limits.handshakes, _FEW_AT_ONCE)
+        self._newcomers = Rooms(self._limits.newcomers, self._limits.newcomers, _FEW_AT_ONCE)
         self._pods_changed = trio.lowlevel.ParkingLot()
         self._throttle = Throttle(time.monotonic)
 
@@ -110,13 +111,13 @@ class PolicyServer:
         self.counters.connected += 1
         try:
             try:
-                hello, rest = await self._wait_hello(stream, lines)
-                await self._check(hello, peer, peer_ip)
+                hello, rest = await self._admit(stream, lines, peer, peer_ip)
+                subscriber = Subscriber(PodKey(hello.namespace, hello.pod), peer, trio.CancelScope())
+                self._subscriptions.add(subscriber)
             except Refusal as refusal:
                 await self._tell(stream, refusal, peer, peer_ip)
                 return
-            with trio.CancelScope() as scope:
-                subscriber = Subscriber(PodKey(hello.namespace, hello.pod), peer, scope)
+            with subscriber.scope:
                 await self._serve_subscriber(stream, subscriber, lines, rest)
             if subscriber.refusal is not None:
                 await self._tell(stream, subscriber.refusal, peer, peer_ip)
@@ -127,6 +128,19 @@ class PolicyServer:
             with trio.move_on_after(2) as closing:
                 closing.shield = True
                 await stream.aclose()
+
+    async def _admit(
+        self, stream: trio.abc.Stream, lines: LineBuffer, peer: WorkloadId, peer_ip: str | None
+    ) -> tuple[wire.Hello, list[bytes]]:
+        """Who it is, checked, and what else it said already; raises Refusal."""
+        try:
+            with self._newcomers.one(peer_ip or ""):
+                hello, rest = await self._wait_hello(stream, lines)
+                await self._check(hello, peer, peer_ip)
+                return hello, rest
+        except Full:
+            pass
+        raise Refusal("overloaded", "too many have not said yet who they are, or nobody knows them")
 
     async def _wait_hello(self, stream: trio.abc.Stream, lines: LineBuffer) -> tuple[wire.Hello, list[bytes]]:
         with trio.move_on_after(self._limits.hello_s):
@@ -166,7 +180,6 @@ class PolicyServer:
             await stream.send_all(wire.encode(wire.Refused(refusal.sentence)))
 
     async def _serve_subscriber(self, stream: trio.abc.Stream, subscriber: Subscriber, lines: LineBuffer, rest: list[bytes]) -> None:
-        self._subscriptions.add(subscriber)
         self.counters.accepted += 1
         _log.debug("subscriber connected", pod="/".join(subscriber.pod), peer=subscriber.peer.uri)
         try:

@@ -18,6 +18,7 @@ from policy import wire
 from policy.answers import Answers, encoded_policy
 from policy.index import Index, Key, PodKey
 from policy.limits import Counters, Limits
+from policy.shares import Shares, bytes_of
 
 _log = logs.logger("policy")
 
@@ -48,6 +49,7 @@ class Subscriber:
         self.due: dict[Subject, None] = {}
         self.refusal: Refusal | None = None
         self.overflowed = False  # has asked for more than it may
+        self.bytes_taken = 0  # 0: it is not, or no longer, among the subscribers
         self._wake = trio.Event()
 
     def mark(self, subject: Subject) -> None:
@@ -75,21 +77,31 @@ class Subscriptions:
         self._limits = limits
         self._counters = counters
         self._answers = Answers(index)
+        self._shares = Shares(limits.memory_bytes)
         self._by_pod: dict[PodKey, list[Subscriber]] = {}
         self._by_ip: dict[str, dict[str, set[Subscriber]]] = {}
 
     def add(self, subscriber: Subscriber) -> None:
-        """A pod's oldest connection ends for one that is too many: most likely its other end died without a word."""
+        """A pod's oldest connection ends for one that is too many: most likely its other end died without a word. Raises Refusal when
+        there is no memory for one more pod."""
+        if not self._has_room(subscriber.pod, bytes_of(0)):
+            raise Refusal("overloaded", "no memory is left for one more sidecar, see docs/scale.md")
         same_pod = self._by_pod.setdefault(subscriber.pod, [])
         if len(same_pod) >= self._limits.per_pod:
             same_pod[0].scope.cancel()
         same_pod.append(subscriber)
+        self._account(subscriber, bytes_of(0))
 
     def remove(self, subscriber: Subscriber) -> None:
-        """Nothing of it is left."""
+        """Nothing of it is left; nothing happens when it was removed before."""
+        if not subscriber.bytes_taken:
+            return
         for subject in list(subscriber.sent):
             if isinstance(subject, str):
                 self._unsubscribe(subscriber, subject, parse_addr(subject).ip)
+        subscriber.sent.clear()
+        subscriber.due.clear()
+        self._account(subscriber, 0)
         same_pod = self._by_pod[subscriber.pod]
         same_pod.remove(subscriber)
         if not same_pod:
@@ -109,6 +121,8 @@ class Subscriptions:
 
     def take(self, subscriber: Subscriber, message: wire.ToController) -> None:
         """One message of a subscriber after its hello; raises Refusal when it breaks a rule."""
+        if not subscriber.bytes_taken:
+            return  # it had to leave a moment ago
         if isinstance(message, wire.Hello):
             raise Refusal("second-hello", "a second hello on one connection")
         if isinstance(message, wire.WatchPort):
@@ -119,6 +133,7 @@ class Subscriptions:
         if isinstance(message, wire.ForgetPort):
             subscriber.sent.pop(message.port, None)
             subscriber.due.pop(message.port, None)
+            self._account(subscriber, bytes_of(len(subscriber.sent)))
             return
         ip = _dialled(message.addr).ip
         if isinstance(message, wire.ForgetDestination):
@@ -145,19 +160,30 @@ class Subscriptions:
 
     def _subscribe(self, subscriber: Subscriber, subject: Subject) -> bool:
         """Asking again means that the answer is wanted again."""
-        if subject not in subscriber.sent and len(subscriber.sent) >= self._limits.subscriptions:
-            self._counters.subscriptions_ignored += 1
-            if not subscriber.overflowed:  # once: a peer that goes on must not write our log
-                subscriber.overflowed = True
-                _log.warning("subscription ignored", reason="too many", pod="/".join(subscriber.pod), limit=self._limits.subscriptions)
-            return False
+        if subject not in subscriber.sent:
+            if len(subscriber.sent) >= self._limits.subscriptions:
+                self._ignore(subscriber, "too many")
+                return False
+            needed = bytes_of(len(subscriber.sent) + 1)
+            if not self._has_room(subscriber.pod, needed - subscriber.bytes_taken):
+                self._ignore(subscriber, "memory is short")
+                return False
+            self._account(subscriber, needed)
         subscriber.sent[subject] = None
         subscriber.mark(subject)
         return True
 
+    def _ignore(self, subscriber: Subscriber, reason: str) -> None:
+        self._counters.subscriptions_ignored += 1
+        if not subscriber.overflowed:  # once: a peer that goes on must not write our log
+            subscriber.overflowed = True
+            about = {"pod": "/".join(subscriber.pod), "subscriptions": len(subscriber.sent), "limit": self._limits.subscriptions}
+            _log.warning("subscription ignored", reason=reason, **about)
+
     def _unsubscribe(self, subscriber: Subscriber, addr: str, ip: str) -> None:
         subscriber.sent.pop(addr, None)
         subscriber.due.pop(addr, None)
+        self._account(subscriber, bytes_of(len(subscriber.sent)))
         by_addr = self._by_ip.get(ip, {})
         subscribers = by_addr.get(addr, set())
         subscribers.discard(subscriber)
@@ -166,6 +192,26 @@ class Subscriptions:
             self._answers.forget(addr)
         if not by_addr:
             self._by_ip.pop(ip, None)
+
+    def _has_room(self, pod: PodKey, more: int) -> bool:
+        """Is there memory for this, also by having others leave that hold far more?"""
+        while not self._shares.fits(more):
+            greedy = self._shares.who_leaves(pod, more)
+            if greedy is None:
+                return False
+            leaving = max(self._by_pod[greedy], key=lambda subscriber: subscriber.bytes_taken)
+            sentence = f"memory is short, and pod {'/'.join(greedy)} has {len(leaving.sent)} subscriptions here, see docs/scale.md"
+            self.remove(leaving)
+            leaving.refuse(Refusal("overloaded", sentence))
+            leaving.scope.cancel()  # at once: a peer that reads slowly would hold the memory for a minute
+        return True
+
+    def _account(self, subscriber: Subscriber, now: int) -> None:
+        """The subscriber takes so much memory now."""
+        if now != subscriber.bytes_taken:
+            self._shares.change(subscriber.pod, now - subscriber.bytes_taken)
+            subscriber.bytes_taken = now
+            self._counters.bytes_taken = self._shares.taken
 
     def _recheck(self, subscriber: Subscriber) -> None:
         pod = self._index.pod(*subscriber.pod)

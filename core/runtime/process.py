@@ -1,6 +1,6 @@
-"""What the kernel says about this process, for ``process_*`` metrics: memory, CPU, descriptors.
+"""What the kernel says about this process: memory, CPU and descriptors for ``process_*`` metrics, and how much of them it may have.
 
-Figures are read at every scrape; how many descriptors there may be is asked once, at the start.
+Figures are read at every scrape; how many descriptors and how much memory there may be is asked once, at the start.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import resource
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -50,3 +51,27 @@ def most_files() -> int:
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard if hard != resource.RLIM_INFINITY else 1 << 30
+
+
+def most_memory(root: Path = Path("/")) -> int:
+    """How many bytes this process may use before the kernel ends it: its cgroup's limit or, without one, all that the machine has."""
+    found = [int(_line_of(root / "proc/meminfo", "MemTotal:").split()[1]) * 1024]
+    cgroup = root / "sys/fs/cgroup"
+    inside = _line_of(root / "proc/self/cgroup", "0::").removeprefix("0::/")
+    for folder in (cgroup / inside, *(cgroup / inside).parents):  # whichever is the tightest
+        if folder.is_relative_to(cgroup):
+            found += _limit_in(folder / "memory.max")
+    found += _limit_in(cgroup / "memory/memory.limit_in_bytes")  # version 1, as a container sees it
+    return min(found)
+
+
+def _line_of(path: Path, beginning: str) -> str:
+    return next((line for line in path.read_text().splitlines() if line.startswith(beginning)), "")
+
+
+def _limit_in(path: Path) -> list[int]:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return []
+    return [int(text)] if text.isdigit() else []  # else it is the word max

@@ -16,6 +16,7 @@ from policy.index import Index
 from policy.limits import Limits
 from policy.lines import LineBuffer
 from policy.server import PolicyServer
+from policy.shares import bytes_of
 
 HELLO = wire.Hello("shop", "cart-0", "1")
 LONG_ADDR = "10.96.0.1:" + "80".zfill(54) + "!"  # an address in its first 64 characters, none as a whole
@@ -376,3 +377,88 @@ def test_what_no_sidecar_would_read_is_shortened_or_denied(monkeypatch: pytest.M
     monkeypatch.setattr(wire, "MAX_LINE_BYTES", 300)
     denied = wire.decode_to_sidecar_untrusted(encoded_policy(8080, policy))
     assert isinstance(denied, wire.PortPolicy) and (denied.policy.server, denied.policy.authorizations) == (policy.server, ())
+
+
+WEB = WorkloadId("cluster.local", "shop", "web")
+WEB_HELLO = wire.Hello("shop", "web-0", "1")
+
+
+def of_two_pods(**limits: float) -> tuple[Index, PolicyServer]:
+    return served(lab.namespace(), lab.pod(), lab.pod("web-0", "10.0.0.6", account="web"), lab.service(), **limits)
+
+
+def dialled(count: int) -> list[wire.ToController]:
+    return [wire.WatchDestination(f"192.0.2.{number // 250}:{1 + number % 250}") for number in range(count)]
+
+
+async def test_who_holds_far_more_than_others_leaves_for_them_when_memory_is_short() -> None:
+    _, server = of_two_pods(memory_bytes=bytes_of(1000))
+    async with serving(server) as connect:
+        greedy, modest = connect(), connect(WEB, "10.0.0.6")
+        await greedy.say(HELLO, *dialled(1001))
+        for _ in range(1000):
+            await greedy.hear()
+        assert await greedy.is_quiet()
+        assert (server.counters.subscriptions_ignored, server.counters.bytes_taken) == (1, bytes_of(1000))
+        await modest.say(WEB_HELLO, wire.WatchPort(8080), *dialled(200))
+        assert await greedy.hear_refusal() == "memory is short, and pod shop/cart-0 has 1000 subscriptions here, see docs/scale.md"
+        for _ in range(201):
+            await modest.hear()
+        assert server.counters.refused == {"overloaded": 1}
+        assert server.counters.bytes_taken == bytes_of(201)
+
+
+async def test_who_has_to_leave_comes_back_to_what_the_others_leave_and_drives_nobody_out() -> None:
+    _, server = of_two_pods(memory_bytes=bytes_of(300) + bytes_of(500))
+    async with serving(server) as connect:
+        steady, greedy = connect(WEB, "10.0.0.6"), connect()
+        await steady.say(WEB_HELLO, *dialled(300))
+        await greedy.say(HELLO, *dialled(4000))
+        for _ in range(300):
+            await steady.hear()
+        for _ in range(500):
+            await greedy.hear()
+        assert await greedy.is_quiet() and await steady.is_quiet()
+        assert (server.counters.refused, server.counters.subscriptions_ignored) == ({}, 3500)
+        assert server.counters.bytes_taken == bytes_of(300) + bytes_of(500)
+
+
+async def test_pods_that_ask_for_little_stay_and_one_that_finds_no_room_is_told_why() -> None:
+    _, server = of_two_pods(memory_bytes=bytes_of(0))
+    async with serving(server) as connect:
+        first, second = connect(), connect(WEB, "10.0.0.6")
+        await first.say(HELLO, wire.WatchPort(8080))
+        await first.hear()
+        await second.say(WEB_HELLO, wire.WatchPort(8080))
+        assert await second.hear_refusal() == "no memory is left for one more sidecar, see docs/scale.md"
+        await first.stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert server.counters.bytes_taken == 0
+        again = connect(WEB, "10.0.0.6")
+        await again.say(WEB_HELLO, wire.WatchPort(8080))
+        assert isinstance(await again.hear(), wire.PortPolicy)
+
+
+async def test_what_is_forgotten_takes_no_memory() -> None:
+    _, server = served()
+    async with serving(server) as connect:
+        peer = connect()
+        await peer.say(HELLO, wire.WatchPort(1), *dialled(100))
+        for _ in range(101):
+            await peer.hear()
+        assert server.counters.bytes_taken == bytes_of(101)
+        await peer.say(wire.ForgetPort(1), *(wire.ForgetDestination(message.addr) for message in dialled(100)))  # type: ignore[union-attr]
+        await trio.testing.wait_all_tasks_blocked()
+        assert server.counters.bytes_taken == bytes_of(0)
+
+
+async def test_connections_that_never_say_who_they_are_keep_no_other_address_out() -> None:
+    _, server = of_two_pods(newcomers=6)
+    async with serving(server) as connect:
+        for _ in range(6):
+            connect(WEB, "10.0.0.6")
+        await trio.testing.wait_all_tasks_blocked()
+        peer = connect()
+        await peer.say(HELLO, wire.WatchPort(8080))
+        assert isinstance(await peer.hear(), wire.PortPolicy)
+        assert server.counters.refused == {"overloaded": 1}
