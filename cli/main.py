@@ -6,6 +6,7 @@ Importing late keeps ``pillion version`` quick, and lets one part be absent with
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import sys
 from importlib import metadata
@@ -29,6 +30,9 @@ _COMMANDS = {
     "uninject": ("cli.inject:uninject", "Take the workloads of a manifest out of the mesh."),
 }
 """Name -> (module:attribute, the line in ``pillion --help``)."""
+
+
+_INTERRUPTED = 130
 
 
 class _LateGroup(click.Group):
@@ -87,9 +91,17 @@ def completion(shell: str) -> None:
 def main() -> None:
     """The entry point: runs the command and exits with its code."""
     try:
-        cli(prog_name="pillion")
+        code = cli(prog_name="pillion", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        code = _INTERRUPTED
     except BrokenPipeError:
-        sys.exit(0)  # `pillion ... | head` has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail to flush it at exit
+        code = 0  # `pillion ... | head` has what it wanted
+    sys.exit(code)
 
 
 if __name__ == "__main__":

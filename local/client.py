@@ -39,7 +39,7 @@ class NotRunning(RuntimeError):
     def __init__(self, name: str) -> None:
         super().__init__(f"no mesh named {name!r} is running here")
         others = running()
-        self.next_step = f"--name, of: {', '.join(others)}" if others else f"pillion local up -f DIR --name {name} --detach"
+        self.next_step = f"--name with one of: {', '.join(others)}" if others else f"pillion local up -f DIR --name {name} --detach"
 
 
 class CannotStart(RuntimeError):

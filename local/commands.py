@@ -99,8 +99,8 @@ def _attend(name: str, timeout_s: float) -> None:
     """Stay until Ctrl-C; the mesh ends with this process, however that ends."""
     with client.connect(name) as lease:
         lease.sendall(protocol.encode(protocol.Attend()))
+        status = client.wait_ready(name, timeout_s, _waiting)  # Ctrl-C before its end is `up`'s to tell: not done
         try:
-            status = client.wait_ready(name, timeout_s, _waiting)
             for reason in status.reasons:
                 click.echo(f"error: {reason}", err=True)
             click.echo(f"{sum(pod.ready for pod in status.pods)} of {len(status.pods)} pods ready; Ctrl-C ends the mesh", err=True)

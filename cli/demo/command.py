@@ -96,7 +96,8 @@ def _check_machine() -> None:
 def _run(show: Show, example: Path, name: str, keep: bool) -> None:
     with ExitStack() as stack:
         runner = stack.enter_context(_mesh(show, example, name, keep))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pillion-demo-")))
+        # in the mesh's own folder, which ends with the mesh, whatever ends this process
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="demo-", dir=state_folder(name))))
         # before the first pod has a link: a connection whose beginning was missed could not be judged
         capture = stack.enter_context(Capture(runner, folder / "packets.pcap"))
         status = client.wait_ready(name, _READY_WITHIN_S)

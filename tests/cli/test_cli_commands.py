@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import socketserver
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from prometheus_client.parser import text_string_to_metric_families
 
 from cli import main as cli_main
 from cli.main import cli
+from cli.output import CommandFailed
 from cli.reach import match_pods
 from core.k8s.cluster import NoCluster, kubeconfig_access
 from identity.admin_wire import AnchorStatus, Answer, Ask, Status, WorkloadStatus
@@ -318,7 +321,7 @@ def test_an_api_server_that_is_away_is_named_with_the_cause_alone(tmp_path: Path
 def test_no_mesh_of_that_name_says_which_ones_run(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "running", lambda: ["demo", "shop"])
     result = run("authz", "cart", "--name", "other")
-    assert result.stderr == "error: no mesh named 'other' is running here\n  try: --name, of: demo, shop\n"
+    assert result.stderr == "error: no mesh named 'other' is running here\n  try: --name with one of: demo, shop\n"
 
 
 def test_a_silent_controller_is_named(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -515,3 +518,29 @@ def test_a_manifest_that_is_none_is_refused_with_its_place(text: str) -> None:
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (BrokenPipeError(), 0, ""),
+        (click.UsageError("no such option"), 2, "Error: no such option"),
+        (CommandFailed("no cluster", "set KUBECONFIG"), 1, "error: no cluster\n  try: set KUBECONFIG"),
+        (click.exceptions.Exit(3), 3, ""),
+    ],
+    ids=["ctrl-c", "closed-pipe", "usage", "failed", "exit"],
+)
+def test_however_a_command_ends_its_exit_code_is_the_documented_one(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], raised: BaseException, code: int, told: str
+) -> None:
+    @click.command()
+    def command() -> None:
+        raise raised
+
+    monkeypatch.setattr(sys, "argv", ["pillion"])
+    monkeypatch.setattr(cli_main, "cli", command)
+    with pytest.raises(SystemExit) as ended:
+        cli_main.main()
+    assert ended.value.code == code
+    assert capfd.readouterr().err.strip().endswith(told)

@@ -61,9 +61,21 @@ def test_an_interrupted_start_leaves_no_mesh(tmp_path: Path, request: pytest.Fix
     command = subprocess.Popen([*COMMAND, "up", "--name", mesh.name, "-f", str(tmp_path)])
     wait_until(lambda: runners(mesh.name), "the runner starts")
     command.send_signal(signal.SIGINT)  # as Ctrl-C: the runner has a session of its own and hears nothing of it
-    command.wait(timeout=PATIENCE_S)
+    assert command.wait(timeout=PATIENCE_S) == 130
     wait_until(lambda: not runners(mesh.name), "the runner is gone")
     assert not mesh.state.exists()
+
+
+def test_waiting_for_pods_that_is_interrupted_is_not_done_and_leaves_no_mesh(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    (tmp_path / "app.yaml").write_text(POD.replace("containers: [{", "containers: [{readinessProbe: {exec: {command: ['false']}}, ", 1))
+    mesh = LocalMesh(f"waiting-{os.getpid()}", tmp_path)
+    request.addfinalizer(lambda: mesh.run("down"))
+    command = subprocess.Popen([*COMMAND, "up", "--name", mesh.name, "-f", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: mesh.run("status").stdout.count("Running"), "the pod runs, and is not ready")
+    command.send_signal(signal.SIGINT)
+    assert "error: interrupted; the mesh is ended" in command.communicate(timeout=PATIENCE_S)[1]
+    assert command.returncode == 130
+    wait_until(lambda: not runners(mesh.name), "the runner is gone")
 
 
 def test_of_two_commands_that_start_one_mesh_at_once_one_is_refused(tmp_path: Path, request: pytest.FixtureRequest) -> None:
