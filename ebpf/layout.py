@@ -88,6 +88,8 @@ PROGRAMS: tuple[Program, ...] = (
     Program("sockets", "sockets.bpf.c", _SOCK, 2, True, "cgroup"),
     Program("getpeername4", "peername.bpf.c", _SOCK_ADDR, 29, True, "cgroup"),
     Program("getpeername6", "peername.bpf.c", _SOCK_ADDR, 30, True, "cgroup"),
+    Program("getsockname4", "peername.bpf.c", _SOCK_ADDR, 31, True, "cgroup"),
+    Program("getsockname6", "peername.bpf.c", _SOCK_ADDR, 32, True, "cgroup"),
     Program("getsockopt", "sockopt.bpf.c", _SOCKOPT, 21, True, "cgroup"),
     Program("setsockopt", "sockopt.bpf.c", _SOCKOPT, 22, True, "cgroup"),
     Program("sockops", "sockops.bpf.c", _SOCK_OPS, 3, False, "cgroup"),

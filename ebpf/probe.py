@@ -28,7 +28,8 @@ from typing import NamedTuple
 from ebpf import attach, bpfsys, layout, loader
 from ebpf.layout import Counter, PodFlag
 
-CONNECT = ("connect4", "connect6", "sockets", "getpeername4", "getpeername6", "getsockopt", "setsockopt", "sockops")
+_NAMES = ("getpeername4", "getpeername6", "getsockname4", "getsockname6")
+CONNECT = ("connect4", "connect6", "sockets", *_NAMES, "getsockopt", "setsockopt", "sockops")
 _TARGET = ("192.0.2.1", 9)  # TEST-NET-1: nobody
 _PORT = 4140
 _UNREAD_MAX = 8 << 20

@@ -17,13 +17,6 @@ static __always_inline void begin(struct flow *flow, u32 flags) {
   __builtin_memset(&flow->peer, 0, sizeof(flow->peer));
 }
 
-/* Where nobody is (core/capture.py), at the sidecar's own port: led to the sidecar whoever dials, so that the sidecar can see capture work. */
-static __always_inline int is_proof(struct pod *pod, struct addr *to, u32 port) {
-  if (port != pod->out_port) return 0;
-  if (to->family == AF_INET) return to->ip[0] == bpf_htonl(0xc0000201);
-  return to->ip[0] == bpf_htonl(0x01000000) && !to->ip[1] && !to->ip[2] && to->ip[3] == bpf_htonl(1);
-}
-
 static __always_inline enum where decide(struct bpf_sock_addr *ctx, struct addr *to, u32 *out_port) {
   u64 ns = bpf_get_netns_cookie(ctx);
   struct pod *pod = pods.lookup(&ns);

@@ -197,6 +197,26 @@ def test_a_bound_socket_is_captured(lab: Lab) -> None:
     assert sidecar.result()[1:] == ["10.98.4.2:80", "[fd98:4::2]:80"]
 
 
+def test_the_app_finds_its_pods_address_on_what_it_dialled(pod: LabPod) -> None:
+    """By what getsockname() says apps tell others where they are; what they dial on loopback is where it is."""
+    pod.attach(CAPTURED, ("10.98.6.1", "fd98:6::1"))
+    sidecar = pod.start(_sidecar, 4, uid=SIDECAR_UID)
+    pod.wait_port(OUT_PORT)
+    own = [pod.run(_connect, family, ip, 80)[0][0] for family, ip in TARGETS]
+    assert own == ["10.98.6.1", "fd98:6::1", "::ffff:10.98.6.1"]
+    assert pod.run(_connect, socket.AF_INET, "127.0.0.1", OUT_PORT)[0][0] == "127.0.0.1"
+    assert sidecar.result()
+
+
+def test_who_proves_capture_sees_its_connection_as_it_arrives(pod: LabPod) -> None:
+    pod.attach(CAPTURED, ("10.98.7.1", "fd98:7::1"))
+    sidecar = pod.start(_sidecar, 2, uid=SIDECAR_UID)
+    pod.wait_port(OUT_PORT)
+    own = [pod.run(_connect, family, ip, OUT_PORT)[0][0] for family, ip in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "100::1"))]
+    assert own == ["127.0.0.1", "::1"]
+    assert sidecar.result()
+
+
 def test_a_socket_that_connects_again_forgets_its_first_target(pod: LabPod) -> None:
     pod.attach(CAPTURED)
     sidecar = pod.start(_sidecar, 4, uid=SIDECAR_UID)
