@@ -25,14 +25,35 @@ def encoded_policy(port: int, policy: wire.InboundPolicy) -> bytes:
 
 
 def encoded_destination(addr: str, destination: wire.Destination) -> bytes:
-    """The line for an address, with as many of the endpoints as a sidecar reads: half of a very large Service still serves."""
+    """The line for an address, with as many of the endpoints as a sidecar reads: half of a very large Service still serves.
+
+    Routes cannot be shortened without changing them. If they are too long by themselves, nothing is sent to the address.
+    """
     line = wire.encode(wire.DestinationState(addr, destination))
     while len(line) > wire.MAX_LINE_BYTES:
-        kept = destination.endpoints[: len(destination.endpoints) // 2]
-        _log.warning("too many endpoints, some are left out", service=str(destination.ref), kept=len(kept), of=len(destination.endpoints))
-        destination = msgspec.structs.replace(destination, endpoints=kept)
+        shorter = _with_half_of_the_endpoints(destination)
+        service, before, kept = str(destination.ref), _count(destination), _count(shorter)
+        if kept == before:
+            _log.error("routes too large, nothing is sent there", service=service, size_bytes=len(line), limit=wire.MAX_LINE_BYTES)
+            return wire.encode(wire.DestinationState(addr, wire.Destination(destination.kind, destination.ref, destination.protocol)))
+        _log.warning("too many endpoints, some are left out", service=service, kept=kept, of=before)
+        destination = shorter
         line = wire.encode(wire.DestinationState(addr, destination))
     return line
+
+
+def _with_half_of_the_endpoints(destination: wire.Destination) -> wire.Destination:
+    """Of the Service and of each backend that has several."""
+    backends = tuple(msgspec.structs.replace(backend, endpoints=_half(backend.endpoints)) for backend in destination.backends)
+    return msgspec.structs.replace(destination, endpoints=_half(destination.endpoints), backends=backends)
+
+
+def _half(endpoints: tuple[wire.Endpoint, ...]) -> tuple[wire.Endpoint, ...]:
+    return endpoints[: (len(endpoints) + 1) // 2]
+
+
+def _count(destination: wire.Destination) -> int:
+    return len(destination.endpoints) + sum(len(backend.endpoints) for backend in destination.backends)
 
 
 Answer = tuple[wire.Destination, bytes]
