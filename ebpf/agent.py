@@ -27,7 +27,7 @@ from core.runtime import memory
 from core.runtime.private_socket import listen_privately
 from ebpf import attach, layout, metrics, nft
 from ebpf.maps import PinnedPrograms
-from ebpf.plan import CONNECT, NFT_SOCKMAP, REFUSED, Ability, choose
+from ebpf.plan import CONNECT, NFT_SOCKMAP, REFUSED, Ability, Choice, choose
 from ebpf.pods import LOOK_AFTER_S, LOOK_AGAIN_S, Pods
 from ebpf.resident import drop_file_pages
 from ebpf.server import Delayed, HttpRequest, Server
@@ -151,13 +151,14 @@ class Agent:
         self._looked = self._forgot = 0.0
 
     @property
-    def level(self) -> int:
-        """The best rung of this node."""
-        return choose(self.pods.ability, lowest=self.pods.lowest, highest=self.pods.highest).level
+    def best(self) -> Choice:
+        """What a pod of this node can have."""
+        return choose(self.pods.ability, lowest=self.pods.lowest, highest=self.pods.highest)
 
     def _save(self) -> None:
         loaded = self._loaded
-        state = {"fingerprint": loaded.fingerprint, "loaded": loaded.problems, "pods": self.pods.records()}
+        state: dict[str, Any] = {"fingerprint": loaded.fingerprint, "loaded": loaded.problems, "to_app": loaded.ability.to_app}
+        state["pods"] = self.pods.records()
         write_state(self.options.state, state)
 
     def asked(self, request: Request, fds: list[int]) -> dict[str, Any] | Delayed:
@@ -227,11 +228,12 @@ class Agent:
         return 404, "text/plain", "not found\n"
 
     def node(self) -> dict[str, Any]:
-        """level: the best rung here. ability: part -> "" or what is missing."""
+        """level: the best rung here, level_name: in words. ability: part -> "" or what is missing."""
         with open("/proc/self/statm", encoding="ascii") as file:
             pages = int(file.read().split()[1])
         return {
-            "level": self.level,
+            "level": self.best.level,
+            "level_name": self.best.name,
             "kernel": os.uname().release,
             "layout": layout.VERSION,
             "ability": self.pods.ability._asdict(),

@@ -35,6 +35,7 @@ class PodFlag(IntFlag):
     CALLER = 8  # the sidecar may say who calls
     RESUME = 16  # the app never reads with MSG_WAITALL: bulk to blocking readers returns to the short way sooner; others would hang
     REFUSE = 32  # nothing leaves and nothing comes in, because no way of capture works here
+    ONE_WAY = 64  # what the app reads goes by TCP: FIONREAD would not tell it of anything else
 
 
 class PortKind(IntEnum):

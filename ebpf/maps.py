@@ -71,6 +71,7 @@ class PinnedPrograms:
                 accelerate=PodFlag.ACCELERATE in flags,
                 nat=PodFlag.TRANSLATED in flags,
                 caller=PodFlag.CALLER in flags,
+                one_way=PodFlag.ONE_WAY in flags,
             )
         return self._inbound(cookie).exists(), entry
 
@@ -127,6 +128,7 @@ def pod_of(entry: Entry, facts: PodFacts) -> layout.Pod:
         (PodFlag.RESUME, entry.accelerate and facts.resume),
         (PodFlag.TRANSLATED, entry.nat),
         (PodFlag.CALLER, entry.caller),
+        (PodFlag.ONE_WAY, entry.one_way),
     ):
         if on:
             flags |= flag

@@ -54,6 +54,8 @@ def render(node: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> str:
     _family(
         lines, "pod_accelerated", "gauge", "Whether the pod's hop is shortened.", ((label, int(pod["accelerated"])) for label, pod in both)
     )
+    _family(lines, "pod_accelerated_to_app", "gauge", "Whether it is also for what the app reads.",
+            ((label, int(pod["accelerated_to_app"])) for label, pod in both))  # fmt: skip
     _family(
         lines, "pod_listens", "gauge", "Whether what arrives reaches the sidecar.", ((label, int(pod["listens"])) for label, pod in both)
     )

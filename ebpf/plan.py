@@ -21,21 +21,37 @@ class Ability(NamedTuple):
     """What the node can do: "" for what works, else a sentence with the program, the helper or file, and the kernel's words.
 
     connect: capture of connect(2), the original destination, and marking for the short cut. steer: sk_lookup, and taking the sidecar's
-    listener. sockmap: pairing and redirecting. nft: the nftables program and redirect.
+    listener. sockmap: pairing and redirecting. nft: the nftables program and redirect. to_app: redirecting what the app reads; without it
+    the short cut is for what the app sends.
     """
 
     connect: str = ""
     steer: str = ""
     sockmap: str = ""
     nft: str = ""
+    to_app: str = ""
 
 
 class Choice(NamedTuple):
-    """level: 1 to 4. accelerated: whether the short cut is on. why: what kept the pod from rung 1, a sentence each, empty on rung 1."""
+    """level: 1 to 4. accelerated: whether the short cut is on. why: what kept the pod from rung 1, a sentence each, empty on rung 1.
+
+    one_way: it is on for what the app sends alone.
+    """
 
     level: int
     accelerated: bool
     why: tuple[str, ...]
+    one_way: bool = False
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return name_of(self.level, one_way=self.one_way)
+
+
+def name_of(level: int, *, one_way: bool = False) -> str:
+    """A rung for people, and where its short cut ends."""
+    return NAMES[level] + (", from the app" if one_way else "")
 
 
 def choose(ability: Ability, *, accelerate: bool = True, lowest: int = CONNECT, highest: int = REFUSED) -> Choice:
@@ -53,7 +69,8 @@ def choose(ability: Ability, *, accelerate: bool = True, lowest: int = CONNECT, 
     }
     for level, works in rungs.items():
         if works and lowest <= level <= highest:
-            return Choice(level, accelerate and level <= NFT_SOCKMAP, () if level == CONNECT else tuple(why))
+            accelerated = accelerate and level <= NFT_SOCKMAP
+            return Choice(level, accelerated, () if level == CONNECT else tuple(why), one_way=accelerated and bool(ability.to_app))
     if ability.nft:
         why.append(ability.nft)
     elif highest < NFT:
@@ -62,12 +79,13 @@ def choose(ability: Ability, *, accelerate: bool = True, lowest: int = CONNECT, 
 
 
 class Entry(NamedTuple):
-    """What the programs know of a pod, beside its ports. nat: nftables captures, only the short cut is wanted."""
+    """What the programs know of a pod, beside its ports. nat: nftables captures, only the short cut is wanted. one_way: see Choice."""
 
     capture: bool
     accelerate: bool
     nat: bool
     caller: bool
+    one_way: bool = False
 
 
 class Seen(NamedTuple):
@@ -84,9 +102,9 @@ Step = Literal["steer", "entry", "rules", "no rules", "no entry", "no steer"]
 def entry_for(choice: Choice, *, caller: bool) -> Entry | None:
     """The entry that a rung needs, None for those without programs."""
     if choice.level == CONNECT:
-        return Entry(capture=True, accelerate=choice.accelerated, nat=False, caller=caller)
+        return Entry(capture=True, accelerate=choice.accelerated, nat=False, caller=caller, one_way=choice.one_way)
     if choice.level == NFT_SOCKMAP:
-        return Entry(capture=False, accelerate=True, nat=True, caller=caller)
+        return Entry(capture=False, accelerate=True, nat=True, caller=caller, one_way=choice.one_way)
     return None
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ebpf import bpfsys, nft, procs
-from ebpf.plan import CONNECT, NAMES, NFT, REFUSED, Ability, Choice, Entry, Seen, Step, after, choose, entry_for, steps
+from ebpf.plan import CONNECT, NFT, REFUSED, Ability, Choice, Entry, Seen, Step, after, choose, entry_for, steps
 from ebpf.redirect import capture, no_capture
 from ebpf.wire import BadMessage, PodFacts, pod_facts
 
@@ -140,8 +140,10 @@ class Pods:
 
     def _take_up(self, pod: Pod) -> None:
         seen = self._seen(pod)
-        if seen.steered and seen.entry and seen.entry.capture and self.lowest == CONNECT and not self.ability.connect:
-            pod.choice = Choice(CONNECT, seen.entry.accelerate, ())
+        entry, one_way = seen.entry, bool(self.ability.to_app)
+        captured = seen.steered and entry is not None and entry.capture and self.lowest == CONNECT and not self.ability.connect
+        if captured and entry is not None and entry.one_way == (entry.accelerate and one_way):
+            pod.choice = Choice(CONNECT, entry.accelerate, (), entry.one_way)
             return
         netns = self._open(pod)
         if netns is None:
@@ -344,7 +346,7 @@ class Pods:
         return [self.pod_status(pod) for pod in sorted(self.pods.values(), key=lambda pod: (pod.facts.namespace, pod.facts.name))]
 
     def pod_status(self, pod: Pod) -> dict[str, Any]:
-        """level, its name, whether accelerated and steered, counters, and what is wrong."""
+        """level, its name, whether accelerated (towards the app too) and steered, counters, and what is wrong."""
         counters: Mapping[str, int] = {}
         if self.programs is not None and pod.choice.level < NFT:
             counters = self.programs.counters(pod.cookie)
@@ -354,8 +356,9 @@ class Pods:
             "name": pod.facts.name,
             "cookie": pod.cookie,
             "level": pod.choice.level,
-            "level_name": NAMES[pod.choice.level],
+            "level_name": pod.choice.name,
             "accelerated": pod.choice.accelerated,
+            "accelerated_to_app": pod.choice.accelerated and not pod.choice.one_way,
             "listens": pod.listens or pod.choice.level != CONNECT,
             "message": pod.message,
             "counters": dict(counters),

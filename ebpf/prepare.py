@@ -57,10 +57,11 @@ def prepare(root: Path, cgroup: Path | None, before: Mapping[str, Any]) -> Found
         attach.prepare(root)
     except OSError as error:
         return _nothing(f"there is no bpf file system at {root.parent}, and it cannot be mounted: {os.strerror(error.errno or 0)}")
-    if before.get("fingerprint") == ours and not any(before.get("loaded") or ["unknown"]):
+    to_app = before.get("to_app")  # a kernel stays as it is: what it lacks alone is no reason to try again
+    if before.get("fingerprint") == ours and not any(before.get("loaded") or ["unknown"]) and isinstance(to_app, str):
         # everything worked for the agent before us; what failed is tried again at every start
         with contextlib.suppress(attach.NotInstalled, OSError):
-            return Found(_really(PinnedPrograms(root), cgroup, Ability()), ours, list(before["loaded"]))
+            return Found(_really(PinnedPrograms(root), cgroup, Ability(to_app=to_app)), ours, list(before["loaded"]))
     try:
         report = loader.install(root)
     except (loader.LoaderFailed, OSError, subprocess.TimeoutExpired) as error:
@@ -70,6 +71,7 @@ def prepare(root: Path, cgroup: Path | None, before: Mapping[str, Any]) -> Found
         report.why_not(_CONNECT) or tried.connect,
         report.why_not(["inbound"]) or tried.steer,
         report.why_not(["sockops", "redirect"]) or tried.sockmap,
+        to_app=tried.to_app,
     )
     try:
         programs = PinnedPrograms(root)

@@ -19,6 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -39,11 +40,13 @@ _SECONDS = 20.0
 
 
 class Findings(NamedTuple):
-    """ "" for what works, else a sentence. connect: outbound capture; steer: inbound; sockmap: acceleration."""
+    """ "" for what works, else a sentence. connect: outbound capture; steer: inbound; sockmap: acceleration; to_app: the same of what the
+    app reads."""
 
     connect: str
     steer: str
     sockmap: str
+    to_app: str = ""
 
 
 class _Wrong(Exception):
@@ -59,7 +62,7 @@ def read_findings(output: bytes) -> Findings:
     """The child's last line; raises loader.LoaderFailed for anything else."""
     try:
         fields = json.loads(output.strip().splitlines()[-1])
-        return Findings(str(fields["connect"]), str(fields["steer"]), str(fields["sockmap"]))
+        return Findings(*(str(fields[name]) for name in Findings._fields))
     except (IndexError, KeyError, TypeError, ValueError):
         raise loader.LoaderFailed(output.decode(errors="replace").strip()[-2000:] or "the probe ended without a word") from None
 
@@ -71,7 +74,7 @@ def find(folder: Path | None = None, seconds: float = 60.0) -> Findings:
         return read_findings(done.stdout)
     except (OSError, subprocess.TimeoutExpired, loader.LoaderFailed) as error:
         said = f"the probe of the programs failed: {error}"
-        return Findings(said, said, said)
+        return Findings(said, said, said, said)
 
 
 # --- in the child -------------------------------------------------------------------------------------------------------------------
@@ -121,7 +124,8 @@ def _wait_until_gone(programs: set[int]) -> None:
 def _try_all(node: attach.Node, found: Findings) -> Findings:
     _loopback_up()
     cookie = bpfsys.netns_cookie()
-    node.write_pod(cookie, layout.Pod(0xFFFFFFFE, PodFlag.CAPTURE | PodFlag.ACCELERATE, _PORT, 4143))
+    pod = layout.Pod(0xFFFFFFFE, PodFlag.CAPTURE | PodFlag.ACCELERATE, _PORT, 4143)
+    node.write_pod(cookie, pod)
     if not found.connect:
         found = found._replace(connect=_attempt("capture of connect()", lambda: _hang_on_root(node)))
     if not found.connect:
@@ -140,6 +144,11 @@ def _try_all(node: attach.Node, found: Findings) -> Findings:
     for name, check in checks:
         if not found.sockmap:
             found = found._replace(sockmap=_attempt(f"acceleration ({name})", check))
+    if not found.sockmap:
+        found = found._replace(to_app=_attempt("acceleration of what the app reads", _fionread_is_true))
+    if found.to_app:
+        node.write_pod(cookie, pod._replace(flags=pod.flags | PodFlag.ONE_WAY))
+        found = found._replace(sockmap=_attempt("acceleration of what the app sends", _fionread_is_true))
     return found
 
 
@@ -235,20 +244,44 @@ def _bounds_memory() -> None:
 
 
 def _never_strands_a_reader(node: attach.Node, cookie: int) -> None:
-    """An app that took a first part by TCP and sleeps for the rest, MSG_WAITALL; we are its sidecar."""
-    node.write_pod(cookie, layout.Pod(os.geteuid(), PodFlag.CAPTURE | PodFlag.ACCELERATE, _PORT, 4143))
-    with _listen((socket.IPPROTO_TCP, _TCP_DEFER_ACCEPT, 10)) as listener, socket.create_connection(("127.0.0.1", _PORT), _SECONDS) as sock:
-        sock.send(b"a" * 100)
-        with listener.accept()[0] as end:
-            end.settimeout(None)
-            got: list[bytes] = []
-            reader = threading.Thread(target=lambda: got.append(end.recv(200, socket.MSG_WAITALL)), daemon=True)
-            reader.start()
-            time.sleep(0.05)
-            sock.send(b"b" * 100)
-            reader.join(2)
-            if not got:
-                raise _Wrong("a reader in MSG_WAITALL was left sleeping")
+    """An app that took a first part by TCP and sleeps for the rest, MSG_WAITALL."""
+    with _listen() as listener, socket.create_connection(_TARGET, _SECONDS) as app, listener.accept()[0] as end:
+        ahead, before = 0, node.counters(cookie)[Counter.BY_TCP_MEMORY]
+        while _held(app) <= layout.QUEUE_LIMIT and ahead < _UNREAD_MAX:
+            ahead += end.send(bytes(1 << 16))
+        end.send(b"a" * 100)
+        if node.counters(cookie)[Counter.BY_TCP_MEMORY] == before or len(_read(app, ahead)) != ahead:
+            raise _Wrong("nothing fell back to TCP behind a full queue")
+        app.settimeout(None)
+        got: list[bytes] = []
+        reader = threading.Thread(target=lambda: got.append(app.recv(200, socket.MSG_WAITALL)), daemon=True)
+        reader.start()
+        time.sleep(0.05)
+        end.send(b"b" * 100)
+        reader.join(2)
+        if not got:
+            raise _Wrong("a reader in MSG_WAITALL was left sleeping")
+
+
+def _held(sock: socket.socket) -> int:
+    """Bytes of kernel memory that wait to be read (SO_MEMINFO: SK_MEMINFO_RMEM_ALLOC)."""
+    found: int = struct.unpack_from("=I", sock.getsockopt(socket.SOL_SOCKET, 55, 36))[0]
+    return found
+
+
+def _fionread_is_true() -> None:
+    """Who waits for edges asks it whether to read on, or to wait for an edge that will not come (nginx, for bodies of requests).
+
+    On a socket in the map it tells of TCP's bytes alone, or since some version of those alone that skipped TCP.
+    """
+    with _listen() as listener, socket.create_connection(_TARGET, _SECONDS) as app, listener.accept()[0] as end:
+        end.sendall(bytes(100))
+        for left in (100, 60):
+            select.select([app], [], [], _SECONDS)
+            told = int.from_bytes(fcntl.ioctl(app, termios.FIONREAD, bytes(4)), sys.byteorder)
+            if told != left:
+                raise _Wrong(f"FIONREAD tells of {told} bytes where {left} wait")
+            app.recv(40)
 
 
 def _redirects(node: attach.Node, cookie: int) -> None:
@@ -270,7 +303,7 @@ def main() -> int:
         found = trial(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
     except (OSError, _Wrong, loader.LoaderFailed, subprocess.TimeoutExpired) as error:
         said = f"the programs cannot be tried on kernel {os.uname().release}: {error}"
-        found = Findings(said, said, said)
+        found = Findings(said, said, said, said)
     print(json.dumps(found._asdict()), flush=True)
     return 1 if any(found) else 0
 

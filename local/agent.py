@@ -33,11 +33,12 @@ class NotCaptured(RuntimeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """How a pod is captured. level: as in ebpf.plan."""
+    """How a pod is captured. level, name: as in ebpf.plan."""
 
     level: int
     accelerated: bool
     message: str
+    name: str
 
 
 class NodeAgent:
@@ -118,7 +119,7 @@ class NodeAgent:
         if not answer["ok"]:
             raise NotCaptured(answer["error"])
         pod = answer["pod"]
-        return Answer(pod["level"], pod["accelerated"], pod["message"])
+        return Answer(pod["level"], pod["accelerated"], pod["message"], pod["level_name"])
 
     async def steer(self, pod_id: str) -> str:
         """Wait until what arrives reaches the sidecar; returns what is wrong, "" when it does."""
@@ -144,5 +145,5 @@ def describe(node: Mapping[str, Any]) -> str:
     """A note for people: how pods are captured here, and what keeps them from the best."""
     level = int(node["level"])
     why = str(node.get("why") or "; ".join(sorted({problem for problem in node["ability"].values() if problem})))
-    name = NAMES[NFT] if level == REFUSED else NAMES[level]
+    name = NAMES[NFT] if level == REFUSED else node["level_name"]
     return f"capture: {name}" + (f" ({why})" if why else "")

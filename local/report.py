@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.k8s.source import Refusal
-from ebpf.plan import NAMES
 from local import protocol, services
 from local.hints import hints
 from local.mesh import Mesh
@@ -77,7 +76,7 @@ def pod_status(pod: Pod) -> protocol.PodStatus:
         meshed=bool(pod.capture),
         message=pod.message,
         level=captured.level if captured else 0,
-        capture=NAMES[captured.level] if captured else "",
+        capture=captured.name if captured else "",
         why_unmeshed=pod.why_unmeshed,
         addresses=pod.addresses.all,
         containers=tuple(

@@ -15,7 +15,7 @@ from pathlib import Path
 import trio
 
 from ebpf import validator
-from ebpf.plan import NFT
+from ebpf.plan import NAMES, NFT
 from ebpf.wire import PodFacts
 from local import exposure, namespaces, network
 from local.agent import Answer, NodeAgent, NotCaptured
@@ -103,7 +103,7 @@ async def make_sandbox(plan: SandboxPlan) -> Sandbox:
 async def _capture(pid: int, plan: SandboxPlan) -> Answer:
     if plan.agent is None or plan.facts is None:
         await namespaces.in_own_thread(lambda: _redirect(pid, plan.capture))
-        return Answer(NFT, False, "")
+        return Answer(NFT, False, "", NAMES[NFT])
     try:
         return await plan.agent.capture(plan.facts, pid)
     except NotCaptured as error:

@@ -120,7 +120,7 @@ async def capture_level(cluster: Cluster) -> str:
         found = await cluster.raw(f"/api/v1/namespaces/{NAMESPACE}/pods/{pod['metadata']['name']}:9991/proxy/status")
         node = found.get("node") or {}
         level = int(node.get("level", REFUSED))
-        names.add(NAMES.get(level, str(level)))
+        names.add(str(node.get("level_name") or NAMES.get(level, level)))
         if level != CONNECT:
             why = "; ".join(f"{part}: {problem}" for part, problem in (node.get("ability") or {}).items() if problem)
             told.append(f"node {pod['spec'].get('nodeName')} (kernel {node.get('kernel')}): {NAMES.get(level, level)}. {why}")

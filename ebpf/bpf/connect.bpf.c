@@ -27,6 +27,7 @@ static __always_inline enum where decide(struct bpf_sock_addr *ctx, struct addr 
   int sidecar = (u32)bpf_get_current_uid_gid() == pod->uid && !is_proof(pod, to, port);
   int own = is_own(pod, to);
   u32 accelerate = (flags & POD_ACCELERATE) && !in_port_set(ns, PORTS_NOT_ACCELERATED, port) ? FLOW_ACCELERATE : 0;
+  if (accelerate && flags & POD_ONE_WAY) accelerate |= FLOW_ONE_WAY;
   struct flow *flow = flows.sk_storage_get(sk, 0, 0);
 
   if (sidecar && own) { /* to the app; `shown` is the caller, when the sidecar said one */

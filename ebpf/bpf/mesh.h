@@ -33,10 +33,15 @@
  *            TCP, and one that is faster than its reader never lets 4 MB of send buffer drain: one message past the limit, and all that
  *            follow go by TCP. With a small one the writer is stopped, and started again by a reader that is nearly through. Not the receive
  *            buffer: with room for one or two segments of loopback (64 KB each) some are dropped, and come again after up to 200 ms.
- *   pace:    towards the app nothing follows the queue by TCP. The app's reader may be edge-triggered, and take a short read or FIONREAD (which
- *            tells of the queue alone since Linux 6.18) for the end of what is there: bytes in TCP would wait for an edge that has passed. So
- *            the sidecar asks how much is unread (sockopt.bpf.c) and stays below QUEUE_LIMIT by itself (proxy/transport/pace.py). The limit is for
- *            relays that do not ask. What comes before the pair is known (TCP_DEFER_ACCEPT) still goes by TCP.
+ *   one:     what an app reads comes all by the queue or all by TCP. An app that waits for edges may take a short read, or what FIONREAD says,
+ *            for the end of what is there; FIONREAD tells of one of the two alone, and bytes in the other would wait for an edge that has
+ *            passed. The sidecar reads until there is nothing, so this is kept towards the app only, in three places:
+ *     pace:    nothing follows the queue by TCP. The sidecar asks how much is unread (sockopt.bpf.c) and stays below QUEUE_LIMIT by itself
+ *              (proxy/transport/pace.py); the limit is for relays that do not ask.
+ *     front:   nothing goes before it. When the sidecar wrote before the app's socket was made (TCP_DEFER_ACCEPT, a full backlog, data in
+ *              a SYN), the socket stays out of the map, and the connection on TCP (sockops.bpf.c).
+ *     one way: a kernel whose FIONREAD tells of TCP's bytes also for sockets in the map (6.1) gets acceleration of what the app sends
+ *              alone (POD_ONE_WAY). Which FIONREAD a kernel has is tried at every load (ebpf/probe.py).
  * Everything else goes by TCP: an unknown peer, a peer that closed (its map entry is gone with it), a failed read. The peer's counters are
  * read through an address remembered at pairing; that socket may be freed since, so it is only ever probed, and a stranger's numbers can
  * merely choose wrongly between two correct paths' eligibility: delivery goes through the map, by a key that no other socket has.
@@ -104,6 +109,7 @@ struct pod {
 #define POD_CALLER 8        /* the sidecar may say who calls */
 #define POD_RESUME 16       /* towards the app too, do not look for a sleeping reader: faster bulk, hangs one in MSG_WAITALL */
 #define POD_REFUSE 32       /* no level of capture works here: nothing leaves, nothing comes in */
+#define POD_ONE_WAY 64      /* what the app reads goes by TCP: this kernel's FIONREAD would not tell it of anything else */
 
 struct isns {
   u64 ns;
@@ -135,6 +141,8 @@ struct flow {
   u32 flags;           /* FLOW_* */
   u32 settled;         /* write_seq up to which no reader can be waiting inside TCP for more */
 };
+/* May what this socket sends go the short way? */
+#define SHORTENED(flags) ((flags) & FLOW_ACCELERATE && ((flags) & (FLOW_TO_APP | FLOW_ONE_WAY)) != (FLOW_TO_APP | FLOW_ONE_WAY))
 #define FLOW_CAPTURED 1
 #define FLOW_ACCELERATE 2
 #define FLOW_ACCEPTED 4
@@ -142,6 +150,7 @@ struct flow {
 #define FLOW_PAIRED 16  /* the pair is taken */
 #define FLOW_RESUME 32       /* the reader never waits for all */
 #define FLOW_BACK_RESUME 64  /* the same for what the accepting end sends */
+#define FLOW_ONE_WAY 128     /* of both ends: what the app reads goes by TCP */
 
 struct port_set_key {
   u64 ns;

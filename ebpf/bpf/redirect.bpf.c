@@ -33,7 +33,7 @@ int redirect(struct sk_msg_md *msg) {
   struct bpf_sock *sk = (struct bpf_sock *)msg->sk;
   if (!sk) return SK_PASS;
   struct flow *flow = flows.sk_storage_get(sk, 0, 0);
-  if (!flow) return SK_PASS;
+  if (!flow || !SHORTENED(flow->flags)) return SK_PASS;
   u64 ns = flow->peer.isns.ns;
   if (!flow->peer_socket) {
     struct pair *pair = pairs.lookup(&flow->peer.isns);

@@ -20,6 +20,17 @@ static __always_inline void shorten(struct bpf_sock_ops *ctx) {
   bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
 }
 
+/* Bytes that the sidecar wrote before the app's socket existed are on their way by TCP: `front` in mesh.h. What cannot be read means
+ * that there are some. */
+static __always_inline int has_begun(u64 sender, u32 first) {
+#ifdef OFFSET_WRITE_SEQ
+  u32 written = 0;
+  return bpf_probe_read_kernel(&written, 4, (void *)(sender + OFFSET_WRITE_SEQ)) || written != first;
+#else
+  return 1;
+#endif
+}
+
 static __always_inline void connected(struct bpf_sock_ops *ctx, struct bpf_sock *sk) {
   struct flow *flow = flows.sk_storage_get(sk, 0, 0);
   if (!flow) return;
@@ -32,7 +43,7 @@ static __always_inline void connected(struct bpf_sock_ops *ctx, struct bpf_sock 
     if (failed) {
       count(me.isns.ns, COUNT_BY_TCP_FULL, 1);
       flow->flags &= ~FLOW_ACCELERATE;
-    } else {
+    } else if (SHORTENED(flow->flags)) {
       shorten(ctx);
     }
   }
@@ -66,8 +77,8 @@ static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *
   flow->peer_socket = pair->sockets[0];
   /* what the accepting end sends goes the other way: to the app when the app connected */
   flow->flags = FLOW_ACCEPTED | (pair->flags & FLOW_TO_APP ? FLOW_RESUME : FLOW_TO_APP | (pair->flags & FLOW_BACK_RESUME ? FLOW_RESUME : 0));
-  if (!(pair->flags & FLOW_ACCELERATE)) {
-    pairs.delete(&me.isns); /* nobody will ask for it again */
+  if (!(pair->flags & FLOW_ACCELERATE) || (SHORTENED(pair->flags) && pair->flags & FLOW_TO_APP && has_begun(pair->sockets[0], me.isns.client))) {
+    pairs.delete(&me.isns); /* the other end finds no peer, and stays on TCP */
     return;
   }
   long failed = socks.sock_hash_update(ctx, &me, BPF_NOEXIST);
@@ -75,8 +86,8 @@ static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *
     count(me.isns.ns, COUNT_BY_TCP_FULL, 1);
     return; /* the other end never learns this socket, and stays on TCP */
   }
-  shorten(ctx);
-  flow->flags |= FLOW_ACCELERATE;
+  flow->flags |= pair->flags & (FLOW_ACCELERATE | FLOW_ONE_WAY);
+  if (SHORTENED(flow->flags)) shorten(ctx);
   pair->sockets[1] = TCP_SOCK(sk);
   count(me.isns.ns, COUNT_ACCELERATED, 1);
 }

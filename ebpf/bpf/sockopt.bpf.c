@@ -37,7 +37,7 @@ static __always_inline int tell_unread(struct bpf_sockopt *ctx) {
   struct bpf_sock *sk = (struct bpf_sock *)ctx->sk;
   if (!sk) return ALLOW;
   struct flow *flow = flows.sk_storage_get(sk, 0, 0);
-  if (!flow || (flow->flags & (FLOW_TO_APP | FLOW_ACCELERATE)) != (FLOW_TO_APP | FLOW_ACCELERATE)) return ALLOW;
+  if (!flow || !(flow->flags & FLOW_TO_APP) || !SHORTENED(flow->flags)) return ALLOW;
   int *value = ctx->optval, unread = 0;
   if ((void *)(value + 1) > ctx->optval_end) return ALLOW;
   struct bpf_tcp_sock *me = bpf_tcp_sock(sk);

@@ -40,14 +40,27 @@ def test_a_pod_that_does_not_want_acceleration_is_captured_by_the_same_programs(
     assert choose(Ability(steer=LOOKUP), accelerate=False).level == NFT
 
 
+def test_where_the_kernel_tells_apps_of_tcps_bytes_alone_only_what_they_send_is_accelerated():
+    choice = choose(Ability(to_app="FIONREAD tells of 0 bytes"))
+    assert (choice.level, choice.accelerated, choice.why) == (CONNECT, True, ())
+    assert choice.name == "connect + sk_lookup + sockmap, from the app"
+    assert choose(Ability()).name == "connect + sk_lookup + sockmap"
+    assert choose(Ability(to_app="no"), accelerate=False).name == "connect + sk_lookup + sockmap", "nothing is accelerated, nothing is said"
+    for ability, way in ((Ability(to_app="no"), True), (Ability(), False), (Ability(to_app="no", steer=LOOKUP), True)):
+        entry = entry_for(choose(ability), caller=True)
+        assert entry is not None and entry.one_way == way
+    seen = Seen(steered=True, entry=entry_for(choose(Ability()), caller=True))
+    assert steps(choice, entry_for(choice, caller=True), seen) == ["entry"], "pods of an agent that did not know are changed"
+
+
 def test_the_owner_of_a_node_may_forbid_rungs():
     assert choose(Ability(), lowest=NFT_SOCKMAP) == Choice(NFT_SOCKMAP, True, ("capture by eBPF is switched off",))
     refused = choose(Ability(sockmap=BTF), highest=CONNECT)
     assert refused == Choice(REFUSED, False, (BTF, "capture by nftables is switched off"))
 
 
-abilities = st.builds(Ability, *(st.sampled_from(["", "no"]) for _ in range(4)))
-entries = st.one_of(st.none(), st.builds(Entry, *(st.booleans() for _ in range(4))))
+abilities = st.builds(Ability, *(st.sampled_from(["", "no"]) for _ in range(5)))
+entries = st.one_of(st.none(), st.builds(Entry, *(st.booleans() for _ in range(5))))
 seens = st.builds(Seen, st.booleans(), entries, st.booleans())
 
 

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lab import Lab, LabPod
+from lab import PATIENCE_S, Lab, LabPod
 from second_kernel import PROGRAMS, Guest
+
+from ebpf import probe
 
 ROOT = Path(__file__).parents[2]
 _AGENT = [
@@ -60,6 +62,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def guest(pytestconfig: pytest.Config) -> Guest:
     """This suite under Debian's kernel, begun with the session."""
     return pytestconfig.stash[_GUEST]
+
+
+@pytest.fixture(scope="session")
+def findings() -> probe.Findings:
+    """What the agent would find out about this kernel."""
+    return probe.find(seconds=4 * PATIENCE_S)
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,16 @@ import array
 import contextlib
 import ctypes
 import errno
+import fcntl
 import hashlib
 import os
 import random
 import select
 import socket
 import struct
+import sys
 import tempfile
+import termios
 import threading
 import time
 import zlib
@@ -96,6 +99,11 @@ def held(sock: socket.socket) -> int:
     """Bytes of kernel memory that wait to be read (SK_MEMINFO_RMEM_ALLOC)."""
     found: int = struct.unpack_from("=I", sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 36))[0]
     return found
+
+
+def unread(sock: socket.socket) -> int:
+    """What FIONREAD says."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def _close(*socks: socket.socket) -> None:
@@ -433,6 +441,25 @@ def check_epoll_edge_far_behind(hop: Hop) -> None:
     _close(*ends)
 
 
+def check_epoll_edge_believing_fionread(hop: Hop) -> None:
+    """An app that waits edge-triggered, as nginx does: after a full buffer FIONREAD says whether to read on or to wait for an edge."""
+    c, s = hop.pair()
+    c.setblocking(False)
+    with select.epoll() as poll:
+        poll.register(c, select.EPOLLIN | select.EPOLLET)
+        for _ in range(rounds(100) // 20):
+            left = 0
+            for _ in range(3):  # all of it before the reader looks: no edge comes after the first
+                left += s.send(_NOISE[:15_000])
+            while left:
+                assert poll.poll(PATIENCE_S / 10), f"no event for the last {left} bytes"
+                more = True
+                while more:
+                    left -= (got := len(c.recv(8192)))
+                    more = got == 8192 and unread(c) > 0
+    _close(c, s)
+
+
 def check_end_of_stream_events(hop: Hop) -> None:
     """EPOLLRDHUP comes with the last bytes, EPOLLOUT on an idle connection, SO_RCVTIMEO and MSG_DONTWAIT end a read."""
     c, s = hop.pair()
@@ -541,6 +568,36 @@ def check_reset(hop: Hop) -> None:
                 seen.append(error.errno)
         assert errno.ECONNRESET in seen, seen
         s.close()
+
+
+def check_reset_amid_a_body(hop: Hop) -> None:
+    """Who reads to the end learns that it was cut off, whether it waits when the reset comes or looks later; never an orderly end."""
+    for turn in range(rounds(100)):
+        ends = hop.pair()
+        writer, reader = ends if turn % 2 else ends[::-1]
+        writer.sendall(_NOISE[:1000])
+        got: list[bytes | int | None] = []
+
+        def read(reader: socket.socket = reader, got: list[bytes | int | None] = got) -> None:
+            try:
+                while piece := receive(reader, 400):
+                    got.append(piece)
+                got.append(b"")
+            except OSError as error:
+                got.append(error.errno)
+
+        thread = threading.Thread(target=read, daemon=True)
+        if turn % 4 < 2:
+            thread.start()
+            while held(reader):
+                time.sleep(0.001)
+        writer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+        writer.close()
+        if turn % 4 >= 2:
+            thread.start()
+        thread.join(PATIENCE_S)
+        assert got and got[-1] == errno.ECONNRESET, got[-1:]
+        reader.close()
 
 
 def check_peer_closes_while_sending(hop: Hop) -> None:

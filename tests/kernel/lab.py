@@ -46,6 +46,11 @@ def rounds(number: int) -> int:
     return max(20, int(number * SCALE))
 
 
+def sysctl(name: str, value: str) -> None:
+    """Of the namespace that one is in."""
+    Path("/proc/sys/net/ipv4", name).write_text(value, encoding="ascii")
+
+
 class Failed(AssertionError):
     """What went wrong inside a pod, as text."""
 

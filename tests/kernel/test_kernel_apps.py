@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import random
+import signal
 import socket
 import struct
 import subprocess
@@ -20,6 +22,7 @@ from lab import ACCELERATED, CAPTURED, PATIENCE_S, SCALE, SIDECAR_UID, TARGET, F
 from relay_sidecar import relay
 
 from ebpf.layout import Counter, PodFlag, PortKind
+from ebpf.probe import Findings
 
 pytestmark = pytest.mark.kernel
 
@@ -58,16 +61,18 @@ def site(public: Path) -> Path:
     return public
 
 
-def _nginx(pod: LabPod, site: Path) -> None:
+def _nginx(pod: LabPod, site: Path, listen: str = "") -> subprocess.Popen[bytes]:
+    """One process of it, which stores what is PUT."""
     config = site / f"nginx-{pod.name}.conf"
     temporary = "\n".join(f"{kind}_temp_path /tmp/{pod.name}-{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     config.write_text(
         f"daemon off; master_process off; pid /dev/null; error_log stderr; events {{}}\n"
         f"http {{ access_log off; sendfile on; tcp_nopush on; {temporary}\n"
-        f"server {{ listen 127.0.0.1:8080; root {site}; }} }}\n"
+        f"server {{ listen 127.0.0.1:8080 {listen}; root {site}; dav_methods PUT; client_body_buffer_size 8k; }} }}\n"
     )
-    pod.popen(["nginx", "-c", str(config)], stderr=subprocess.DEVNULL, uid=0)
+    server = pod.popen(["nginx", "-c", str(config)], stderr=subprocess.DEVNULL, uid=0)
     pod.wait_port(8080)
+    return server
 
 
 @pytest.mark.needs("nginx", "curl")
@@ -86,6 +91,35 @@ def test_wrk_loads_nginx(meshed: LabPod, site: Path) -> None:
     assert "Requests/sec" in said
     assert "Socket errors" not in said, said
     assert "Non-2xx" not in said, said
+
+
+def _put(name: str, body: bytes, tell: Callable[..., None]) -> None:
+    """As the sidecar; tells when all of it is on its way, and ends with the answer."""
+    with socket.create_connection(("127.0.0.1", 8080), PATIENCE_S) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(f"PUT /{name} HTTP/1.1\r\nHost: app\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+        tell(None)
+        tell(hop_checks.read_all(sock)[:12])
+
+
+@pytest.mark.needs("nginx")
+@pytest.mark.parametrize("listen", ["", "deferred"])
+def test_nginx_takes_a_body_that_waits_for_it(pod: LabPod, site: Path, findings: Findings, listen: str) -> None:
+    """It believes FIONREAD after each full buffer, and no edge comes for what was there before. deferred: the first bytes go by TCP."""
+    pod.attach(ACCELERATED | (PodFlag.ONE_WAY if findings.to_app else PodFlag(0)))
+    site.chmod(0o777)
+    server = _nginx(pod, site, listen)
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        client = pod.start(_put, pod.name, body := random.Random(5).randbytes(40_000), uid=SIDECAR_UID)
+        client.result()
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    assert client.result(PATIENCE_S) == b"HTTP/1.1 201"
+    assert (site / pod.name).read_bytes() == body
+    counts = pod.counts()
+    assert counts[Counter.PAIRED] == 1, counts
+    assert counts[Counter.ACCELERATED] == (0 if listen and not findings.to_app else 1), counts
 
 
 @pytest.mark.needs("haproxy", "nginx", "curl")

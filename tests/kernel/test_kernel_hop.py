@@ -8,26 +8,26 @@ import threading
 
 import hop_checks
 import pytest
-from lab import ACCELERATED, CAPTURED, Failed, Lab, LabPod, rounds
+from lab import ACCELERATED, CAPTURED, Failed, Lab, LabPod, rounds, sysctl
 
 from ebpf.layout import Counter, PodFlag
+from ebpf.probe import Findings
+from proxy.transport.pace import unread_by_app
 
 pytestmark = pytest.mark.kernel
 
 BREAKS_NAIVE = ("defer_accept", "fast_open", "unread_receiver_to_sidecar", "unread_receiver_to_app", "slow_reader")
 """What a program without the order-and-memory check gets wrong: reordering in the first two, unbounded memory in the others."""
 
+NEEDS_FIONREAD = "epoll_edge_believing_fionread"
+PAST_TCP = [name for name in hop_checks.CHECKS if name != NEEDS_FIONREAD]
+
 
 def _hop(pod: LabPod, name: str, flags: PodFlag) -> None:
     if name in ("fast_open", "syn_cookies"):
-        pod.run(_sysctl, "tcp_fastopen" if name == "fast_open" else "tcp_syncookies", "3" if name == "fast_open" else "2", uid=0)
+        pod.run(sysctl, "tcp_fastopen" if name == "fast_open" else "tcp_syncookies", "3" if name == "fast_open" else "2", uid=0)
     pod.attach(flags)
     pod.run(hop_checks.run_check, name)
-
-
-def _sysctl(name: str, value: str) -> None:
-    with open(f"/proc/sys/net/ipv4/{name}", "w", encoding="ascii") as file:
-        file.write(value)
 
 
 @pytest.mark.parametrize("name", hop_checks.CHECKS)
@@ -39,7 +39,7 @@ def test_bytes_by_tcp(pod: LabPod, name: str) -> None:
     assert counts[Counter.MESSAGES] == 0
 
 
-@pytest.mark.parametrize("name", hop_checks.CHECKS)
+@pytest.mark.parametrize("name", PAST_TCP)
 def test_bytes_past_tcp(pod: LabPod, name: str) -> None:
     _hop(pod, name, ACCELERATED)
     counts = pod.counts()
@@ -50,9 +50,58 @@ def test_bytes_past_tcp(pod: LabPod, name: str) -> None:
         assert counts[Counter.BY_TCP_ORDER] + counts[Counter.BY_TCP_UNPAIRED] + counts[Counter.BY_TCP_MEMORY] > 0, counts
 
 
-@pytest.mark.parametrize("name", hop_checks.CHECKS)
+@pytest.mark.parametrize("name", PAST_TCP)
 def test_bytes_past_tcp_resuming_towards_the_app(pod: LabPod, name: str) -> None:
     _hop(pod, name, ACCELERATED | PodFlag.RESUME)
+
+
+@pytest.mark.parametrize("name", ["half_close", "epoll_edge_far_behind", "unread_receiver_to_app", "reset_amid_a_body", "peek"])
+def test_what_the_app_reads_by_tcp_and_what_it_sends_past_it(pod: LabPod, name: str) -> None:
+    """Where FIONREAD does not know the queue."""
+    _hop(pod, name, ACCELERATED | PodFlag.ONE_WAY)
+    counts = pod.counts()
+    assert counts[Counter.ACCELERATED] > 0
+    assert (counts[Counter.MESSAGES] > 0) == (name != "unread_receiver_to_app"), counts
+
+
+def test_who_believes_fionread_gets_all_on_the_way_that_the_probe_chose(lab: Lab, findings: Findings) -> None:
+    """It tells of TCP's bytes alone or of the redirected alone, as old as the kernel is, and so there is one right way for each."""
+    chosen, other = lab.pod(), lab.pod()
+    both, one = ACCELERATED, ACCELERATED | PodFlag.ONE_WAY
+    _hop(chosen, NEEDS_FIONREAD, one if findings.to_app else both)
+    assert chosen.counts()[Counter.ACCELERATED] > 0
+    with pytest.raises(Failed, match="no event for the last"):
+        _hop(other, NEEDS_FIONREAD, both if findings.to_app else one)
+
+
+def _each_way() -> None:
+    c, s = hop_checks.Hop().pair()
+    for writer, reader in ((c, s), (s, c)):
+        writer.sendall(b"word")
+        assert hop_checks.read_exactly(reader, 4) == b"word"
+
+
+def _unread_by_app() -> int:
+    """What the sidecar is told."""
+    _, s = hop_checks.Hop().pair()
+    s.sendall(b"word")
+    return unread_by_app(s)
+
+
+def test_one_way_is_the_apps(lab: Lab) -> None:
+    """The other is TCP's as if there were nothing, and the sidecar need not ask how much of it is unread."""
+    both, one = lab.pod(), lab.pod()
+    both.attach(ACCELERATED)
+    one.attach(ACCELERATED | PodFlag.ONE_WAY)
+    for pod, messages in ((both, 2), (one, 1)):
+        pod.run(_each_way)
+        assert pod.counts()[Counter.MESSAGES] == messages
+    assert not any(one.counts()[counter] for counter in (Counter.BY_TCP_ORDER, Counter.BY_TCP_MEMORY, Counter.BY_TCP_UNPAIRED))
+    assert both.run(_unread_by_app) == 4
+    with pytest.raises(Failed, match="OSError"):
+        one.run(_unread_by_app)
+    short, long = one.run(_buffers)
+    assert short == 128 << 10 < long
 
 
 def _buffers() -> list[int]:

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 
 import hop_checks
 import pytest
-from lab import ACCELERATED, CAPTURED, OUT_PORT, PATIENCE_S, SIDECAR_UID, TARGET, Lab, LabPod, rounds
+from lab import ACCELERATED, CAPTURED, OUT_PORT, PATIENCE_S, SIDECAR_UID, TARGET, Lab, LabPod, rounds, sysctl
 
 from ebpf import attach, layout
 from ebpf.layout import Counter, PodFlag, PortKind
 
 pytestmark = pytest.mark.kernel
 
+_TCP_DEFER_ACCEPT, _TCP_FASTOPEN, _MSG_FASTOPEN = 9, 23, 0x20000000
 HOSTS = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
 
 
@@ -352,12 +353,15 @@ def _wait_for_all(seconds: float) -> int:
     """An app's reader that took a first part by TCP and waits for the rest with MSG_WAITALL: bytes of its one call, -1 when it hangs."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.IPPROTO_TCP, 9, 30)  # TCP_DEFER_ACCEPT: the first part travels by TCP
     listener.bind(("127.0.0.1", 6000))
     listener.listen(8)
     sidecar = socket.create_connection(("127.0.0.1", 6000))
-    sidecar.sendall(b"a" * 100)
     app, _ = listener.accept()
+    ahead = 0
+    while hop_checks.held(app) <= layout.QUEUE_LIMIT:
+        ahead += sidecar.send(bytes(1 << 16))
+    sidecar.sendall(b"a" * 100)  # by TCP, for its queue is full
+    assert hop_checks.read_exactly(app, ahead) == bytes(ahead)
     assert hop_checks.held(app) > 0
     got: list[int] = []
     thread = threading.Thread(target=lambda: got.append(len(app.recv(200, socket.MSG_WAITALL))), daemon=True)
@@ -372,11 +376,55 @@ def _wait_for_all(seconds: float) -> int:
 def test_a_reader_that_waits_for_all_does_not_hang(pod: LabPod) -> None:
     """It sleeps inside TCP's recv(2), which does not look into the queue of redirected messages: the rest must come by TCP too."""
     pod.attach(ACCELERATED)
-    for _ in range(20):
+    for turn in range(1, 21):
         assert pod.run(_wait_for_all, PATIENCE_S, uid=SIDECAR_UID) == 200
+        assert pod.counts()[Counter.BY_TCP_MEMORY] == turn, "the first part"
 
 
 def test_an_app_said_never_to_wait_for_all_must_not(pod: LabPod) -> None:
     """The control: without looking at the reader it hangs, which is the price of RESUME."""
     pod.attach(ACCELERATED | PodFlag.RESUME)
     assert pod.run(_wait_for_all, 1.0, uid=SIDECAR_UID) == -1
+
+
+def _before_it_is_accepted(option: int, number: int) -> tuple[int, int]:
+    """The sidecar writes to an app whose socket the first bytes make; (what FIONREAD tells of them, of what follows)."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, option, 30)
+    listener.bind(("127.0.0.1", 6000))
+    listener.listen(8)
+    for _ in range(number):
+        sidecar = socket.socket()
+        if option == _TCP_FASTOPEN:
+            sidecar.sendto(b"a" * 100, _MSG_FASTOPEN, ("127.0.0.1", 6000))
+        else:
+            sidecar.connect(("127.0.0.1", 6000))
+            sidecar.sendall(b"a" * 100)
+        app, _ = listener.accept()
+        select.select([app], [], [])
+        first = hop_checks.unread(app)
+        assert hop_checks.read_exactly(app, 100) == b"a" * 100
+        sidecar.sendall(b"b" * 50)
+        select.select([app], [], [])
+        then = hop_checks.unread(app)
+        assert hop_checks.read_exactly(app, 50) == b"b" * 50
+        app.sendall(b"c" * 50)
+        assert hop_checks.read_exactly(sidecar, 50) == b"c" * 50
+        if (first, then) != (100, 50):
+            break
+        app.close()
+        sidecar.close()
+    return first, then
+
+
+@pytest.mark.parametrize("option", [_TCP_DEFER_ACCEPT, _TCP_FASTOPEN], ids=["deferred", "fast open"])
+def test_a_connection_that_began_before_the_app_had_a_socket_stays_on_tcp(pod: LabPod, option: int) -> None:
+    """FIONREAD may tell of the queue alone, and the first bytes are not in it: an app that believes it would never read them all."""
+    pod.run(sysctl, "tcp_fastopen", "3", uid=0)
+    pod.attach(ACCELERATED)
+    assert pod.run(_before_it_is_accepted, option, 20, uid=SIDECAR_UID) == (100, 50)
+    counts = pod.counts()
+    assert counts[Counter.MESSAGES] == 0, counts
+    if option == _TCP_DEFER_ACCEPT:
+        assert counts[Counter.PAIRED] == 20 and counts[Counter.BY_TCP_UNPAIRED] == 2 * 20, counts

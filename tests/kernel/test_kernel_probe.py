@@ -14,7 +14,9 @@ pytestmark = pytest.mark.kernel
 
 
 def test_our_programs_pass_and_nothing_is_left() -> None:
-    assert find() == probe.Findings("", "", "")
+    found = find()
+    assert found[:3] == ("", "", "")
+    assert not found.to_app or "FIONREAD tells of 0 bytes where 100 wait" in found.to_app, "which kernels know of the queue differs"
     assert "pillion-probe-" not in Path("/proc/self/mounts").read_text()
 
 

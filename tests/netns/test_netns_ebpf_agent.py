@@ -191,15 +191,16 @@ def test_metrics_and_health_are_on_the_admin_port(lab: Lab) -> None:
 
 
 def test_a_killed_agent_leaves_capture_as_it_is_and_a_new_one_takes_over_without_loading_anything(lab: Lab) -> None:
-    lab.start()
+    ability = lab.start()["ability"]
     one, two = lab.meshed()
     load = Load(one, two.ips[0])
     before = objects(lab)
     lab.kill(signal.SIGKILL)
     assert one.call(two.ips[0], count=20)[-1]["error"] == "", "new connections while there is no agent"
     node = lab.start()
-    assert node["level"] == CONNECT and objects(lab) == before
+    assert node["level"] == CONNECT and node["ability"] == ability and objects(lab) == before
     assert one.status()["level"] == two.status()["level"] == CONNECT and two.status()["listens"]
+    assert [pod.status()["accelerated_to_app"] for pod in lab.pods] == [not ability["to_app"]] * 2
     connections, failed, held = load.stop()
     assert connections > 20 and not failed and held
     assert one.status()["counters"]["captured"] > connections, "the counters went on"
@@ -220,6 +221,21 @@ def test_an_agent_with_other_programs_replaces_them_under_load(lab: Lab) -> None
     connections, failed, held = load.stop()
     assert connections > 20 and not failed and held
     assert one.call(two.ips[1])[0]["error"] == ""
+
+
+def test_pods_of_an_agent_before_are_accelerated_as_the_new_one_finds_right(lab: Lab) -> None:
+    found = lab.start()["ability"]["to_app"]
+    one, two = lab.meshed()
+    assert [pod.status()["accelerated_to_app"] for pod in lab.pods] == [not found] * 2
+    lab.kill(signal.SIGTERM)
+    state = json.loads((lab.folder / "agent.json").read_text())
+    (lab.folder / "agent.json").write_text(json.dumps(state | {"to_app": "" if found else "FIONREAD tells of 0 bytes"}))
+    node = lab.start()
+    assert [pod.status()["accelerated_to_app"] for pod in lab.pods] == [bool(found)] * 2
+    assert one.status()["level_name"] == node["level_name"]
+    assert node["level_name"].endswith("sockmap" if found else "sockmap, from the app")
+    assert one.call(two.ips[0])[0]["error"] == ""
+    assert one.status()["counters"]["bytes"] > 0
 
 
 def test_a_sidecar_that_started_while_there_was_no_agent_is_found_by_the_next_one(lab: Lab) -> None:
