@@ -60,37 +60,52 @@ def routing(
     routes = routes or rivals(store, service, port, own)
     if any(route.kind == "grpc" for route in routes):
         routes = [route for route in routes if route.kind == "grpc"]
-    backends: dict[wire.Backend, int] = {}
+    backends = _Backends(store, ready)
     made = []
     for route in routes:
         assert route.forwarding is not None, "rivals have one"
-        actions = tuple(_action(store, rule, ready, backends) for rule in route.forwarding.rules)
+        actions = tuple(_action(rule, backends) for rule in route.forwarding.rules)
         made.append(wire.ServiceRoute(route.ref, route.kind, route.hostnames, route.rules, actions))
-    return tuple(made), tuple(backends)
+    return tuple(made), tuple(backends.known)
 
 
-def _action(store: Store, rule: RuleForwarding, ready: Ready, backends: dict[wire.Backend, int]) -> wire.Action:
-    shares = tuple(_shares(store, rule.references, ready, backends))
+class _Backends:
+    """The backends of one Service's routes. Each is looked up once, however many rules name it: a Service may have 10,000 endpoints."""
+
+    def __init__(self, store: Store, ready: Ready) -> None:
+        self._store = store
+        self._ready = ready
+        self._positions: dict[tuple[Ref, int | None], int] = {}
+        self.known: list[wire.Backend] = []
+
+    def position(self, reference: Reference) -> int:
+        """Where it stands in `known`."""
+        ref = Ref(reference.group, reference.kind, reference.namespace, reference.name)
+        position = self._positions.setdefault((ref, reference.port), len(self.known))
+        if position == len(self.known):
+            self.known.append(self._backend(ref, reference))
+        return position
+
+    def _backend(self, ref: Ref, reference: Reference) -> wire.Backend:
+        reason, sentence = unresolved(self._store, reference)
+        if reason:
+            return wire.Backend(ref, problem=sentence)
+        service = self._store.services[reference.namespace][reference.name]
+        return wire.Backend(ref, self._ready(service, next(_ports(service, reference.port))))
+
+
+def _action(rule: RuleForwarding, backends: _Backends) -> wire.Action:
+    shares = tuple(_shares(rule.references, backends))
     filters = rule.filters
     return wire.Action(shares, filters.request, filters.redirect, rule.timeouts, rule.retry, filters.response, filters.rewrite)
 
 
-def _shares(store: Store, references: Iterable[Reference], ready: Ready, backends: dict[wire.Backend, int]) -> Iterator[wire.Share]:
+def _shares(references: Iterable[Reference], backends: _Backends) -> Iterator[wire.Share]:
     for reference in references:
         if reference.weight == 0:
             continue  # takes nothing, so it need not even exist
-        position = backends.setdefault(_backend(store, reference, ready), len(backends))
         filters = reference.filters
-        yield wire.Share(position, reference.weight, filters.request, filters.response, filters.rewrite)
-
-
-def _backend(store: Store, reference: Reference, ready: Ready) -> wire.Backend:
-    ref = Ref(reference.group, reference.kind, reference.namespace, reference.name)
-    reason, sentence = unresolved(store, reference)
-    if reason:
-        return wire.Backend(ref, problem=sentence)
-    service = store.services[reference.namespace][reference.name]
-    return wire.Backend(ref, ready(service, next(_ports(service, reference.port))))
+        yield wire.Share(backends.position(reference), reference.weight, filters.request, filters.response, filters.rewrite)
 
 
 def _ports(service: Service, number: int | None) -> Iterator[ServicePort]:

@@ -9,11 +9,13 @@ import pytest
 from policy_lab import CART_VIP, indexed, parsed
 
 from core.k8s.fields import InvalidObject
+from core.k8s.objects import Service, ServicePort
 from policy import wire
 from policy.filters import Filters, Unsupported
 from policy.gateway import read_http_route
 from policy.index import Index, IpKey
 from policy.index.report import problems
+from policy.index.routing import routing
 
 ADDR = "10.96.0.1:80"
 SERVICE = {"group": "", "kind": "Service", "name": "cart"}
@@ -404,3 +406,18 @@ def test_more_attempts_than_anybody_needs_are_not_supported():
     assert retried(attempts=100) is not None
     with pytest.raises(Unsupported, match=r"spec\.rules\[0\]\.retry\.attempts: more than 100"):
         retried(attempts=101)
+
+
+def test_a_backend_is_looked_up_once_however_many_rules_name_it() -> None:
+    index = shop(*(route(f"web{number}", *[to("v1"), to("v2"), to("v1"), to("gone")] * 4) for number in range(9)))
+    service = index.store.services["shop"]["cart"]
+    asked: list[str] = []
+
+    def ready(of: Service, port: ServicePort) -> tuple[wire.Endpoint, ...]:
+        asked.append(of.metadata.name)
+        return ()
+
+    routes, backends = routing(index.store, service, service.spec.ports[0], "", ready)
+    assert asked == ["v1", "v2"]
+    assert [backend.ref.name for backend in backends] == ["v1", "v2", "gone"]
+    assert all([share.backend for share in route.actions[0].shares] == [0, 1, 0, 2] * 4 for route in routes)
