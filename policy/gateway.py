@@ -12,7 +12,7 @@ defaults are the CRD's (Gateway API 1.5).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -41,7 +41,8 @@ class InboundRoute(msgspec.Struct, frozen=True):
 
     servers: names of the Servers, all in the route's own namespace, it wants to attach to. unattachable: a sentence for every parent
     that is a Server but cannot be attached to. unsupported: why the route lets nobody in, "" when it is good. forwarding: what it says
-    about the Services among its parents, None when there are none.
+    about the Services among its parents, None when there are none. mistaken: a sentence for every parent that looks like one of ours and
+    is none, by its group.
     """
 
     metadata: ObjectMeta
@@ -52,6 +53,7 @@ class InboundRoute(msgspec.Struct, frozen=True):
     rules: tuple[wire.Rule, ...] = ()
     unsupported: str = ""
     forwarding: Forwarding | None = None
+    mistaken: tuple[str, ...] = ()
 
     @property
     def ref(self) -> Ref:
@@ -160,12 +162,13 @@ def _read(
     meta, spec = read_spec(raw)
     parents = fields.read(spec, _AnySpec, "spec").parent_refs
     services = service_parents(parents, meta.namespace)
+    mistaken = tuple(_mistaken(parents))
     if not services and not any(_is_server(parent) for parent in parents):
-        return InboundRoute(meta, kind)
+        return InboundRoute(meta, kind, mistaken=mistaken)
     servers, unattachable = _attachments(parents, meta.namespace)
     try:
         checked = fields.read(spec, spec_type, "spec")
-        return _understood(InboundRoute(meta, kind, servers, unattachable), parents, services, checked, match)
+        return _understood(InboundRoute(meta, kind, servers, unattachable, mistaken=mistaken), parents, services, checked, match)
     except InvalidObject as error:
         # It was meant to narrow who may do what; without it the Server's own, wider policies would decide about its requests.
         error.instead = InboundRoute(meta, kind, servers, unattachable, unsupported=str(error))
@@ -200,6 +203,16 @@ def service_parents(parents: Sequence[_Parent], namespace: str) -> tuple[Service
 
 def _is_server(parent: _Parent) -> bool:
     return (parent.group, parent.kind) == (GROUP, "Server")
+
+
+def _mistaken(parents: Sequence[_Parent]) -> Iterator[str]:
+    """The group of a parent is the Gateway API's when none is given, which surprises whoever writes ``kind: Service`` alone."""
+    for number, parent in enumerate(parents):
+        group = {"Service": "", "Server": GROUP}.get(parent.kind, parent.group)
+        if parent.group != group:
+            default = ", the one when none is given" if parent.group == GATEWAY_GROUP else ""
+            found = f"no {parent.kind} is in the group {shown(parent.group)}{default}"
+            yield f"spec.parentRefs[{number}]: {found}; write group: {shown(group)}"
 
 
 def _attachments(parents: Sequence[_Parent], namespace: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

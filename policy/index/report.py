@@ -185,6 +185,8 @@ def _policy_problems(index: Index, policy: AuthorizationPolicy) -> Iterator[Prob
 def _route_problems(index: Index, route: InboundRoute) -> Iterator[Problem]:
     for sentence in route.unattachable:
         yield Problem(route.ref, "unattachable-parent", sentence)
+    for sentence in route.mistaken:
+        yield Problem(route.ref, "mistaken-parent", sentence)
     if route.unsupported and (route.servers or route.unattachable):
         yield Problem(route.ref, "unsupported", f"{route.unsupported}; the route lets nobody in")
     servers = index.store.servers.get(route.metadata.namespace, {})

@@ -32,7 +32,10 @@ def manifest(version: str, kind: str, spec: dict[str, Any], name: str = "x") -> 
 
 
 def told(*manifests: Manifest, pods: tuple[PodFacts, ...] = (POD,)) -> list[str]:
-    known = {one.ref: one for one in manifests}
+    """What is told about manifests of the namespace shop, which is there."""
+    shop = read_manifest({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}})
+    assert shop is not None
+    known = {one.ref: one for one in (shop, *manifests)}
     services = [typed for one in manifests if isinstance(typed := read_core_object(one.raw), Service)]
     return hints(known, services, pods, [*(one.raw for one in manifests), *map(api_object, pods)])
 
@@ -158,4 +161,39 @@ def test_our_annotation_on_a_deployment_instead_of_its_template_is_told() -> Non
     assert told(found) == [
         "deployment shop/x: annotation pillion.dev/inject is read by nobody here; "
         "it belongs on the pod template (spec.template.metadata) or the namespace"
+    ]
+
+
+def workload(**spec: Any) -> Manifest:
+    template = {"metadata": {"labels": {"app": "x"}}, "spec": {"containers": [{"name": "x", "command": ["x"]}], **spec}}
+    return manifest("apps/v1", "Deployment", {"selector": {"matchLabels": {"app": "x"}}, "template": template})
+
+
+def test_a_namespace_that_is_nowhere_written_down_is_told_once() -> None:
+    found = [
+        read_manifest({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": namespace}})
+        for name, namespace in (("b", "shpo"), ("a", "shpo"), ("a", "default"), ("a", "shop"))
+    ]
+    assert told(*(one for one in found if one is not None)) == [
+        "serviceaccount shpo/a: there is no Namespace shpo; a cluster would refuse it"
+    ]
+
+
+def test_a_service_account_that_a_workload_names_and_that_is_not_there_is_told() -> None:
+    account = read_manifest({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "web", "namespace": "shop"}})
+    assert account is not None
+    assert told(workload(serviceAccountName="web")) == [
+        "deployment shop/x: there is no ServiceAccount web in namespace shop; a cluster would refuse its pods"
+    ]
+    assert told(workload(serviceAccountName="web"), account) == told(workload()) == []
+
+
+def test_a_route_that_names_no_service_and_no_server_is_told() -> None:
+    def route(**parent: str) -> Manifest:
+        return manifest("gateway.networking.k8s.io/v1", "HTTPRoute", {"parentRefs": [{"name": "x", **parent}], "rules": [{}]})
+
+    assert told(route(), service("http")) == ["httproute shop/x: none of its parents is a Service or a Server, so it does nothing here"]
+    assert told(route(kind="Service"), service("http")) == [
+        'httproute shop/x: spec.parentRefs[0]: no Service is in the group "gateway.networking.k8s.io", the one when none is given; '
+        'write group: ""'
     ]

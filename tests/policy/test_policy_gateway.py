@@ -100,6 +100,24 @@ def test_a_route_with_neither_server_nor_service_as_parent_is_none_of_ours() -> 
     assert not (route.servers or route.unattachable or route.rules)
 
 
+def test_a_service_or_server_under_a_wrong_group_is_told_with_the_right_one() -> None:
+    parents = [
+        {"kind": "Service", "name": "cart", "port": 80},
+        {"kind": "Service", "group": "core", "name": "cart"},
+        {"kind": "Server", "group": "policy.linkerd.io", "name": "cart"},
+        {"kind": "Service", "group": "", "name": "cart"},
+        {"name": "gateway"},
+    ]
+    for kept in (parents, [*parents[:3], parents[4]]):
+        raw = lab.route()
+        raw["spec"]["parentRefs"] = kept
+        assert read_http_route(raw).mistaken == (
+            'spec.parentRefs[0]: no Service is in the group "gateway.networking.k8s.io", the one when none is given; write group: ""',
+            'spec.parentRefs[1]: no Service is in the group "core"; write group: ""',
+            'spec.parentRefs[2]: no Server is in the group "policy.linkerd.io"; write group: "policy.pillion.dev"',
+        )
+
+
 @pytest.mark.parametrize("field", [{"namespace": "other"}, {"port": 80}, {"sectionName": "x"}])
 def test_a_parent_that_cannot_be_attached_to_is_told(field: lab.Raw) -> None:
     route = read_http_route(lab.route(parent={"group": lab.POLICY, "kind": "Server", "name": "cart", **field}))

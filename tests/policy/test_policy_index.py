@@ -300,6 +300,11 @@ def test_a_route_to_a_server_of_another_namespace_is_not_attached_and_reported()
     assert reasons(index) == [("web", "unattachable-parent")]
 
 
+def test_a_route_to_a_service_that_leaves_out_the_empty_group_is_reported() -> None:
+    index = indexed(lab.pod(), lab.server(), lab.route(parent={"kind": "Service", "name": "cart"}))
+    assert reasons(index) == [("web", "mistaken-parent")]
+
+
 def test_a_route_without_its_server_is_reported() -> None:
     assert reasons(indexed(lab.pod(), lab.route())) == [("web", "no-such-parent")]
 
@@ -403,6 +408,9 @@ def test_endpoints_are_of_the_dialled_family_when_there_are_some() -> None:
         ((lab.service(app_protocol="kubernetes.io/h2c"),), "http2"),
         ((lab.service(app_protocol="grpc"),), "grpc"),
         ((lab.service(app_protocol="example.com/own"),), "detect"),
+        ((lab.service(app_protocol="TCP"),), "detect"),
+        ((lab.service(app_protocol="tcp"), lab.pod(opaque_ports="8080")), "opaque"),
+        ((lab.service(app_protocol="pillion.dev/opaque"),), "opaque"),
         ((lab.service(opaque_ports="80"),), "opaque"),
         ((lab.service(opaque_ports="web"),), "opaque"),
         ((lab.service(app_protocol="http", opaque_ports="80"),), "http1"),
