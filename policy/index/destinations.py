@@ -27,11 +27,13 @@ _APP_PROTOCOLS: dict[str, wire.Protocol] = {
     "https": "tls",
     "kubernetes.io/wss": "tls",
     "tls": "tls",
-    "tcp": "opaque",
     "pillion.dev/opaque": "opaque",
     "pillion.dev/tcp": "opaque",
 }
-"""Service.spec.ports[].appProtocol. Linkerd makes every value it does not know opaque, ``grpc`` included; here such a port is detected."""
+"""Service.spec.ports[].appProtocol. Linkerd makes every value it does not know opaque, ``grpc`` included; here such a port is detected.
+
+So is ``tcp``: it is written at ports of HTTP too, whose sidecar would refuse requests among opaque bytes unless the pod's port is opaque.
+"""
 
 
 def resolve(store: Store, addr: str, settings: IndexSettings, namespace: str = "") -> wire.Destination:

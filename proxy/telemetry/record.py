@@ -181,8 +181,13 @@ class _Record:
 
     def ended(self, cause: str) -> None:
         """An opaque connection ended. cause: empty when in order."""
-        if cause:
-            self._cause = f"opaque-{cause}"
+        if not cause:
+            return
+        self._cause = f"opaque-{cause}"
+        if cause == "http":
+            detail = "a request among opaque bytes: the port must be opaque for both sides, or for none"
+            self._recorder.failed(self.direction, self._client, self._dst, self._cause, detail)
+        else:
             self._recorder.metrics.error(self.direction, self._cause)
 
     def failed(self, cause: Cause) -> None:
