@@ -21,7 +21,8 @@ Raw = Mapping[str, Any]
 _WHERE = re.compile(r"(?P<what>.*?)(?: - at `(?:key` in `)?\$(?P<path>.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(.*)`")
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
-_EXPECTED = re.compile(r"Expected (.*?)(?:, got .*)?", re.DOTALL)
+_EXPECTED = re.compile(r"Expected (.*?)(?:, got (.*))?", re.DOTALL)
+_UNQUOTED = ("`int`", "`float`", "`bool`")  # what YAML makes of a text that stands there without quotes
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\[\.\.\.\]")
 _FOUND_MAX = 80  # characters of a found value that are repeated; an object may carry megabytes
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
@@ -95,7 +96,10 @@ def _refusal(raw: object, base: str, message: str) -> InvalidObject:
     if unknown := _UNKNOWN.fullmatch(what):
         return InvalidObject(join(path, unknown[1]), "no field of this name", shown(_at(_at(raw, inner), "." + unknown[1])))
     expected = _EXPECTED.fullmatch(what)
-    return InvalidObject(path, expected[1].replace("`", "") if expected else what, shown(_at(raw, inner)))
+    if not expected:
+        return InvalidObject(path, what, shown(_at(raw, inner)))
+    quotes = " in quotes" if expected[1].startswith("`str") and expected[2] in _UNQUOTED else ""
+    return InvalidObject(path, expected[1].replace("`", "") + quotes, shown(_at(raw, inner)))
 
 
 def _at(raw: object, path: str) -> object:
