@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from core.k8s.objects import Pod
 from core.names import WorkloadId
 from core.refs import Ref, default_ref
@@ -159,7 +161,10 @@ def effective(grants: Iterable[Granted]) -> tuple[wire.Authorization, ...]:
 
 def grants_for(store: Store, namespace: str, target: Ref, settings: IndexSettings) -> list[Granted]:
     """All policies of the namespace that target this object, oldest first."""
-    policies = (policy for policy in store.policies.get(namespace, {}).values() if policy.target == target)
+    return _granted(store, (policy for policy in store.policies.get(namespace, {}).values() if policy.target == target), settings)
+
+
+def _granted(store: Store, policies: Iterable[AuthorizationPolicy], settings: IndexSettings) -> list[Granted]:
     return [grant(store, policy, settings) for policy in sorted(policies, key=lambda policy: policy.metadata.age_key)]
 
 
@@ -179,11 +184,11 @@ class RouteGrants(NamedTuple):
     narrowed: bool
     conflict: str
 
-    def authorizations(self, server: ServerGrants) -> tuple[wire.Authorization, ...]:
+    def authorizations(self, of_server: tuple[wire.Authorization, ...]) -> tuple[wire.Authorization, ...]:
         """Nobody, when the route holds something that cannot be enforced."""
         if self.route.unsupported:
             return ()
-        return effective(self.own) + (() if self.narrowed else server.authorizations)
+        return effective(self.own) + (() if self.narrowed else of_server)
 
 
 def route_grants(store: Store, server: Server, settings: IndexSettings) -> list[RouteGrants]:
@@ -192,20 +197,48 @@ def route_grants(store: Store, server: Server, settings: IndexSettings) -> list[
     routes = [route for route in store.routes.get(namespace, {}).values() if server.metadata.name in route.servers]
     routes.sort(key=lambda route: route.metadata.age_key)
     grpc = next((route.ref for route in routes if route.kind == "grpc"), None)
+    policies: dict[Ref, list[AuthorizationPolicy]] = {}
+    for policy in store.policies.get(namespace, {}).values():
+        policies.setdefault(policy.target, []).append(policy)
     found = []
     for route in routes:
-        own = grants_for(store, namespace, route.ref, settings)
+        own = _granted(store, policies.get(route.ref, ()), settings)
         conflict = f"{grpc} has the same parent, and a GRPCRoute takes precedence" if grpc and route.kind == "http" else ""
         found.append(RouteGrants(route, own, any(not granted.policy.inherit for granted in own), conflict))
     return found
 
 
-def server_policy(store: Store, server: Server, settings: IndexSettings) -> wire.InboundPolicy:
-    """The policy of every port that a Server takes over."""
+def server_policy(store: Store, server: Server, settings: IndexSettings) -> wire.InboundPolicy | None:
+    """The policy of every port that a Server takes over; None when it is longer than any sidecar reads."""
     grants = server_grants(store, server, settings)
-    routes = tuple(
-        wire.Route(found.route.ref, found.route.kind, found.route.hostnames, found.route.rules, found.authorizations(grants))
-        for found in route_grants(store, server, settings)
-        if not found.conflict
-    )
-    return wire.InboundPolicy(server.ref, server.protocol, grants.authorizations, routes)
+    of_server = grants.authorizations
+    measure = _Measure(of_server)
+    routes = []
+    for found in route_grants(store, server, settings):
+        if not found.conflict:
+            of_route = found.authorizations(of_server)
+            measure.add(of_route)
+            routes.append(wire.Route(found.route.ref, found.route.kind, found.route.hostnames, found.route.rules, of_route))
+        if measure.left < 0:
+            return None
+    return wire.InboundPolicy(server.ref, server.protocol, of_server, tuple(routes))
+
+
+class _Measure:
+    """How much more a line may hold beside authorizations.
+
+    Every route repeats those of the Server and its Namespace. So a few hundred small objects can make gigabytes, which nobody may encode.
+    """
+
+    def __init__(self, authorizations: Iterable[wire.Authorization]) -> None:
+        self.left = wire.MAX_LINE_BYTES
+        self._sizes: dict[int, int] = {}  # by object: the same ones come again
+        self.add(authorizations)
+
+    def add(self, authorizations: Iterable[wire.Authorization]) -> None:
+        """These are in the line, too."""
+        for one in authorizations:
+            size = self._sizes.get(id(one))
+            if size is None:
+                size = self._sizes[id(one)] = len(msgspec.json.encode(one))
+            self.left -= size

@@ -95,7 +95,8 @@ class Index:
         known = self._server_policies.setdefault(server.metadata.namespace, {})
         policy = known.get(server.ref)
         if policy is None:
-            policy = known[server.ref] = inbound.server_policy(self.store, server, self.settings)
+            policy = inbound.server_policy(self.store, server, self.settings) or wire.InboundPolicy(server.ref, server.protocol, ())
+            known[server.ref] = policy
         return policy
 
     def _default_policy(self, pod: Pod, port: int) -> wire.InboundPolicy:

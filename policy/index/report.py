@@ -22,6 +22,8 @@ from policy.index.inbound import EVERYWHERE, Granted
 from policy.index.index import Index
 from policy.model import AuthorizationPolicy, Server
 
+_TOO_LARGE = f"its routes and policies are longer than the {wire.MAX_LINE_BYTES >> 20} MiB that a sidecar reads, so everything is denied"
+
 
 class Problem(msgspec.Struct, frozen=True, order=True):
     """Something that does not act as its author will have meant. reason: stable word. message: a sentence that names what to look at."""
@@ -220,6 +222,8 @@ def _server_problems(index: Index, server: Server) -> Iterator[Problem]:
             yield Problem(found.route.ref, "conflicted", f"not attached to {server.ref}: {found.conflict}")
     if routes and server.protocol in ("opaque", "tls"):
         yield Problem(server.ref, "routes-on-opaque", f"has routes but proxyProtocol {server.protocol}: its connections are denied")
+    if inbound.server_policy(index.store, server, index.settings) is None:
+        yield Problem(server.ref, "too-large", _TOO_LARGE)
     if not any(_may_overlap(server, other) for other in index.store.servers.get(server.metadata.namespace, {}).values()):
         return
     for pod in index.store.pods.get(server.metadata.namespace, {}).values():

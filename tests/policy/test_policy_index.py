@@ -315,6 +315,21 @@ def test_routes_of_an_opaque_server_stay_attached_so_that_they_deny_and_are_repo
     assert reasons(index) == [("cart", "routes-on-opaque")]
 
 
+def test_small_objects_that_make_a_huge_policy_deny_everything_before_it_is_made_and_are_reported() -> None:
+    office = lab.networks("office", *(f"10.{at >> 8}.{at & 255}.0/24" for at in range(1000)))
+    everywhere = [
+        lab.policy(f"allow{at}", lab.ref("NetworkAuthentication", "office"), at=lab.target("Namespace", "shop")) for at in range(100)
+    ]
+    index = indexed(
+        lab.pod(), lab.server(accessPolicy="all-unauthenticated"), office, *everywhere, *(lab.route(f"web{at}") for at in range(300))
+    )
+    assert policy_of(index) == wire.InboundPolicy(Ref(lab.POLICY, "Server", "shop", "cart"), "detect", ())  # told in full it takes 1.2 GB
+    assert ("cart", "too-large") in reasons(index)
+    index.delete(Ref(lab.POLICY, "NetworkAuthentication", "shop", "office"))
+    assert len(policy_of(index).routes) == 300
+    assert "too-large" not in [reason for _, reason in reasons(index)]
+
+
 # --- destinations ------------------------------------------------------------------------------------------------------
 
 ENDPOINT = wire.Endpoint("10.0.0.5:8080", lab.CART.uri, Ref("", "Pod", "shop", "cart-0"))
