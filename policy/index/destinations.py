@@ -101,12 +101,16 @@ def _slice_addrs(slice_: EndpointSlice, port: ServicePort) -> Iterator[tuple[Sli
 
 
 def _behind(store: Store, endpoint: SliceEndpoint, addr: Addr, namespace: str) -> tuple[Pod | None, ...]:
-    """The pod that an endpoint is, None when it is no pod; nothing when it is one that is not known."""
+    """The pod that an endpoint is, None when it is no pod; nothing when it is one that is not known.
+
+    Who writes a slice may name any pod beside any address. At one that is not its own the pod has to prove itself, or is nobody: plaintext
+    could go to a pod that has a sidecar.
+    """
     ref = endpoint.target_ref
     if ref is None or ref.kind != "Pod":
         return (store.pod_at(addr.ip),)
     pod = store.pods.get(ref.namespace or namespace, {}).get(ref.name)
-    return (pod,) if pod is not None else ()
+    return (pod,) if pod is not None and (addr.ip in pod.ips or _takes_tls(pod, addr.port)) else ()
 
 
 def _endpoint(addr: Addr, pod: Pod | None, settings: IndexSettings) -> wire.Endpoint:
@@ -116,11 +120,15 @@ def _endpoint(addr: Addr, pod: Pod | None, settings: IndexSettings) -> wire.Endp
 
 
 def _identity(pod: Pod, port: int, settings: IndexSettings) -> str | None:
-    # The pod's own annotation only: the injector copies the namespace's, as the redirect was set up by what stood there at that time.
-    skipped = options.read_port_list(pod.metadata.annotations.get(options.SKIP_INBOUND_PORTS, ""))
-    if not meshed(pod) or port == _ADMIN_PORT or skipped.holds(port, pod.ports):
+    if not _takes_tls(pod, port):
         return None
     return inbound.identity(settings, pod.metadata.namespace, pod.spec.service_account_name)
+
+
+def _takes_tls(pod: Pod, port: int) -> bool:
+    # The pod's own annotation only: the injector copies the namespace's, as the redirect was set up by what stood there at that time.
+    skipped = options.read_port_list(pod.metadata.annotations.get(options.SKIP_INBOUND_PORTS, ""))
+    return meshed(pod) and port != _ADMIN_PORT and not skipped.holds(port, pod.ports)
 
 
 def meshed(pod: Pod) -> bool:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import policy_lab as lab
 import pytest
 from policy_lab import CART_IP, CART_POD, CART_VIP, indexed, parsed
@@ -396,6 +398,19 @@ def test_an_endpoint_that_names_no_pod_is_the_pod_at_its_address() -> None:
     assert [found.identity for found in index.destination("10.96.0.1:80").endpoints] == [lab.CART.uri]
     assert CART_VIP in index.delete(parsed(lab.pod()).ref)
     assert index.destination("10.96.0.1:80").endpoints == (wire.Endpoint("10.0.0.5:8080"),)
+
+
+@pytest.mark.parametrize("named", [{"meshed": False}, {"skip_inbound_ports": "8080"}], ids=["without a sidecar", "past its sidecar"])
+def test_an_endpoint_that_names_a_pod_at_an_address_that_is_not_its_own_gets_no_plaintext(named: dict[str, Any]) -> None:
+    index = indexed(lab.service(), lab.pod(ip="10.0.0.5"), lab.pod("plain-0", "10.0.0.9", **named), lab.endpoints(plain_0="10.0.0.5"))
+    assert index.destination("10.96.0.1:80").endpoints == ()
+    index.apply(parsed(lab.endpoints(plain_0="10.0.0.9")))
+    assert [(found.addr, found.identity) for found in index.destination("10.96.0.1:80").endpoints] == [("10.0.0.9:8080", None)]
+
+
+def test_an_endpoint_that_names_a_meshed_pod_has_to_be_that_pod_wherever_it_is() -> None:
+    index = indexed(lab.service(), lab.pod(), lab.endpoints(cart_0="192.168.7.7"))
+    assert [found.identity for found in index.destination("10.96.0.1:80").endpoints] == [lab.CART.uri]
 
 
 def test_pods_that_ended_or_share_the_nodes_address_own_none() -> None:
