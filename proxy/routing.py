@@ -21,7 +21,7 @@ from policy.patterns import InvalidPattern
 from policy.wire import Action, Destination, FieldEdit, Retry, Route, Share, Timeouts
 from proxy.balance import Balancer
 from proxy.budget import RetryBudget
-from proxy.protocol.requests import AnswerRule, HeadEdit, RequestHead
+from proxy.protocol.requests import HeadEdit, RequestHead, ResponseRule
 from proxy.rescue import Cause, Redirect
 
 UNTOUCHED = HeadEdit()
@@ -161,16 +161,16 @@ def retargeted(path: str, prefix: str | None, target: bytes) -> bytes:
 
 
 def _head_edit(action: Action, share: Share) -> HeadEdit:
-    """The rule's changes, and the backend's applied to their result; in the answer the other way round."""
+    """The rule's changes, and the backend's applied to their result; in the response the other way round."""
     strip, add = _fields(action.edit, share.edit)
     retry_on = frozenset(action.retry.codes) if action.retry is not None else None
-    answer = AnswerRule(*_fields(share.response, action.response), retry_on)
+    response = ResponseRule(*_fields(share.response, action.response), retry_on)
     host, retarget = b"", None
     for rewrite in (action.rewrite, share.rewrite):
         if rewrite is not None:
             host = rewrite.hostname.encode() or host
             retarget = retarget if rewrite.path is None else partial(retargeted, rewrite.path, rewrite.prefix)
-    edit = HeadEdit(strip, add, host, retarget, answer if answer != AnswerRule() else None)
+    edit = HeadEdit(strip, add, host, retarget, response if response != ResponseRule() else None)
     return edit if edit != UNTOUCHED else UNTOUCHED
 
 

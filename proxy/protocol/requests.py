@@ -51,11 +51,11 @@ class RequestHead(Protocol):
         ...
 
 
-class AnswerRule(NamedTuple):
-    """What is changed in the head of an answer, and which answers cause a retry. Trailers and interim answers (1xx) are left alone.
+class ResponseRule(NamedTuple):
+    """What is changed in the head of a response, and which responses cause a retry. Trailers and interim responses (1xx) are left alone.
 
     strip: lower-case names whose fields are removed wherever they occur. add: fields appended, lower-case name and value. retry_on: the
-    statuses after which `Gate.retry_by_rule` is asked, as it is when no answer came at all; None when the rule has no retries.
+    statuses after which `Gate.retry_by_rule` is asked, as it is when no response came at all; None when the rule has no retries.
     """
 
     strip: tuple[bytes, ...] = ()
@@ -68,16 +68,16 @@ class HeadEdit(NamedTuple):
 
     strip: lower-case names whose fields are removed wherever they occur. add: fields appended, lower-case name and value. host: the new
     Host or :authority, empty to keep the received one. retarget: makes the new request target from the received one (origin-form), None
-    to keep it. Neither is applied to a request without a path (CONNECT). answer: what is done to the answer, None for nothing. trailers:
-    names removed from the trailers, because the request was decided on by them: a receiver that merges trailers into the head must not
-    find others there. `strip` and `trailers` remove every spelling of a name (core.spelling).
+    to keep it. Neither is applied to a request without a path (CONNECT). response: what is done to the response, None for nothing.
+    trailers: names removed from the trailers, because the request was decided on by them: a receiver that merges trailers into the head
+    must not find others there. `strip` and `trailers` remove every spelling of a name (core.spelling).
     """
 
     strip: tuple[bytes, ...] = ()
     add: tuple[tuple[bytes, bytes], ...] = ()
     host: bytes = b""
     retarget: Callable[[bytes], bytes] | None = None
-    answer: AnswerRule | None = None
+    response: ResponseRule | None = None
     trailers: tuple[bytes, ...] = ()
 
 
@@ -144,15 +144,15 @@ class Gate(Protocol):
     def retry_unprocessed(self, exchange: object, head: RequestHead, token: int, cause: Cause) -> Verdict | None:
         """Decide where a request goes that failed and can safely be sent again (gRPC's "transparent retry"), or what to answer.
 
-        cause: UPSTREAM_RESET when the upstream closed before a byte of its answer; one of rescue.UNREACHED when the sidecar that was asked
-        could not connect to its app.
+        cause: UPSTREAM_RESET when the upstream closed before a byte of its response; one of rescue.UNREACHED when the sidecar that was
+        asked could not connect to its app.
         """
         ...
 
     def retry_by_rule(self, exchange: object, token: int, cause: Cause) -> bool:
         """Decide whether a request is sent again because its route has a retry policy, even though an app may have acted on it.
 
-        Asked only when the rule has `AnswerRule.retry_on`, the whole request is at hand, and the client was sent nothing of an answer.
+        Asked only when the rule has `ResponseRule.retry_on`, the whole request is at hand, and the client was sent nothing of a response.
         True: the gate will call ``proceed``, but not before this call has returned. cause: why the last attempt failed.
         """
         ...

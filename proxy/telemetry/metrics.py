@@ -61,27 +61,27 @@ def classify(status: int, grpc_status: int = -1, *, cut: bool = False) -> Litera
 
 
 class HttpSeries:
-    """The HTTP metrics of one label set, bound. `record.Outcome` adds to them. by_answer: counters of responses, see `answer`."""
+    """The HTTP metrics of one label set, bound. `record.Outcome` adds to them. by_response: counters, see `response`."""
 
-    __slots__ = ("__weakref__", "_labels", "_responses", "by_answer", "latency_ms", "requests")
+    __slots__ = ("__weakref__", "_labels", "_responses", "by_response", "latency_ms", "requests")
 
     def __init__(self, labels: Labels, requests: Counter, responses: Family[Counter], latency_ms: Histogram) -> None:
         self.requests = requests
         self.latency_ms = latency_ms
         self._labels = labels
         self._responses = responses
-        self.by_answer: dict[int, Counter] = {}
+        self.by_response: dict[int, Counter] = {}
 
-    def answer(self, key: int, status: int, grpc_status: int, cut: bool) -> Counter:
-        """The counter of such responses; from now on in `by_answer` under ``key``, unless there are too many."""
+    def response(self, key: int, status: int, grpc_status: int, cut: bool) -> Counter:
+        """The counter of such responses; from now on in `by_response` under ``key``, unless there are too many."""
         # a server may send any status: outside of what is defined they share one series
         shown = str(status) if 100 <= status <= 599 else "" if status == 0 else "other"
         labels: Labels = (*self._labels, ("status_code", shown), ("classification", classify(status, grpc_status, cut=cut)))
         if grpc_status >= 0:
             labels = (*labels, ("grpc_status", str(grpc_status) if 0 <= grpc_status <= 16 else "other"))
         counter = self._responses.series(labels)
-        if len(self.by_answer) < 64:
-            self.by_answer[key] = counter
+        if len(self.by_response) < 64:
+            self.by_response[key] = counter
         return counter
 
 

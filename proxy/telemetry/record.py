@@ -62,24 +62,24 @@ class Outcome:
     look-up by name.
     """
 
-    __slots__ = ("_bounds", "_by_answer", "_counts", "_latency", "authz", "decision", "http", "requests")
+    __slots__ = ("_bounds", "_by_response", "_counts", "_latency", "authz", "decision", "http", "requests")
 
     def __init__(self, http: HttpSeries, authz: Counter | None, decision: Decision | None) -> None:
         self.http = http
         self.authz = authz
         self.decision = decision
         self.requests = http.requests
-        self._by_answer = http.by_answer
+        self._by_response = http.by_response
         self._latency = latency = http.latency_ms
         self._bounds, self._counts = latency.bounds, latency.counts
 
-    def answered(self, status: int, millis: float, grpc_status: int = -1, cut: bool = False) -> None:
+    def count_end(self, status: int, millis: float, grpc_status: int = -1, cut: bool = False) -> None:
         """Count the end of an exchange. status: what the client saw, 0 if nothing. millis: since the request was received. grpc_status:
         -1 without one. cut: what served it broke off."""
         key = status << 10 | grpc_status + 1 << 1 | cut
-        counter = self._by_answer.get(key)
+        counter = self._by_response.get(key)
         if counter is None:
-            counter = self.http.answer(key, status, grpc_status, cut)
+            counter = self.http.response(key, status, grpc_status, cut)
         counter.value += 1
         self._counts[bisect_left(self._bounds, millis)] += 1
         self._latency.total += millis
@@ -152,9 +152,9 @@ class _Record:
         recorder = self._recorder
         millis = (recorder.now() - in_flight.started) * 1000.0
         if cause is None:
-            outcome.answered(status, millis, grpc_status)
+            outcome.count_end(status, millis, grpc_status)
         else:
-            outcome.answered(status, millis, grpc_status, cause in _CUT)
+            outcome.count_end(status, millis, grpc_status, cause in _CUT)
             self._count_failure(cause, outcome.decision)
         if in_flight.head is not None and wanted(recorder.access_log, status, cause.value if cause else None, grpc_status):
             recorder.access(fields_of(self._entry(outcome.decision, in_flight.head, status, cause, millis, grpc_status, bodies)))

@@ -54,7 +54,7 @@ def test_a_request_that_reached_no_app_is_sent_again_whole(pieces: tuple[bytes, 
     assert pair.first_sink.out == pair.up.out == b"".join(pieces)
     assert (pair.gate.log, pair.gate.retried_for) == ([("retry_unprocessed", 1)], Cause.CONNECT_REFUSED)
     pair.upstream.received(OK)
-    assert pair.down.out == OK and pair.client._kept is None, "an idle connection holds no body"
+    assert pair.down.out == OK and pair.client._replay is None, "an idle connection holds no body"
     assert pair.first.reusable and pair.idle[0] is pair.first, "the sidecar is well, only its app is not"
 
 

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from proxy.protocol.http1 import Http1Limits
-from proxy.protocol.requests import AnswerRule, Forward, HeadEdit
+from proxy.protocol.requests import Forward, HeadEdit, ResponseRule
 from proxy.rescue import Cause
 from tests.proxy.http1_fakes import HEAD, OK, Pair
 
@@ -18,7 +18,7 @@ CHUNKED = b"POST /a HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r
 
 def pair(times: int = 1, *codes: int, replay_bytes: int = 16) -> Pair:
     made = Pair(Http1Limits(replay_bytes=replay_bytes))
-    made.gate.edit = HeadEdit(answer=AnswerRule(retry_on=frozenset(codes or (503,))))
+    made.gate.edit = HeadEdit(response=ResponseRule(retry_on=frozenset(codes or (503,))))
     made.gate.rule_retries = times
     return made
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.protocol.http1.edits import answer_editor, editor
+from proxy.protocol.http1.edits import editor, response_editor
 from proxy.protocol.http1.heads import CHUNKED, UNTIL_CLOSE, HeadError, RequestHead, ResponseHead
 from proxy.protocol.http1.limits import Http1Limits
 from proxy.protocol.http1.parse import request_untrusted, response_untrusted
-from proxy.protocol.requests import AnswerRule, HeadEdit
+from proxy.protocol.requests import HeadEdit, ResponseRule
 from proxy.rescue import Cause
 
 LIMITS = Http1Limits()
@@ -473,7 +473,7 @@ def test_an_absolute_target_is_rewritten_into_a_path_and_none_is_left_alone():
 
 def test_an_edited_answer_differs_in_these_fields_only():
     wire = b"HTTP/1.1 200 OK\r\nServer: x\r\nX-Set: 1\r\nx-set: 2\r\nX-Settled: 3\r\n\r\n"
-    edit = AnswerRule((b"server", b"x-set"), ((b"x-set", b"new"), (b"x-set", b"too")))
-    assert answer_editor(edit)(wire) == b"HTTP/1.1 200 OK\r\nX-Settled: 3\r\nx-set: new\r\nx-set: too\r\n\r\n"
-    assert answer_editor(AnswerRule((), ((b"a", b"b"),)))(wire) == wire[:-2] + b"a: b\r\n\r\n"
-    assert answer_editor(AnswerRule((b"absent",)))(wire) == wire
+    edit = ResponseRule((b"server", b"x-set"), ((b"x-set", b"new"), (b"x-set", b"too")))
+    assert response_editor(edit)(wire) == b"HTTP/1.1 200 OK\r\nX-Settled: 3\r\nx-set: new\r\nx-set: too\r\n\r\n"
+    assert response_editor(ResponseRule((), ((b"a", b"b"),)))(wire) == wire[:-2] + b"a: b\r\n\r\n"
+    assert response_editor(ResponseRule((b"absent",)))(wire) == wire

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.protocol.requests import AnswerRule, HeadEdit
+from proxy.protocol.requests import HeadEdit, ResponseRule
 from proxy.rescue import Cause
 from tests.proxy.http1_fakes import HEAD, OK, Pair
 
@@ -179,7 +179,7 @@ def test_a_sidecar_reads_every_body_and_keeps_its_connection(method: bytes) -> N
 
 def test_an_app_whose_answer_is_dismissed_for_a_retry_gets_no_second_request_behind_an_unread_body() -> None:
     pair = Pair()
-    pair.gate.edit, pair.gate.rule_retries = HeadEdit(answer=AnswerRule(retry_on=frozenset((503,)))), 1
+    pair.gate.edit, pair.gate.rule_retries = HeadEdit(response=ResponseRule(retry_on=frozenset((503,)))), 1
     pair.client.received(b"GET / HTTP/1.1\r\nHost: a.test\r\n" + BODIED["length"])
     pair.upstream.received(b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n")
     assert pair.gone == [pair.upstream] and pair.idle == []

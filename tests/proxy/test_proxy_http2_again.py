@@ -8,7 +8,7 @@ import h2.settings
 import pytest
 
 from proxy.protocol.http2 import Http2Limits
-from proxy.protocol.requests import AnswerRule, Forward, HeadEdit
+from proxy.protocol.requests import Forward, HeadEdit, ResponseRule
 from proxy.rescue import Cause
 from tests.proxy.http2_fakes import GRPC, Chain
 
@@ -17,7 +17,7 @@ GET = [(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "
 
 def chain(times: int = 1) -> Chain:
     made = Chain(Http2Limits(replay_bytes=16))
-    made.gate.edit = HeadEdit(answer=AnswerRule(retry_on=frozenset((503,))))
+    made.gate.edit = HeadEdit(response=ResponseRule(retry_on=frozenset((503,))))
     made.gate.rule_retries = times
     made.add_server()
     return made

@@ -10,7 +10,7 @@ import pytest
 from proxy.protocol.http2 import Http2Limits
 from proxy.protocol.http2.connection import Connection
 from proxy.protocol.http2.hpack_codec import encode
-from proxy.protocol.requests import Answer, AnswerRule, Forward, HeadEdit, Verdict
+from proxy.protocol.requests import Answer, Forward, HeadEdit, ResponseRule, Verdict
 from proxy.rescue import Cause, http2_answer
 from tests.proxy.http2_fakes import DATA, GOAWAY, HEADERS, RST_STREAM, SETTINGS, WINDOW_UPDATE, Chain, FakeSink, frame, split
 
@@ -72,7 +72,7 @@ class Script:
             chain.add_server(meshed=True)
             chain.run()
         if choice((True, False)):
-            chain.gate.edit = HeadEdit(answer=AnswerRule(retry_on=frozenset((503,))))
+            chain.gate.edit = HeadEdit(response=ResponseRule(retry_on=frozenset((503,))))
             chain.gate.rule_retries = choice((1, 1000))
         chain.gate.decide = chain.gate.again = lambda _head, token: self.verdict(token)
         self.next_id = 1

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.protocol.http2 import Http2Upstream, blocks, hpack_codec
-from proxy.protocol.http2.blocks import BlockReader, RequestHead, edited_answer
+from proxy.protocol.http2.blocks import BlockReader, RequestHead, edited_response
 from proxy.protocol.http2.frames import COMPRESSION_ERROR, PREFACE, ConnectionFault
 from proxy.protocol.http2.hpack_codec import CompiledDecoder, HeaderListTooLarge, HpackFault, PythonDecoder, encode, is_whole_untrusted
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Malformed
-from proxy.protocol.requests import AnswerRule, HeadEdit
+from proxy.protocol.requests import HeadEdit, ResponseRule
 from tests.proxy.http2_fakes import GRPC, HEADERS, SETTINGS, Chain, FakeSink, frame
 
 NAMES = st.one_of(st.sampled_from([b":path", b"cookie", b"x-a", b"authorization"]), st.binary(min_size=1, max_size=20))
@@ -281,18 +281,18 @@ def test_a_tunnel_keeps_its_target_and_an_asterisk_is_no_path() -> None:
 
 def test_an_edited_answer_differs_in_these_fields_only() -> None:
     fields = [(b":status", b"200", False), (b"server", b"x", False), (b"x-set", b"1", False), (b"set-cookie", b"c", True)]
-    edit = AnswerRule((b"server", b"x-set"), ((b"x-set", b"new"), (b"x-set", b"too")))
+    edit = ResponseRule((b"server", b"x-set"), ((b"x-set", b"new"), (b"x-set", b"too")))
     for _ in range(2):
-        got = PythonDecoder(0, 1 << 20).decode_untrusted(edited_answer(encode(fields), edit))
+        got = PythonDecoder(0, 1 << 20).decode_untrusted(edited_response(encode(fields), edit))
         assert got == [fields[0], fields[3], (b"x-set", b"new", False), (b"x-set", b"too", False)]
-    assert edited_answer(encode(fields), AnswerRule((), ((b"a", b"b"),))) == encode([*fields, (b"a", b"b", False)])
+    assert edited_response(encode(fields), ResponseRule((), ((b"a", b"b"),))) == encode([*fields, (b"a", b"b", False)])
 
 
 def test_what_is_remembered_of_edited_answers_is_bounded() -> None:
-    edit = AnswerRule((b"server",))
+    edit = ResponseRule((b"server",))
     for number in range(1500):
-        edited_answer(encode([(b":status", b"200", False), (b"x-%d" % number, b"1", False)]), edit)
-    edited_answer(encode([(b":status", b"200", False), (b"x-long", b"a" * 4000, False)]), edit)
+        edited_response(encode([(b":status", b"200", False), (b"x-%d" % number, b"1", False)]), edit)
+    edited_response(encode([(b":status", b"200", False), (b"x-long", b"a" * 4000, False)]), edit)
     assert len(blocks._edited) <= 512
     assert all(len(block) <= 768 for block, _ in blocks._edited)
 

@@ -53,8 +53,8 @@ def test_a_request_is_counted_with_who_asked_and_what_decided() -> None:
     metrics = Metrics(lambda: 0)
     series = metrics.http(LABELS)
     series.requests.value += 1
-    Outcome(series, None, None).answered(200, 3.2)
-    Outcome(series, None, None).answered(503, 12_000)
+    Outcome(series, None, None).count_end(200, 3.2)
+    Outcome(series, None, None).count_end(503, 12_000)
     who = {
         "direction": "inbound",
         "tls": "true",
@@ -81,7 +81,7 @@ def test_the_latency_bounds_are_linkerds() -> None:
 def test_a_value_on_a_bound_belongs_to_it() -> None:
     series = Metrics(lambda: 0).http(LABELS)
     for millis in (1.0, 2.0, 2.1):
-        Outcome(series, None, None).answered(200, millis)
+        Outcome(series, None, None).count_end(200, millis)
     assert series.latency_ms.counts[:4] == [1, 1, 1, 0]
 
 
@@ -97,10 +97,10 @@ def test_classifies_as_linkerd_does(status: int, grpc: int, expected: str) -> No
 def test_an_answer_cut_short_is_a_failure_and_has_a_series_of_its_own() -> None:
     metrics = Metrics(lambda: 0)
     series = metrics.http(LABELS)
-    Outcome(series, None, None).answered(200, 1)
-    Outcome(series, None, None).answered(200, 1, cut=True)
-    Outcome(series, None, None).answered(200, 1, 0)
-    Outcome(series, None, None).answered(200, 1, 0)
+    Outcome(series, None, None).count_end(200, 1)
+    Outcome(series, None, None).count_end(200, 1, cut=True)
+    Outcome(series, None, None).count_end(200, 1, 0)
+    Outcome(series, None, None).count_end(200, 1, 0)
     assert value(metrics, "pillion_response_total", classification="failure") == 1
     assert value(metrics, "pillion_response_total", grpc_status="0", classification="success") == 2
 
@@ -109,8 +109,8 @@ def test_odd_statuses_of_an_app_share_one_series() -> None:
     metrics = Metrics(lambda: 0)
     series = metrics.http(LABELS)
     for status in range(600, 1000):
-        Outcome(series, None, None).answered(status, 1)
-        Outcome(series, None, None).answered(200, 1, grpc_status=status)
+        Outcome(series, None, None).count_end(status, 1)
+        Outcome(series, None, None).count_end(200, 1, grpc_status=status)
     assert value(metrics, "pillion_response_total", status_code="other") == 400
     assert value(metrics, "pillion_response_total", grpc_status="other") == 400
     assert len([key for key in parsed(metrics.render()) if key[0] == "pillion_response_total"]) == 2

@@ -149,9 +149,9 @@ def test_the_answers_changes_of_the_backend_come_before_those_of_the_rule() -> N
     action = Action((Share(0, response=share), Share(1)), response=rule)
     found = routing(destination([(prefix("/"), action)], backend("v1", "10.0.0.1:80"), backend("v2", "10.0.0.2:80")))
     way = found.choose(Head())
-    assert isinstance(way, Way) and way.edit.answer is not None
-    assert set(way.edit.answer.strip) == {b"x-set", b"x-gone"}
-    assert way.edit.answer.add == ((b"x-add", b"2"), (b"x-set", b"rule"), (b"x-add", b"1"))
+    assert isinstance(way, Way) and way.edit.response is not None
+    assert set(way.edit.response.strip) == {b"x-set", b"x-gone"}
+    assert way.edit.response.add == ((b"x-add", b"2"), (b"x-set", b"rule"), (b"x-add", b"1"))
     assert (way.edit.strip, way.edit.add) == ((), ())
 
 

@@ -1,7 +1,7 @@
 """The client's side of HTTP/1.1: reads requests one after the other, asks the gate where each goes, relays what comes back.
 
 Theory of operation. The connection waits for a head, waits for the gate's verdict, relays a request body, waits for the rest of the
-response, is a tunnel, throws a body away, lingers until the client has read its last answer, or is closed. Bytes that arrive while they
+response, is a tunnel, throws a body away, lingers until the client has read its last response, or is closed. Bytes that arrive while they
 cannot be used (pipelined requests, a body before the verdict) are held up to a bound, then reading stops. The next request is looked at
 only when the exchange before it is over, so there is never more than one.
 
@@ -92,8 +92,8 @@ class Http1Client(ClientConnection):
         elif state == DISCARD:
             self._discard(data)
         elif state == LINGER:
-            self._spare -= len(data)
-            if self._spare < 0:
+            self._discardable -= len(data)
+            if self._discardable < 0:
                 self._close()
         elif state != CLOSED:
             self._hold(self._held + data)
@@ -125,12 +125,12 @@ class Http1Client(ClientConnection):
 
     def drained(self) -> None:
         """See sides.Receiver."""
-        self._unread = 0
+        self._unread_ticks = 0
         if self._up is not None:
             self._up.client_drained()
         elif self._state == BLOCKED:
             self._state = HEAD
-            self._go(FOR_ANSWERS)
+            self._resume_for(FOR_ANSWERS)
             self._next()
 
     def expired(self) -> None:
@@ -138,18 +138,18 @@ class Http1Client(ClientConnection):
         state = self._state
         if state == LINGER:
             return self._close()
-        if self._timing:
+        if self._head_due:
             return self._refuse(Cause.HEAD_TIMEOUT, "the request head did not arrive in time")
-        self._quiet += 1
-        if state in (HEAD, BLOCKED) and self._quiet >= IDLE_TICKS:
+        self._quiet_ticks += 1
+        if state in (HEAD, BLOCKED) and self._quiet_ticks >= IDLE_TICKS:
             return self._close()
-        if state in (BODY, DISCARD) and not self._stopped and self._quiet * self._tick >= self._limits.body_stall_s:
+        if state in (BODY, DISCARD) and not self._paused_for and self._quiet_ticks * self._tick >= self._limits.body_stall_s:
             if self._up is None:
                 return self._close()
             self._closing = True
             return self.fail(Cause.BODY_TIMEOUT)
-        self._unread = self._unread + 1 if self.sink.blocked else 0
-        if state in (BODY, WAIT) and self._unread * self._tick >= self._limits.unread_s:
+        self._unread_ticks = self._unread_ticks + 1 if self.sink.blocked else 0
+        if state in (BODY, WAIT) and self._unread_ticks * self._tick >= self._limits.unread_s:
             self._leave()  # the app's connection must not wait for ever for who reads nothing
             return self.sink.abort()
         return self.sink.expire_after(self._tick)
@@ -172,7 +172,7 @@ class Http1Client(ClientConnection):
     def _read(self, data: bytes) -> None:
         """Look at the bytes at the beginning of a request."""
         memo = self._memo
-        if memo is not None and data.startswith(self._raw):
+        if memo is not None and data.startswith(self._memo_bytes):
             head = memo
         else:
             if data.startswith(b"\r\n"):
@@ -184,9 +184,9 @@ class Http1Client(ClientConnection):
             if fresh is None:
                 return
             head = fresh
-        self._quiet = 0
-        if self._timing:
-            self._timing = False
+        self._quiet_ticks = 0
+        if self._head_due:
+            self._head_due = False
             self.sink.expire_after(self._tick)
         self.head = head
         self._token += 1
@@ -212,18 +212,18 @@ class Http1Client(ClientConnection):
             return None
         if head is None:
             self._held = data
-            if not self._timing:
-                self._timing = True
+            if not self._head_due:
+                self._head_due = True
                 self.sink.expire_after(self._limits.header_timeout_s)
         elif head.size <= REMEMBERED_BYTES:
-            self._memo, self._raw = head, data[: head.size]
+            self._memo, self._memo_bytes = head, data[: head.size]
         return head
 
     def _begin_body(self, head: RequestHead, rest: bytes) -> bool:
         """Check the part of the body that came with its head. False: it was refused."""
         body = self._body = reader_of(head.length)
         try:
-            self._span = body.take_untrusted(rest, 0)
+            self._checked = body.take_untrusted(rest, 0)
         except BodyError as error:
             self._refuse(Cause.BAD_REQUEST, str(error))
             return False
@@ -239,7 +239,7 @@ class Http1Client(ClientConnection):
     def _hold(self, data: bytes) -> None:
         self._held = data
         if len(data) >= self._limits.held_bytes:
-            self._stop(FOR_HELD)
+            self._pause_for(FOR_HELD)
 
     # Following the verdict.
 
@@ -253,7 +253,7 @@ class Http1Client(ClientConnection):
         edit = verdict.edit
         self._exchange = verdict.exchange
         head = self.head
-        if edit.answer is not None:
+        if edit.response is not None:
             self.plain = False
         if head is self._edited and edit is self._edit:
             out = self._out
@@ -271,13 +271,13 @@ class Http1Client(ClientConnection):
         if head.bodiless:
             up.start(self, out)
             if up.sink.blocked:
-                self._stop(FOR_UPSTREAM)
+                self._pause_for(FOR_UPSTREAM)
             return None
         return self._send_body(up, out, edit)
 
     def _send_body(self, up: Http1Upstream, out: bytes, edit: HeadEdit) -> None:
         """Send a head together with the part of its body that is there."""
-        body, held, span = self._body, self._held, self._span
+        body, held, span = self._body, self._held, self._checked
         assert body is not None
         try:
             if isinstance(body, Chunked):
@@ -287,13 +287,13 @@ class Http1Client(ClientConnection):
             up.unused()
             self._closing = True
             return self._answer(Cause.BAD_REQUEST, self._gate.explain)
-        self._span = 0
-        self._go(FOR_HELD)
+        self._checked = 0
+        self._resume_for(FOR_HELD)
         self._held = held[span:]
         if self.sent:
             self._hold(self._held)
         begun = held[:span]
-        self._kept = begun if span <= self._limits.replay_bytes else None
+        self._replay = begun if span <= self._limits.replay_bytes else None
         # A server that leaves this body unread would take it for a request that nobody decided on. A sidecar reads it.
         last = not up.meshed and self.head.method.upper() in CONTENTLESS
         up.start(self, (final(out) if last else out) + begun, last=last)
@@ -303,14 +303,14 @@ class Http1Client(ClientConnection):
                 rest, self._held = self._held, b""
                 return self._relay_body(rest)
         if up.sink.blocked:
-            self._stop(FOR_UPSTREAM)
+            self._pause_for(FOR_UPSTREAM)
         return None
 
     def _relay_body(self, data: bytes) -> None:
         body, up = self._body, self._up
         assert body is not None
         assert up is not None
-        self._quiet = 0
+        self._quiet_ticks = 0
         if self._held:
             data = self._held + data
             self._held = b""
@@ -326,8 +326,8 @@ class Http1Client(ClientConnection):
             self._state = WAIT
         if end:
             part = data if end == len(data) else data[:end]
-            if self._kept is not None:
-                self._kept = self._kept + part if len(self._kept) + end <= self._limits.replay_bytes else None
+            if self._replay is not None:
+                self._replay = self._replay + part if len(self._replay) + end <= self._limits.replay_bytes else None
             self._to_upstream(up, part)
         if body.done:
             self._hold(data[end:])

@@ -3,7 +3,7 @@
 Theory of operation. A connection is in one of the states below. While an exchange is open, upstream.py reports how the response goes. A
 request that failed is sent again through the gate when nobody has acted on it, or when its rule has retries; else the client sees an
 answer, or a cut if one had begun. When the exchange is over, `_settle` decides what becomes of the connection: it reads the next request,
-throws away what is left of a body that was answered early, or closes so that the client can still read its last answer.
+throws away what is left of a body whose response came early, or closes so that the client can still read its last response.
 
 Must not read requests, that is client.py. Pure.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 from proxy.protocol.http1.body import BodyError, BodyReader, Length
-from proxy.protocol.http1.edits import answer_editor, editor
+from proxy.protocol.http1.edits import editor, response_editor
 from proxy.protocol.http1.heads import UNTIL_CLOSE, RequestHead, ResponseHead
 from proxy.protocol.http1.limits import Http1Limits
 from proxy.protocol.http1.responses import switching, translated
@@ -28,12 +28,12 @@ DECIDING: Final = 1  # the gate owes a verdict
 BODY: Final = 2  # the request body is on its way
 WAIT: Final = 3  # the request was sent, the response is not complete
 TUNNEL: Final = 4
-BLOCKED: Final = 5  # idle, but the client does not read the answers it has
-DISCARD: Final = 6  # answered early: the rest of the request body is thrown away
-LINGER: Final = 7  # answered for the last time: whatever comes is thrown away
+BLOCKED: Final = 5  # idle, but the client does not read the responses it has
+DISCARD: Final = 6  # the response came early: the rest of the request body is thrown away
+LINGER: Final = 7  # the last response was sent: whatever comes is thrown away
 CLOSED: Final = 8
 
-# Why the client's connection is paused.
+# Why the client's connection is paused: bits of `_paused_for`.
 FOR_UPSTREAM: Final = 1
 FOR_HELD: Final = 2
 FOR_ANSWERS: Final = 4
@@ -45,14 +45,15 @@ NO_HEAD: Final = RequestHead(0, b"", b"", b"", b"")
 class ClientConnection:
     """The part of Http1Client that upstream.py talks to.
 
-    head: the present request. sent: all of it was sent. plain: a plain response to it may be sent on as it is. answered_bytes: of the
+    head: the present request. sent: all of it was sent. plain: a plain response to it may be sent on as it is. response_bytes: of the
     body of its response, or of what came through the tunnel.
     """
 
     __slots__ = (
-        "_apply", "_body", "_closing", "_continued", "_draining", "_edit", "_edited", "_ended", "_exchange", "_gate", "_held", "_kept",
-        "_limits", "_memo", "_out", "_pumping", "_quiet", "_raw", "_retried", "_span", "_spare", "_state", "_status", "_stopped", "_tick",
-        "_timing", "_token", "_tunnelled", "_unread", "_up", "_up_ended", "answered_bytes", "head", "plain", "sent", "sink",
+        "_apply", "_body", "_checked", "_closing", "_continued", "_discardable", "_draining", "_edit", "_edited", "_ended", "_exchange",
+        "_gate", "_head_due", "_held", "_limits", "_memo", "_memo_bytes", "_out", "_paused_for", "_pumping", "_quiet_ticks", "_replay",
+        "_retried", "_state", "_status", "_tick", "_token", "_tunnelled", "_unread_ticks", "_up", "_up_ended", "head", "plain",
+        "response_bytes", "sent", "sink",
     )  # fmt: skip
 
     def __init__(self, sink: Sink, gate: Gate, limits: Http1Limits | None = None) -> None:
@@ -60,30 +61,39 @@ class ClientConnection:
         self._gate = gate
         self._limits = limits or Http1Limits()
         self._state = HEAD
-        self._held = b""
-        self._raw = b"\0"  # no head begins like this
-        self._memo: RequestHead | None = None  # the head that came as `_raw`
+        self._held = b""  # bytes of the client that cannot be used yet
+        # The last head and the bytes it came as, and what the last edit made of it: nearly every request repeats both.
+        self._memo: RequestHead | None = None
+        self._memo_bytes = b"\0"  # no head begins like this
         self._edit: HeadEdit | None = None
         self._apply = editor(HeadEdit())
-        self._edited: RequestHead | None = None  # the head that `_edit` turned into `_out`
+        self._edited: RequestHead | None = None
         self._out = b""
+        # The present exchange.
         self.head = NO_HEAD
-        self._token = 0
-        self._exchange: object = None
+        self._token = 0  # its number, for the gate
+        self._exchange: object = None  # the gate's own note about it
         self._up: Http1Upstream | None = None
-        self._body: BodyReader | None = None
-        self._span = 0  # how much of `_held` is checked body
-        self._kept: bytes | None = None  # the body as far as it was sent, while it may be sent again; None when it is too long
+        self._body: BodyReader | None = None  # of the request
+        self._checked = 0  # how much of `_held` is checked body
+        self._replay: bytes | None = None  # the body as far as it was sent, while it may be sent again; None when it is too long
         self.sent = self.plain = True
         self._status = 0  # of the response that has begun
-        self.answered_bytes = 0
+        self.response_bytes = 0
         self._tunnelled = 0  # bytes from the client through the tunnel
-        self._spare = 0  # bytes that may still be thrown away
-        self._closing = self._draining = self._ended = self._up_ended = False
-        self._continued = self._retried = self._pumping = self._timing = False
-        self._stopped = 0
-        self._quiet = 0  # ticks without progress
-        self._unread = 0  # ticks in which the client took nothing of what waits for it
+        self._discardable = 0  # bytes from the client that may still be thrown away
+        self._continued = False  # the client was sent a 100
+        self._retried = False  # once already, as unprocessed
+        self._up_ended = False  # the upstream's direction of the tunnel
+        # The connection.
+        self._closing = False  # with the present response
+        self._draining = False
+        self._ended = False  # by the client
+        self._pumping = False  # `_next` is running
+        self._head_due = False  # the timer runs for a head that has begun, not for ticks
+        self._paused_for = 0
+        self._quiet_ticks = 0  # ticks without progress
+        self._unread_ticks = 0  # ticks in which the client took nothing of what waits for it
         self._tick = self._limits.idle_timeout_s / IDLE_TICKS
         sink.expire_after(self._tick)
 
@@ -98,7 +108,7 @@ class ClientConnection:
     def body_bytes(self) -> tuple[int, int]:
         """See requests.Bodies."""
         body = None if self.head.bodiless else self._body
-        return self._tunnelled + (body.seen() if body is not None else 0), self.answered_bytes
+        return self._tunnelled + (body.seen() if body is not None else 0), self.response_bytes
 
     # What upstream.py reports.
 
@@ -114,16 +124,16 @@ class ClientConnection:
         # Bytes behind a CONNECT that was turned down were meant for the tunnel: they must not be read as a request.
         close = self._draining or not request.keep or length == UNTIL_CLOSE or request.connects
         if not self.sent:
-            # An early answer. A client that waits for 100 Continue, or reads "close", may leave out the body that it announced.
+            # An early response. A client that waits for 100 Continue, or reads "close", may leave out the body that it announced.
             close = close or not head.keep or (request.expects and not self._continued)
         self._status = head.status
         self._closing = close
-        self.sink.write(self._edited_answer(translated(head, request, close)) + body)
+        self.sink.write(self._edited_response(translated(head, request, close)) + body)
 
     def responded(self, status: int, body_bytes: int, up: Http1Upstream, on_idle: Callable[[Http1Upstream], None] | None) -> None:
         """The response is complete. on_idle: to be told that the upstream is free, None when it is not."""
         exchange, self._exchange, self._up = self._exchange, None, None
-        self.answered_bytes = body_bytes
+        self.response_bytes = body_bytes
         self._gate.finished(exchange, status, None, -1, self)
         if on_idle is not None:
             on_idle(up)
@@ -137,10 +147,10 @@ class ClientConnection:
         if refused is not None:
             return self.fail(refused)  # the policy has changed since the request
         self._status, self._state = status, TUNNEL
-        self.answered_bytes = len(rest)
-        self.sink.write(self._edited_answer(switching(head)) + rest)
+        self.response_bytes = len(rest)
+        self.sink.write(self._edited_response(switching(head)) + rest)
         up.pace(self)
-        self._go(FOR_HELD)
+        self._resume_for(FOR_HELD)
         if self._held:
             held, self._held = self._held, b""
             self._tunnelled = len(held)
@@ -149,10 +159,10 @@ class ClientConnection:
             up.sink.end()
         return None
 
-    def _edited_answer(self, wire: bytes) -> bytes:
+    def _edited_response(self, wire: bytes) -> bytes:
         edit = self._edit
-        rule = edit.answer if edit is not None else None
-        return answer_editor(rule)(wire) if rule is not None and (rule.strip or rule.add) else wire
+        rule = edit.response if edit is not None else None
+        return response_editor(rule)(wire) if rule is not None and (rule.strip or rule.add) else wire
 
     def upstream_half_closed(self) -> None:
         """The upstream ended its direction of the tunnel."""
@@ -162,7 +172,7 @@ class ClientConnection:
 
     def upstream_drained(self) -> None:
         """The upstream takes more."""
-        self._go(FOR_UPSTREAM)
+        self._resume_for(FOR_UPSTREAM)
 
     def upstream_broken(self, cause: Cause, stale: bool) -> None:
         """The exchange cannot be completed. stale: the connection had served before and closed before any byte of this response, as a
@@ -182,9 +192,9 @@ class ClientConnection:
             self._fail(cause)
 
     def unwanted(self, status: int) -> bool:
-        """Whether the rule wants a retry after an answer of this status. If so, the client never sees it, and the upstream drops it."""
+        """Whether the rule wants a retry after a response of this status. If so, the client never sees it, and the upstream drops it."""
         edit = self._edit
-        rule = edit.answer if edit is not None else None
+        rule = edit.response if edit is not None else None
         return rule is not None and rule.retry_on is not None and status in rule.retry_on and self._retry_by_rule(Cause.RETRIABLE_STATUS)
 
     # Retries.
@@ -192,13 +202,13 @@ class ClientConnection:
     def _retry_by_rule(self, cause: Cause) -> bool:
         """Let the gate send the request again by its rule, although the app may have acted on it. False: there is no such retry."""
         edit, head = self._edit, self.head
-        if edit is None or edit.answer is None or edit.answer.retry_on is None or self._status or head.upgrades or head.connects:
+        if edit is None or edit.response is None or edit.response.retry_on is None or self._status or head.upgrades or head.connects:
             return False
-        if (self._kept is None and not head.bodiless) or not self._gate.retry_by_rule(self._exchange, self._token, cause):
+        if (self._replay is None and not head.bodiless) or not self._gate.retry_by_rule(self._exchange, self._token, cause):
             return False
         self._up = None
         self._rewind()
-        self._go(FOR_UPSTREAM)
+        self._resume_for(FOR_UPSTREAM)
         self._state = DECIDING
         return True
 
@@ -206,11 +216,11 @@ class ClientConnection:
         """Put what was sent of the body back into `_held`, as if it had just arrived. False: not all of it was kept."""
         if self.head.bodiless:
             return True
-        kept, self._kept = self._kept, None
+        kept, self._replay = self._replay, None
         if kept is None:
             return False
         self._held = kept + self._held
-        self._span = len(kept)
+        self._checked = len(kept)
         return True
 
     def _retry_unprocessed(self, cause: Cause) -> None:
@@ -218,7 +228,7 @@ class ClientConnection:
         if self._retried:
             return self._fail(cause)
         self._retried = True
-        self._go(FOR_UPSTREAM)
+        self._resume_for(FOR_UPSTREAM)
         verdict = self._gate.retry_unprocessed(self._exchange, self.head, self._token, cause)
         if verdict is not None:
             return self._follow(verdict)
@@ -263,31 +273,31 @@ class ClientConnection:
 
     def _settle(self) -> None:
         """The exchange is over: on to the next request, or to the end of the connection."""
-        self._status = self.answered_bytes = 0
+        self._status = self.response_bytes = 0
         self._retried = False
-        self._kept = None
+        self._replay = None
         if self.head is not self._memo:
             self.head = NO_HEAD  # an idle connection must not hold a large one
-        if self._stopped:
-            self._go(FOR_UPSTREAM | FOR_HELD)
+        if self._paused_for:
+            self._resume_for(FOR_UPSTREAM | FOR_HELD)
         if self._closing or self._draining:
             self._close_after_answer()
         elif not self.sent:
             self._state = DISCARD
-            self._spare = self._limits.discard_bytes
+            self._discardable = self._limits.discard_bytes
             if self._can_discard():
-                rest, self._held = self._held[self._span :], b""
-                self._span = 0
+                rest, self._held = self._held[self._checked :], b""
+                self._checked = 0
                 self._discard(rest)
             else:
                 self._close_after_answer()
         else:
-            if self._span:
-                self._held, self._span = self._held[self._span :], 0
+            if self._checked:
+                self._held, self._checked = self._held[self._checked :], 0
             self._state = HEAD
             if self.sink.blocked:
                 self._state = BLOCKED
-                self._stop(FOR_ANSWERS)
+                self._pause_for(FOR_ANSWERS)
             elif self._held or self._ended:
                 self._next()
 
@@ -298,8 +308,8 @@ class ClientConnection:
     def _discard(self, data: bytes) -> None:
         body = self._body
         assert body is not None
-        self._quiet = 0
-        self._spare -= len(data)
+        self._quiet_ticks = 0
+        self._discardable -= len(data)
         if self._held:
             data = self._held + data
             self._held = b""
@@ -311,7 +321,7 @@ class ClientConnection:
         if body.done:
             self.sent = True
             self._settle()
-        elif self._spare < 0:
+        elif self._discardable < 0:
             self._close_after_answer()
         return None
 
@@ -322,15 +332,15 @@ class ClientConnection:
         self._close_after_answer()
 
     def _close_after_answer(self) -> None:
-        """Close so that the client can read its answer: closing over unread bytes would reset the connection and destroy it."""
+        """Close so that the client can read its response: closing over unread bytes would reset the connection and destroy it."""
         if self._ended or (self.sent and self._state != HEAD and not self._held):
             return self._close()
         self._held = b""
         self._state = LINGER
-        self._timing = False
-        self._spare = self._limits.discard_bytes
+        self._head_due = False
+        self._discardable = self._limits.discard_bytes
         self.sink.end()
-        self._go(FOR_UPSTREAM | FOR_HELD | FOR_ANSWERS)
+        self._resume_for(FOR_UPSTREAM | FOR_HELD | FOR_ANSWERS)
         return self.sink.expire_after(self._limits.linger_s)
 
     def _close(self) -> None:
@@ -358,18 +368,18 @@ class ClientConnection:
         self._state = CLOSED
         self._held = b""
 
-    def _stop(self, reason: int) -> None:
-        if not self._stopped:
+    def _pause_for(self, reason: int) -> None:
+        if not self._paused_for:
             self.sink.pause()
-        self._stopped |= reason
+        self._paused_for |= reason
 
-    def _go(self, reasons: int) -> None:
-        if self._stopped & reasons:
-            self._stopped &= ~reasons
-            if not self._stopped:
+    def _resume_for(self, reasons: int) -> None:
+        if self._paused_for & reasons:
+            self._paused_for &= ~reasons
+            if not self._paused_for:
                 self.sink.resume()
 
     def _to_upstream(self, up: Http1Upstream, data: bytes) -> None:
         up.sink.write(data)
         if up.sink.blocked:
-            self._stop(FOR_UPSTREAM)
+            self._pause_for(FOR_UPSTREAM)

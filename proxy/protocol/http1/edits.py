@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from core.spelling import any_spelling
 from proxy.protocol.http1.heads import FIELD, RequestHead, without
-from proxy.protocol.requests import AnswerRule, HeadEdit
+from proxy.protocol.requests import HeadEdit, ResponseRule
 
 _is_field = re.compile(FIELD).fullmatch
 _cut_host = re.compile(rb"\n(?i:host):[^\r]*\r").sub
@@ -68,7 +68,7 @@ def final(wire: bytes) -> bytes:
 
 
 @lru_cache(maxsize=256)
-def answer_editor(edit: AnswerRule) -> Callable[[bytes], bytes]:
+def response_editor(edit: ResponseRule) -> Callable[[bytes], bytes]:
     """The function that applies ``edit`` to the bytes of a response head."""
     block = b"".join([name + b": " + value + b"\r\n" for name, value in edit.add])
     if not edit.strip:

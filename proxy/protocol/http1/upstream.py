@@ -44,7 +44,7 @@ class Http1Upstream:
     """
 
     __slots__ = (
-        "_body", "_client", "_head", "_held", "_interims", "_last", "_memo", "_on_gone", "_on_idle", "_paused", "_raw", "_state",
+        "_body", "_client", "_head", "_held", "_interims", "_last", "_memo", "_memo_bytes", "_on_gone", "_on_idle", "_paused", "_state",
         "meshed", "served", "sink",
     )  # fmt: skip
 
@@ -64,7 +64,7 @@ class Http1Upstream:
         self._body: BodyReader | None = None
         self._interims = 0
         self._paused = self._last = False
-        self._raw = b"\0"  # no head begins like this
+        self._memo_bytes = b"\0"  # no head begins like this
         self._memo: ResponseHead | None = None
 
     @property
@@ -126,7 +126,7 @@ class Http1Upstream:
                     return
                 data, self._held = self._held, b""
             memo = self._memo
-            if memo is not None and data.startswith(self._raw):
+            if memo is not None and data.startswith(self._memo_bytes):
                 head = memo
             else:
                 fresh = self._read_head(data)
@@ -142,10 +142,10 @@ class Http1Upstream:
             self._relay(data)
         elif state == _TUNNEL:
             assert self._client is not None
-            self._client.answered_bytes += len(data)
+            self._client.response_bytes += len(data)
             self._to_client(self._client, data)
         elif state == _IDLE:
-            self._give_up(self.sink.abort)  # an answer that nobody asked for: the next one could be the wrong client's
+            self._give_up(self.sink.abort)  # a response that nobody asked for: the next one could be the wrong client's
 
     def ended(self) -> None:
         """See sides.Receiver."""
@@ -203,7 +203,7 @@ class Http1Upstream:
             head.wire = without(head.wire, (PROXY_ERROR,))
             head.error = None
         if head.size <= REMEMBERED_BYTES:
-            self._memo, self._raw = head, head.received
+            self._memo, self._memo_bytes = head, head.received
         return head
 
     def _respond(self, client: ClientConnection, head: ResponseHead, data: bytes) -> None:
@@ -330,11 +330,11 @@ class Http1Upstream:
     def _give_up(self, end: Callable[[], None] | None) -> None:
         client, body = self._client, self._body
         if client is not None and body is not None:
-            client.answered_bytes = body.seen()
+            client.response_bytes = body.seen()
         self._state = _GONE
         self._client = None
         self._body = self._head = self._memo = None
-        self._held = self._raw = b"\0"
+        self._held = self._memo_bytes = b"\0"
         if end is not None:
             end()
         self._on_gone(self)

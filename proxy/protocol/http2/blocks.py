@@ -31,7 +31,7 @@ from proxy.protocol.http2.hpack_codec import (
 )
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Request, read_request_untrusted, read_response_untrusted, read_trailers_untrusted
-from proxy.protocol.requests import AnswerRule, HeadEdit
+from proxy.protocol.requests import HeadEdit, ResponseRule
 from proxy.rescue import Cause, unreached
 
 _MEMO_ENTRIES: Final = 512
@@ -153,12 +153,12 @@ def encode_added(fields: tuple[tuple[bytes, bytes], ...]) -> bytes:
     return block
 
 
-_edited: dict[tuple[bytes, AnswerRule], bytes] = {}
+_edited: dict[tuple[bytes, ResponseRule], bytes] = {}
 _own_blocks: Final = new_decoder(0, 1 << 20)  # whatever the limits of connections: what it reads was checked against them
 
 
-def edited_answer(block: bytes, edit: AnswerRule) -> bytes:
-    """A response head as `ResponseHead.block`, changed; remembered, because answers repeat."""
+def edited_response(block: bytes, edit: ResponseRule) -> bytes:
+    """A response head as `ResponseHead.block`, changed; remembered, because responses repeat."""
     known = _edited.get((block, edit))
     if known is not None:
         return known

@@ -61,7 +61,7 @@ class Http2Client(Exchanges):
             self._act(stream, verdict)
 
     def expire(self, token: int, cause: Cause) -> None:
-        """The time for a request is over: it is answered when no answer has begun, else reset. A tunnel goes on, and so does what the
+        """The time for a request is over: it is answered when no response has begun, else reset. A tunnel goes on, and so does what the
         upstream gave whole. A gate that still owes its verdict gives it as an Answer instead."""
         end = self.streams_by_id.get(token)
         if not isinstance(end, ClientStream) or end.deciding:
@@ -123,7 +123,7 @@ class Http2Client(Exchanges):
             raise ConnectionFault(frames.PROTOCOL_ERROR, f"HEADERS on stream {stream_id}")
         if stream_id > self.last_id:
             self.last_id = stream_id
-            self.calm += 4
+            self.control_tokens += 4
             if not self._closing:
                 return self._on_request(stream_id, block, fin)
         elif stream_id not in self._reset_ids:
@@ -165,8 +165,8 @@ class Http2Client(Exchanges):
 
     def stream_over(self, end: StreamEnd) -> None:
         assert isinstance(end, ClientStream)
-        if self.resets < self.limits.reset_budget:
-            self.resets += 1
+        if self.reset_tokens < self.limits.reset_budget:
+            self.reset_tokens += 1
         self._finish(end, None)
 
     def sent_fin(self, end: StreamEnd) -> None:

@@ -148,7 +148,7 @@ class Connection(Lifetime):
         try:
             if end.remote_done:
                 raise StreamFault(frames.STREAM_CLOSED, "data after the end of the stream")
-            if not end.answered:
+            if not end.accepts_data:
                 raise StreamFault(frames.PROTOCOL_ERROR, "data before a response head")
             self.take(end, data[start:stop], size, bool(flags & 1))
         except StreamFault as fault:

@@ -1,8 +1,8 @@
 """The exchanges on a client's connection: from the gate's verdict to the end, whatever the upstream's end reports.
 
 Theory of operation. The gate's verdict opens a stream at an upstream or is an answer of ours. From then on upstream.py reports:
-`upstream_answered`, `upstream_failed`, `unwanted`. A request that failed goes back to the gate when nobody has acted on it, or when its
-rule has retries; else the client sees an answer if none has begun, or a reset.
+`upstream_responded`, `upstream_failed`, `unwanted`. A request that failed goes back to the gate when nobody has acted on it, or when its
+rule has retries; else the client sees an answer of ours if no response has begun, or a reset.
 
 For each request that the gate was asked about, exactly one of `Gate.finished` and (while a verdict is owed) `Gate.cancelled` is called at
 the end; neither after an answer for which the gate left no note. Must not read requests, that is client.py. Pure.
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from proxy import rescue
 from proxy.protocol.http2 import frames
-from proxy.protocol.http2.blocks import ResponseHead, edited_answer, without_names
+from proxy.protocol.http2.blocks import ResponseHead, edited_response, without_names
 from proxy.protocol.http2.connection import Connection
 from proxy.protocol.http2.flow import StreamEnd, drop_held, rewind
 from proxy.protocol.http2.hpack_codec import encode
 from proxy.protocol.http2.limits import Http2Limits
-from proxy.protocol.http2.streams import ClientStream, UpstreamStream, part
+from proxy.protocol.http2.streams import ClientStream, UpstreamStream, unlink
 from proxy.protocol.requests import IDEMPOTENT, Answer, Gate, Verdict
 from proxy.protocol.sides import Sink
 from proxy.rescue import UNREACHED, Cause
@@ -57,14 +57,14 @@ class Exchanges(Connection):
 
     # ---- what the upstream's end reports
 
-    def upstream_answered(self, end: ClientStream, head: ResponseHead, fin: bool) -> None:
+    def upstream_responded(self, end: ClientStream, head: ResponseHead, fin: bool) -> None:
         """A response head, final or 1xx; fin: nothing follows it."""
         block = head.block
         if head.status >= 200:
             end.status = head.status
-            rule = end.edit.answer
+            rule = end.edit.response
             if rule is not None and (rule.strip or rule.add):
-                block = edited_answer(block, rule)
+                block = edited_response(block, rule)
         elif self.sink.blocked and self._backlog > self.limits.backlog_bytes:
             return  # a 1xx may be dropped, other heads may not
         self.send_block(end, block, fin)
@@ -103,9 +103,9 @@ class Exchanges(Connection):
         return self._finish(end, cause)
 
     def unwanted(self, end: ClientStream, status: int) -> bool:
-        """Whether the rule wants a retry after an answer of this status. If so, the client never sees it: the upstream drops the stream
+        """Whether the rule wants a retry after a response of this status. If so, the client never sees it: the upstream drops the stream
         and calls `dismissed`."""
-        rule = end.edit.answer
+        rule = end.edit.response
         return (
             rule is not None
             and rule.retry_on is not None
@@ -115,7 +115,7 @@ class Exchanges(Connection):
         )
 
     def dismissed(self, end: ClientStream) -> None:
-        """The upstream has let go of a request because its answer was `unwanted`."""
+        """The upstream has let go of a request because its response was `unwanted`."""
         other = end.other
         assert isinstance(other, UpstreamStream)
         self.forget_held(end)
@@ -124,7 +124,7 @@ class Exchanges(Connection):
 
     def _may_retry_by_rule(self, end: ClientStream, cause: Cause) -> bool:
         """Whether the gate sends the request again by its rule, although the app may have acted on it."""
-        rule, other = end.edit.answer, end.other
+        rule, other = end.edit.response, end.other
         if rule is None or rule.retry_on is None or end.head.connect or (other.sent and other.kept is None):
             return False
         return self.gate.retry_by_rule(end.exchange, end.id, cause)
@@ -178,7 +178,7 @@ class Exchanges(Connection):
             self._finish(end, end.cause)
 
     def _abandon(self, end: ClientStream, code: int) -> None:
-        """The client does not want the answer any more."""
+        """The client does not want the response any more."""
         self._end_upstream(end, code)
         self._finish(end, None if end.local_done else Cause.CLIENT_GONE)
 
@@ -198,7 +198,7 @@ class Exchanges(Connection):
         del self.streams_by_id[end.id]
         self.forget_held(end)
         if end.other.over:
-            part(end.other)
+            unlink(end.other)
         if end.deciding:
             end.deciding = False
             self.gate.cancelled(end.id)

@@ -26,37 +26,34 @@ _EARNED: Final = 4  # control frames a DATA frame of ours entitles the peer to: 
 
 
 class StreamEnd:
-    """One end of an exchange: a stream on one connection.
-
-    conn: None while no connection carries it. window: bytes the peer lets us send. credit: bytes we let the peer send. owed: bytes
-    forwarded whose credit was not returned yet. expect: bytes of body still due by content-length; without one it begins at -1 and goes
-    down, so that its first value minus this one is always what has arrived. held, held_bytes: data waiting to be sent here. fin: what
-    follows it, b"" for END_STREAM, else an encoded trailer section. remote_done: the peer has sent END_STREAM. local_done: we have. over:
-    closed in both directions. progress, stalled_s: for the stall timeout. sent: some DATA or trailers were sent from here. answered: DATA
-    may arrive here, because a final response head has (always so at the client's end). kept: a copy of the data sent, for a retry.
-    """
+    """One end of an exchange: a stream on one connection. The other end is `other`."""
 
     __slots__ = (
-        "answered", "conn", "credit", "expect", "fin", "held", "held_bytes", "id", "kept", "local_done", "other", "over", "owed",
+        "accepts_data", "conn", "credit", "expect", "fin", "held", "held_bytes", "id", "kept", "local_done", "other", "over", "owed",
         "progress", "remote_done", "sent", "stalled_s", "window",
     )  # fmt: skip
 
     other: StreamEnd
 
     def __init__(self, conn: FlowControl | None, stream_id: int, window: int, credit: int) -> None:
-        self.conn = conn
+        self.conn = conn  # None while no connection carries it
         self.id = stream_id
-        self.window = window
-        self.credit = credit
-        self.owed = 0
+        self.window = window  # bytes the peer lets us send
+        self.credit = credit  # bytes we let the peer send
+        self.owed = 0  # bytes forwarded whose credit was not returned yet
+        # Bytes of body still due by content-length. Without one it begins at -1 and goes down, so that its first value minus this one is
+        # always what has arrived.
         self.expect = -1
-        self.held: deque[bytes] | None = None
+        self.held: deque[bytes] | None = None  # data waiting to be sent here
         self.held_bytes = 0
-        self.fin: bytes | None = None
-        self.kept: bytearray | None = None
-        self.remote_done = self.local_done = self.over = self.sent = False
-        self.answered = True
-        self.progress = False
+        self.fin: bytes | None = None  # what follows that data: b"" for END_STREAM, else an encoded trailer section
+        self.kept: bytearray | None = None  # a copy of the data sent, for a retry
+        self.accepts_data = True  # DATA may arrive here; at an upstream's end, once its final response head has
+        self.remote_done = False  # the peer has sent END_STREAM
+        self.local_done = False  # we have sent END_STREAM
+        self.over = False  # closed in both directions
+        self.sent = False  # some DATA or trailers were sent from here
+        self.progress = False  # since the last tick, for the stall timeout
         self.stalled_s = 0.0
 
 
@@ -69,7 +66,7 @@ class FlowControl:
     """The sending half of a connection and the bookkeeping of both directions' windows."""
 
     __slots__ = (
-        "_backlog", "_half_stream", "_paused", "_prefix", "calm", "credit", "dead", "half_connection", "held_from", "holding",
+        "_backlog", "_half_stream", "_paused", "_prefix", "control_tokens", "credit", "dead", "half_connection", "held_from", "holding",
         "initial_window", "limits", "max_frame", "owed", "queue", "sink", "streams_by_id", "window",
     )  # fmt: skip
 
@@ -85,7 +82,7 @@ class FlowControl:
         self.credit = limits.connection_window
         self.owed = 0
         self.held_from = 0  # bytes this peer sent that are held at the other ends of its streams
-        self.calm = limits.control_budget
+        self.control_tokens = limits.control_budget
         self.holding: dict[StreamEnd, None] = {}
         self._half_stream = limits.stream_window // 2
         self.half_connection = limits.connection_window // 2
@@ -166,7 +163,7 @@ class FlowControl:
         end.progress = end.sent = True
         if end.kept is not None:
             self._keep(end, chunk)
-        self.calm += _EARNED
+        self.control_tokens += _EARNED
         fin = not held and end.fin == b""
         self.queue(head(size << 8, fin, end.id))
         self.queue(chunk)
@@ -235,7 +232,7 @@ class FlowControl:
         else:
             to.window -= length
             conn.window -= length
-            conn.calm += _EARNED
+            conn.control_tokens += _EARNED
             to.sent = True
             if to.kept is not None:
                 conn._keep(to, payload)

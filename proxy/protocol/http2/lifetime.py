@@ -3,9 +3,9 @@
 Theory of operation. The connection's one timer ticks every `tick_s` while there are streams, and four times per idle timeout while there
 are none. What is late is found out by a tick: SETTINGS, the rest of a header block, a peer that reads nothing.
 
-Floods. Time is only known by `expired`, so budgets are tokens: each frame that makes no progress costs one of `calm`, each stream the
-peer causes to be reset before it was answered costs one of `resets`; progress earns them back (limits.py says how much), and so does
-every tick. Who spends more than that is told ENHANCE_YOUR_CALM.
+Floods. Time is only known by `expired`, so budgets are tokens: each frame that makes no progress costs one of `control_tokens`, each
+stream that the peer causes to be reset before its response began costs one of `reset_tokens`. Progress earns them back (limits.py says how
+much), and so does every tick. A peer that has none left is told ENHANCE_YOUR_CALM.
 
 Pure; the base of connection.py.
 """
@@ -27,13 +27,13 @@ class Lifetime(FlowControl):
     """One HTTP/2 connection apart from what its frames say."""
 
     __slots__ = (
-        "_block_id", "_block_s", "_blocked_s", "_quiet_s", "_reset_ids", "_seen_id", "_settled", "_timer_s", "last_id", "resets",
+        "_block_id", "_block_s", "_blocked_s", "_quiet_s", "_reset_ids", "_seen_id", "_settled", "_timer_s", "last_id", "reset_tokens",
     )  # fmt: skip
 
     def __init__(self, sink: Sink, limits: Http2Limits) -> None:
         super().__init__(sink, limits)
         self.last_id = 0  # the highest stream id that was opened
-        self.resets = limits.reset_budget
+        self.reset_tokens = limits.reset_budget
         self._settled = False  # the peer's first SETTINGS arrived
         self._block_id = 0  # the stream whose header block comes in several frames, 0 while none does
         self._block_s = 0.0  # ticks since it began
@@ -65,8 +65,8 @@ class Lifetime(FlowControl):
         if self.dead:
             return None
         passed, limits = self._timer_s, self.limits
-        self.calm = min(limits.control_budget, self.calm + int(passed * limits.controls_per_s))
-        self.resets = min(limits.reset_budget, self.resets + int(passed * limits.resets_per_s))
+        self.control_tokens = min(limits.control_budget, self.control_tokens + int(passed * limits.controls_per_s))
+        self.reset_tokens = min(limits.reset_budget, self.reset_tokens + int(passed * limits.resets_per_s))
         if not self._settled:
             return self.fail(frames.SETTINGS_TIMEOUT, "no SETTINGS in time")
         if self._block_id:
@@ -107,14 +107,14 @@ class Lifetime(FlowControl):
 
     def spend_reset(self) -> None:
         """The peer caused a reset. Raises ConnectionFault."""
-        self.resets -= 1
-        if self.resets < 0:
+        self.reset_tokens -= 1
+        if self.reset_tokens < 0:
             raise ConnectionFault(frames.ENHANCE_YOUR_CALM, "streams reset faster than they complete")
 
     def spend(self, cost: int = 1) -> None:
         """A frame without progress. Raises ConnectionFault."""
-        self.calm = min(self.calm, self.limits.control_budget) - cost
-        if self.calm < 0:
+        self.control_tokens = min(self.control_tokens, self.limits.control_budget) - cost
+        if self.control_tokens < 0:
             raise ConnectionFault(frames.ENHANCE_YOUR_CALM, "too many frames without progress")
 
     # ---- ending

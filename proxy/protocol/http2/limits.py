@@ -53,7 +53,7 @@ class Http2Limits:
     """Upstreams one request is tried on at most, whatever the gate says. Two, unless those that were tried before said themselves that
     they did not look at it."""
     replay_bytes: int = 0
-    """Of a request's body, what is kept until its answer begins, so that a request that nobody acted on can be sent again. 0: nothing.
+    """Of a request's body, what is kept until its response begins, so that a request that nobody acted on can be sent again. 0: nothing.
     Of a longer body nothing is kept, and once a part of it was sent it goes nowhere else."""
     head_timeout_s: float = 10.0
     """Until the first SETTINGS are there, and between HEADERS and END_HEADERS."""

@@ -27,7 +27,7 @@ class UpstreamStream(StreamEnd):
 
     def __init__(self) -> None:
         StreamEnd.__init__(self, None, 0, 0, 0)
-        self.answered = False
+        self.accepts_data = False
         self.announced = -1
         self.informational = 0
         self.head: RequestHead
@@ -38,7 +38,7 @@ class UpstreamStream(StreamEnd):
         the request is sent again only when nothing of it has come."""
         self.conn = None
         self.id = self.window = self.owed = 0
-        self.answered = self.remote_done = self.local_done = self.over = False
+        self.accepts_data = self.remote_done = self.local_done = self.over = False
         self.informational = 0
 
 
@@ -76,7 +76,7 @@ class ClientStream(StreamEnd):
         return self.head.content_length - self.expect, other.announced - other.expect if isinstance(other, UpstreamStream) else 0
 
 
-def part(end: StreamEnd) -> None:
+def unlink(end: StreamEnd) -> None:
     """Both ends are over: let go of each other."""
     if end.held_bytes:
         drop_held(end)

@@ -20,7 +20,7 @@ from proxy.protocol.http2.frames import ConnectionFault, StreamFault
 from proxy.protocol.http2.hpack_codec import HeaderListTooLarge
 from proxy.protocol.http2.limits import Http2Limits
 from proxy.protocol.http2.messages import Malformed
-from proxy.protocol.http2.streams import ClientStream, UpstreamStream, part
+from proxy.protocol.http2.streams import ClientStream, UpstreamStream, unlink
 from proxy.protocol.sides import Sink
 from proxy.rescue import Cause
 
@@ -126,7 +126,7 @@ class Http2Upstream(Connection):
         stream.credit = self.limits.stream_window
         stream.head = head
         self.streams_by_id[stream.id] = stream
-        self.calm += 4
+        self.control_tokens += 4
         self.send_block(stream, head.encoded(client_end.edit), head.bodiless)
         if stream.held:
             self.holding[stream] = None
@@ -183,7 +183,7 @@ class Http2Upstream(Connection):
             if stream.remote_done:
                 self.blocks.discard_untrusted(block)
                 raise StreamFault(frames.STREAM_CLOSED, "HEADERS after the end of the stream")
-            if stream.answered:
+            if stream.accepts_data:
                 trailers = self.blocks.trailers_untrusted(block, ())
                 if not fin:
                     raise StreamFault(frames.PROTOCOL_ERROR, "trailers without END_STREAM")
@@ -212,7 +212,7 @@ class Http2Upstream(Connection):
                 return self._on_unreached(stream, head.unreached, fin)
             if head.status >= 400 and client_end.client.unwanted(client_end, head.status):
                 return self._dismiss(stream, client_end, fin)
-            stream.answered = True
+            stream.accepts_data = True
             stream.kept = None
             client_end.grpc_status = head.grpc_status
             request = stream.head
@@ -225,7 +225,7 @@ class Http2Upstream(Connection):
             elif head.status < 300 and not client_end.client.may_tunnel(client_end):
                 return None
         stream.remote_done = fin
-        client_end.client.upstream_answered(client_end, head, fin)
+        client_end.client.upstream_responded(client_end, head, fin)
         if fin and stream.local_done and not stream.over:
             self.stream_over(stream)
         return None
@@ -303,7 +303,7 @@ class Http2Upstream(Connection):
                 del self.streams_by_id[end.id]
                 self.holding.pop(end, None)
                 if end.other.over:
-                    part(end)
+                    unlink(end)
                 else:
                     _fail(end, Cause.UPSTREAM_RESET, None, unprocessed=unprocessed)
 
@@ -319,7 +319,7 @@ class Http2Upstream(Connection):
         del self.streams_by_id[end.id]
         self.holding.pop(end, None)
         if end.other.over:
-            part(end)
+            unlink(end)
         if self._waiting:
             self._start_waiting()
         if not self.streams:
