@@ -129,7 +129,7 @@ class Arrival:
     # --- steps -----------------------------------------------------------------------------------------------------------
 
     def stayed_silent(self) -> None:
-        """Its time for first words is over."""
+        """Its time for first bytes is over."""
         self._start_task(partial(self._arrivals.inbound.serve, silent=True))
 
     def _hear(self, data: bytes) -> None:

@@ -22,9 +22,9 @@ _BLANK: Final = b" \t\x0b\x0c\r\x1c\x1d\x1e\x1f\x85\xa0"
 _ONE_BLANK: Final = bytes.maketrans(_BLANK, b" " * len(_BLANK))
 # A version at the end; or a request of HTTP/0.9, behind which some servers read header fields too.
 _is_request = re.compile(rb"(?i)(?:.* )?HTTP/[0-9]+(?:\.[0-9]*)? ?$|GET (?:/|https?:)", re.DOTALL).match
-_HTTP2_ANSWER: Final = b"\x04" + bytes(5)  # type, flags and stream of the SETTINGS that a server of HTTP/2 begins with, behind its length
-_HTTP1_ANSWER: Final = b"HTTP/"
-ANSWER_BYTES: Final = 9
+_HTTP2_SETTINGS: Final = b"\x04" + bytes(5)  # type, flags and stream of the SETTINGS that a server of HTTP/2 begins with, behind its length
+_HTTP1_RESPONSE: Final = b"HTTP/"
+FIRST_BYTES: Final = 9
 """So many bytes say whether a server that speaks first is one of HTTP."""
 _PROXY1: Final = b"PROXY "
 _PROXY1_MAX: Final = 107
@@ -78,14 +78,14 @@ def detect_untrusted(data: bytes, ended: bool = False) -> Detected | None:
     return Detected.OPAQUE if ended else None
 
 
-def answers_http2_untrusted(words: bytes) -> bool:
-    """Whether a server that begins with these bytes, at least `ANSWER_BYTES`, speaks HTTP/2: its SETTINGS need not wait for any request."""
-    return words[3:ANSWER_BYTES] == _HTTP2_ANSWER
+def is_http2_server_untrusted(first: bytes) -> bool:
+    """Whether a server that begins with these bytes, at least `FIRST_BYTES`, speaks HTTP/2: its SETTINGS need not wait for any request."""
+    return first[3:FIRST_BYTES] == _HTTP2_SETTINGS
 
 
-def may_answer_http_untrusted(words: bytes) -> bool:
-    """Whether a server that begins with these bytes may take requests: it said SETTINGS, an answer nobody asked for, or too little."""
-    return words[3:ANSWER_BYTES] == _HTTP2_ANSWER[: max(len(words) - 3, 0)] or _HTTP1_ANSWER.startswith(words[: len(_HTTP1_ANSWER)])
+def may_be_http_server_untrusted(first: bytes) -> bool:
+    """Whether a server that begins with these bytes may take requests: it said SETTINGS, a response nobody asked for, or too little."""
+    return first[3:FIRST_BYTES] == _HTTP2_SETTINGS[: max(len(first) - 3, 0)] or _HTTP1_RESPONSE.startswith(first[: len(_HTTP1_RESPONSE)])
 
 
 def _words(line: bytes) -> bytes:

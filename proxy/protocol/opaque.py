@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from proxy.protocol.detect import ANSWER_BYTES, FirstLine, may_answer_http_untrusted
+from proxy.protocol.detect import FIRST_BYTES, FirstLine, may_be_http_server_untrusted
 from proxy.protocol.sides import Sink
 
 
 class Half:
-    """The receiver of one connection of a splice; what arrives goes to ``peer``'s connection."""
+    """The receiver of one connection of a splice; what arrives goes to the connection of `peer`, the other half."""
 
     __slots__ = ("_ended", "_splice", "peer", "sink")
 
@@ -36,12 +36,12 @@ class Half:
         self._ended = True
         self.peer.sink.end()
         if self.peer._ended:
-            self._splice.finish("")
+            self._splice.close()
 
     def lost(self, reset: bool) -> None:
         """A reset here is a reset there; so is a stream cut off without its proper end."""
         self.peer.sink.abort()
-        self._splice.finished("reset" if reset else "truncated")
+        self._splice.report("reset" if reset else "truncated")
 
     def drained(self) -> None:
         """We took everything: let the other side be read again."""
@@ -52,12 +52,12 @@ class Half:
         self._splice.cut("idle")
 
 
-class ScreenedHalf(Half):
+class ScreenedClient(Half):
     """A client's half that is cut when its bytes turn out to be HTTP.
 
     A request that is carried as opaque bytes would keep what is otherwise removed from it, such as the client's claim to another identity.
     When it is cut, the app has seen at most a part of the request line. A client whose server speaks first may send anything, unless what
-    the server said is how servers of HTTP begin (`ScreenedAnswer`).
+    the server said is how servers of HTTP begin (`ScreenedServer`).
     """
 
     __slots__ = ("_line",)
@@ -77,29 +77,29 @@ class ScreenedHalf(Half):
         return Half.received(self, data)
 
 
-class ScreenedAnswer(Half):
+class ScreenedServer(Half):
     """The upstream's half of a screened splice: a server that speaks first, and not HTTP, ends the screening of its client."""
 
-    __slots__ = ("_words",)
+    __slots__ = ("_first",)
 
     def __init__(self, splice: Splice, sink: Sink) -> None:
         Half.__init__(self, splice, sink)
-        self._words: bytes | None = b""  # its first ones, until they say what it is
+        self._first: bytes | None = b""  # its first bytes, until they say what it is
 
     def received(self, data: bytes) -> None:
         """Pass on."""
-        if self._words is not None:
-            self._hear(self._words + data[:ANSWER_BYTES])
+        if self._first is not None:
+            self._judge(self._first + data[:FIRST_BYTES])
         Half.received(self, data)
 
-    def _hear(self, words: bytes) -> None:
+    def _judge(self, first: bytes) -> None:
         client = self.peer
-        assert isinstance(client, ScreenedHalf)
-        if not may_answer_http_untrusted(words):
+        assert isinstance(client, ScreenedClient)
+        if not may_be_http_server_untrusted(first):
             client._line = None
-            self._words = None
+            self._first = None
         else:
-            self._words = words if len(words) < ANSWER_BYTES else None
+            self._first = first if len(first) < FIRST_BYTES else None
 
 
 class Splice:
@@ -113,8 +113,8 @@ class Splice:
     def __init__(
         self, client: Sink, upstream: Sink, on_finished: Callable[[str], None], idle_s: float | None = None, *, screened: bool = False
     ) -> None:
-        self.client = ScreenedHalf(self, client) if screened else Half(self, client)
-        self.upstream = ScreenedAnswer(self, upstream) if screened else Half(self, upstream)
+        self.client = ScreenedClient(self, client) if screened else Half(self, client)
+        self.upstream = ScreenedServer(self, upstream) if screened else Half(self, upstream)
         self.client.peer, self.upstream.peer = self.upstream, self.client
         self._on_finished = on_finished
         self._idle_s = idle_s
@@ -126,20 +126,20 @@ class Splice:
         if self._idle_s is not None:
             self.client.sink.expire_after(self._idle_s)
 
-    def finish(self, cause: str) -> None:
+    def close(self) -> None:
         """Both directions ended in order."""
         self.client.sink.close()
         self.upstream.sink.close()
-        self.finished(cause)
+        self.report("")
 
     def cut(self, cause: str) -> None:
         """Reset both ends: policy withdrew its permit, or nothing moved for too long."""
         self.client.sink.abort()
         self.upstream.sink.abort()
-        self.finished(cause)
+        self.report(cause)
 
-    def finished(self, cause: str) -> None:
-        """Report once."""
+    def report(self, cause: str) -> None:
+        """Tell `on_finished`, once."""
         if not self._done:
             self._done = True
             self._on_finished(cause)

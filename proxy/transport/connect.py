@@ -14,7 +14,7 @@ from core.names import InvalidName, WorkloadId, parse_workload_id
 from core.runtime.sockets import Connecting, RawStream
 from core.runtime.tls import HandshakeFailed
 from policy.wire import Endpoint
-from proxy.protocol.detect import ANSWER_BYTES
+from proxy.protocol.detect import FIRST_BYTES
 from proxy.rescue import Cause, Failure
 from proxy.transport.caller import CallerTeller
 from proxy.transport.secure import Security
@@ -24,7 +24,7 @@ _HANDSHAKE_CAUSES = {"identity-mismatch": Cause.PEER_IDENTITY, "foreign-trust-do
 
 
 class Dialled:
-    """A connection that we made, ready for the relay. records: None means plaintext. early: plaintext that `wait_words` had to read."""
+    """A connection that we made, ready for the relay. records: None means plaintext. early: plaintext that was read while waiting for it."""
 
     __slots__ = ("early", "records", "sock")
 
@@ -33,16 +33,16 @@ class Dialled:
         self.records = records
         self.early = b""
 
-    async def wait_words(self) -> bytes | None:
-        """Return the beginning of what the server says, b"" when it closed in order, None when the connection was cut before a word.
+    async def wait_first_bytes(self) -> bytes | None:
+        """Return the first bytes of the server, b"" when it closed in order, None when the connection was cut before any came.
 
-        Under TLS a readable socket may hold records that say nothing.
+        Under TLS a readable socket may hold records without application data.
         """
         while not self.early:
             await trio.lowlevel.wait_readable(self.sock)
             try:
                 if self.records is None:
-                    return self.sock.recv(ANSWER_BYTES, socket.MSG_PEEK)
+                    return self.sock.recv(FIRST_BYTES, socket.MSG_PEEK)
                 n = self.sock.recv_into(RECEIVE_BUFFER)
                 if not n:
                     return None  # without close_notify

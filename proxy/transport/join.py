@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import trio
 
 from core.runtime.sockets import RawStream
-from proxy.protocol.detect import answers_http2_untrusted
+from proxy.protocol.detect import is_http2_server_untrusted
 from proxy.protocol.opaque import Splice
 from proxy.protocol.sides import Receiver
 from proxy.transport.connect import Dialled
@@ -34,8 +34,8 @@ async def who_speaks_first(client: RawStream, upstream: Dialled) -> Speaker:
             nursery.cancel_scope.cancel()
 
         async def listen_to_server() -> None:
-            words = await upstream.wait_words()
-            spoken.append("nobody" if words is None else "http2" if answers_http2_untrusted(words) else "server")
+            first = await upstream.wait_first_bytes()
+            spoken.append("nobody" if first is None else "http2" if is_http2_server_untrusted(first) else "server")
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(listen_to_client)
@@ -65,15 +65,15 @@ class ClientSide(NamedTuple):
 
 
 def join(
-    relay: Relay, client: ClientSide, upstream: Dialled, finished: Callable[[str], None], idle_s: float, *, screened: bool = False
+    relay: Relay, client: ClientSide, upstream: Dialled, on_finished: Callable[[str], None], idle_s: float, *, screened: bool = False
 ) -> tuple[Link, Splice]:
     """Hand both connections to the relay as one splice, with what was already received from either side first.
 
-    finished, idle_s, screened: see Splice.
+    on_finished, idle_s, screened: see Splice.
     """
     client_link = relay.adopt(client.stream.release(), NO_RECEIVER, client.records)
     upstream_link = relay.adopt(upstream.sock, NO_RECEIVER, upstream.records)
-    splice = Splice(client_link, upstream_link, finished, idle_s, screened=screened)
+    splice = Splice(client_link, upstream_link, on_finished, idle_s, screened=screened)
     client_link.receiver, upstream_link.receiver = splice.client, splice.upstream
     with relay.batch():
         if client.received:

@@ -215,7 +215,7 @@ class Link:
     # --- inside ----------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to deliver; called once by `Relay.adopt`, after the creator stored the link."""
+        """Begin to deliver; called once, by whoever adopted the connection, after the receiver is in its place."""
         self._watch()
 
     def succeed(self, link: Link) -> None:
