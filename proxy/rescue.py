@@ -9,8 +9,21 @@ import enum
 from typing import Final, NamedTuple
 
 
+class Grpc:
+    """gRPC status codes, those that a proxy gives (grpc/doc/statuscodes.md)."""
+
+    CANCELLED: Final = 1
+    DEADLINE_EXCEEDED: Final = 4
+    PERMISSION_DENIED: Final = 7
+    RESOURCE_EXHAUSTED: Final = 8
+    ABORTED: Final = 10
+    UNIMPLEMENTED: Final = 12
+    INTERNAL: Final = 13
+    UNAVAILABLE: Final = 14
+
+
 class Effect(NamedTuple):
-    """status: HTTP status. grpc: gRPC status code (HTTP status is then 200). level: log level.
+    """status: HTTP status. grpc: one of Grpc (HTTP status is then 200). level: log level.
 
     keep: the client's connection may live on.
     """
@@ -58,37 +71,37 @@ class Cause(enum.Enum):
 
 
 _TABLE: dict[Cause, Effect] = {
-    Cause.BAD_REQUEST: Effect(400, 13, "info", False),
-    Cause.BAD_TARGET: Effect(400, 13, "info", True),
-    Cause.HEAD_TIMEOUT: Effect(408, 4, "info", False),
-    Cause.BODY_TIMEOUT: Effect(408, 4, "info", False),
-    Cause.HEAD_TOO_LARGE: Effect(431, 8, "info", False),
-    Cause.TARGET_TOO_LONG: Effect(414, 8, "info", False),
-    Cause.DENIED: Effect(403, 7, "info", True),
-    Cause.TERMINATED: Effect(403, 7, "info", False),
-    Cause.REDIRECTED: Effect(302, 12, "debug", True),
-    Cause.NO_ROUTE: Effect(404, 12, "info", True),
-    Cause.NO_POLICY: Effect(503, 14, "warning", False),
-    Cause.NO_IDENTITY: Effect(503, 14, "warning", False),
-    Cause.NO_BACKEND: Effect(500, 14, "warning", True),
-    Cause.NO_ENDPOINTS: Effect(503, 14, "info", True),
-    Cause.PORT_UNDEFINED: Effect(502, 14, "info", False),
-    Cause.CONNECT_REFUSED: Effect(502, 14, "info", True),
-    Cause.CONNECT_TIMEOUT: Effect(504, 14, "info", True),
-    Cause.CONNECT_FAILED: Effect(502, 14, "info", True),
-    Cause.PEER_IDENTITY: Effect(502, 14, "warning", True),
-    Cause.TLS_FAILED: Effect(502, 14, "warning", True),
-    Cause.UPSTREAM_RESET: Effect(502, 14, "info", True),
-    Cause.UPSTREAM_PROTOCOL: Effect(502, 14, "warning", True),
-    Cause.UPSTREAM_TIMEOUT: Effect(504, 4, "info", True),
-    Cause.ROUTE_TIMEOUT: Effect(504, 4, "info", True),
-    Cause.RETRIABLE_STATUS: Effect(502, 14, "info", True),
-    Cause.CLIENT_GONE: Effect(499, 1, "debug", False),
-    Cause.LOOP: Effect(508, 10, "warning", False),
-    Cause.FOREIGN: Effect(403, 7, "warning", False),
-    Cause.DRAINING: Effect(503, 14, "info", False),
-    Cause.OVERLOADED: Effect(503, 14, "warning", True),
-    Cause.INTERNAL: Effect(500, 13, "error", False),
+    Cause.BAD_REQUEST: Effect(400, Grpc.INTERNAL, "info", False),
+    Cause.BAD_TARGET: Effect(400, Grpc.INTERNAL, "info", True),
+    Cause.HEAD_TIMEOUT: Effect(408, Grpc.DEADLINE_EXCEEDED, "info", False),
+    Cause.BODY_TIMEOUT: Effect(408, Grpc.DEADLINE_EXCEEDED, "info", False),
+    Cause.HEAD_TOO_LARGE: Effect(431, Grpc.RESOURCE_EXHAUSTED, "info", False),
+    Cause.TARGET_TOO_LONG: Effect(414, Grpc.RESOURCE_EXHAUSTED, "info", False),
+    Cause.DENIED: Effect(403, Grpc.PERMISSION_DENIED, "info", True),
+    Cause.TERMINATED: Effect(403, Grpc.PERMISSION_DENIED, "info", False),
+    Cause.REDIRECTED: Effect(302, Grpc.UNIMPLEMENTED, "debug", True),
+    Cause.NO_ROUTE: Effect(404, Grpc.UNIMPLEMENTED, "info", True),
+    Cause.NO_POLICY: Effect(503, Grpc.UNAVAILABLE, "warning", False),
+    Cause.NO_IDENTITY: Effect(503, Grpc.UNAVAILABLE, "warning", False),
+    Cause.NO_BACKEND: Effect(500, Grpc.UNAVAILABLE, "warning", True),
+    Cause.NO_ENDPOINTS: Effect(503, Grpc.UNAVAILABLE, "info", True),
+    Cause.PORT_UNDEFINED: Effect(502, Grpc.UNAVAILABLE, "info", False),
+    Cause.CONNECT_REFUSED: Effect(502, Grpc.UNAVAILABLE, "info", True),
+    Cause.CONNECT_TIMEOUT: Effect(504, Grpc.UNAVAILABLE, "info", True),
+    Cause.CONNECT_FAILED: Effect(502, Grpc.UNAVAILABLE, "info", True),
+    Cause.PEER_IDENTITY: Effect(502, Grpc.UNAVAILABLE, "warning", True),
+    Cause.TLS_FAILED: Effect(502, Grpc.UNAVAILABLE, "warning", True),
+    Cause.UPSTREAM_RESET: Effect(502, Grpc.UNAVAILABLE, "info", True),
+    Cause.UPSTREAM_PROTOCOL: Effect(502, Grpc.UNAVAILABLE, "warning", True),
+    Cause.UPSTREAM_TIMEOUT: Effect(504, Grpc.DEADLINE_EXCEEDED, "info", True),
+    Cause.ROUTE_TIMEOUT: Effect(504, Grpc.DEADLINE_EXCEEDED, "info", True),
+    Cause.RETRIABLE_STATUS: Effect(502, Grpc.UNAVAILABLE, "info", True),
+    Cause.CLIENT_GONE: Effect(499, Grpc.CANCELLED, "debug", False),
+    Cause.LOOP: Effect(508, Grpc.ABORTED, "warning", False),
+    Cause.FOREIGN: Effect(403, Grpc.PERMISSION_DENIED, "warning", False),
+    Cause.DRAINING: Effect(503, Grpc.UNAVAILABLE, "info", False),
+    Cause.OVERLOADED: Effect(503, Grpc.UNAVAILABLE, "warning", True),
+    Cause.INTERNAL: Effect(500, Grpc.INTERNAL, "error", False),
 }
 
 PROXY_ERROR: Final = b"pillion-proxy-error"

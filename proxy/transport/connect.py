@@ -24,7 +24,7 @@ _HANDSHAKE_CAUSES = {"identity-mismatch": Cause.PEER_IDENTITY, "foreign-trust-do
 
 
 class Dialled:
-    """A connection that we made, ready for the relay. records: None means plaintext. early: plaintext that was read while waiting for it."""
+    """A connection that we made, ready for the relay. records: None for plaintext. early: plaintext that was read while waiting for it."""
 
     __slots__ = ("early", "records", "sock")
 
