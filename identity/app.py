@@ -21,7 +21,7 @@ from identity.config import Config
 from identity.given import GivenFiles, follow_files
 from identity.local_tokens import LocalReviewer
 from identity.metrics import exposition
-from identity.serve import ServingCertificate, serve_https
+from identity.serve import Capacity, ServingCertificate, serve_https
 from identity.service import IdentityService
 from identity.store import Store, replace_file
 from identity.tokens import KubernetesReviewer, TokenReviewer
@@ -64,7 +64,8 @@ async def run(config: Config) -> None:
     """Serve until SIGTERM."""
     files = files_of(config)
     authority = authority_of(config, files)
-    service = IdentityService(authority, reviewer_of(config))
+    capacity = Capacity.of_process()
+    service = IdentityService(authority, reviewer_of(config), polls_max=capacity.polls)
     serving = ServingCertificate(authority, config.identity)
     drain = Drain()
     drain.subscribe(service.drain)
@@ -86,7 +87,7 @@ async def run(config: Config) -> None:
         nursery.start_soon(tend, authority)
         trust = authority.trust.value
         log.info("serving", listen=str(config.listen), identity=config.identity.uri, generation=trust.generation, issuer=trust.issuer.id)
-        await serve_https(service.application(), serving.context, [sock], drain.wait_started)
+        await serve_https(service.application(), serving.context, [sock], drain.wait_started, capacity)
         nursery.cancel_scope.cancel()
     if config.admin_socket is not None:
         config.admin_socket.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from random import random
 
 import trio
@@ -21,16 +22,36 @@ from starlette.applications import Starlette
 from core.k8s import https
 from core.names import WorkloadId
 from core.runtime import logs
+from core.runtime.process import most_files, most_memory
 from identity.authority import Authority
 from identity.issuer import IssuerExpired
 from identity.schedule import renew_after_s, retry_after_s
 from identity.wire import POLL_S
 
-_CONNECTIONS_MAX = 24_000  # every sidecar's poll, and those that come to be certified
-_OF_ONE_CLIENT_MAX = 1024  # a pod needs two; behind an address translation stand all pods of a node. Each costs some 50 KB
+_CONNECTION_BYTES = 128 * 1024  # measured: 62 KB after the handshake, 120 KB with the longest head and body that are taken
+_FILES_OF_OUR_OWN = 256
+_OF_ONE_CLIENT_MAX = 1024  # a pod needs two; behind an address translation stand all pods of a node
+_FEW_OF_ONE_CLIENT = 2  # who has no more loses none, however many have come
 _LOOK_S = 30.0  # the wall clock may jump: look again at least this often
 
 log = logs.logger("identity")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """connections: every sidecar's poll, and those that come to be certified, for which a fifth is kept."""
+
+    connections: int
+
+    @property
+    def polls(self) -> int:
+        """Who may wait for news."""
+        return self.connections * 4 // 5
+
+    @classmethod
+    def of_process(cls) -> Capacity:
+        """Three quarters of the memory that this process may use: anybody may connect, and must not have it ended for lack of memory."""
+        return cls(max(5, min(most_memory() * 3 // 4 // _CONNECTION_BYTES, most_files() - _FILES_OF_OUR_OWN)))
 
 
 class ServingCertificate:
@@ -103,6 +124,7 @@ async def serve_https(
     context: ssl.SSLContext,
     sockets: list[socket.socket],
     shutdown: Callable[[], Awaitable[None]],
+    capacity: Capacity,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until ``shutdown`` returns, then finish what is in work within two seconds."""
@@ -112,7 +134,8 @@ async def serve_https(
         sockets,
         shutdown,
         config=_Config(),
-        connections_max=_CONNECTIONS_MAX,
+        connections_max=capacity.connections,
         of_one_client_max=_OF_ONE_CLIENT_MAX,
+        few_of_one_client=_FEW_OF_ONE_CLIENT,
         task_status=task_status,
     )

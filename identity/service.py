@@ -23,16 +23,19 @@ from starlette.routing import Route
 from core.k8s.https import BadBody, read_body
 from core.names import WorkloadId
 from core.runtime import logs
+from core.runtime.rooms import Full, Rooms
 from core.runtime.throttle import Throttle
 from identity.authority import Authority
 from identity.csr import CsrRefused, read_csr_untrusted
 from identity.issuer import IssuerExpired
+from identity.pace import Pace
 from identity.tokens import ReviewUnavailable, Subject, TokenRefused, TokenReviewer
 from identity.wire import BODY_MAX_BYTES, POLL_S, TOKEN_MAX_BYTES, Known, Refused, WireError, certify_request_untrusted
 
 _REVIEWS_AT_ONCE = 64
-_SIGNATURES_AT_ONCE = 256  # requests in work; more wait at the door and then get 503
-_POLLS_MAX = 20_000  # one a sidecar: about 20 KiB each
+_SIGNATURES_AT_ONCE = 256  # requests in work; for one more the client that has most of them loses its oldest
+_FEW_AT_ONCE = 4  # of one client, which loses none of them
+_A_MINUTE = 20  # certificates of one pod; with the shortest life that leaves have, and every renewal tried anew, it needs six
 _REMEMBER_REVIEW_S = 300.0  # a poll every 30 s must not cost the API server a review each; only polls are answered on a memory
 _REMEMBERED_MAX = 20_000
 
@@ -62,6 +65,7 @@ class IdentityService:
 
     peer: who may ask what we know of the workloads (other replicas of ours); None for nobody. failed: learns why a caller whose token was
     good got no certificate: a word, and a sentence without secrets. catch_up: called when a caller may know a newer trust state than we do.
+    polls_max: how many may wait for news; more are told to come back.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class IdentityService:
         peer: WorkloadId | None = None,
         failed: Callable[[Subject, str, str], None] = lambda subject, word, sentence: None,
         catch_up: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
+        polls_max: int = 20_000,
     ) -> None:
         self._authority = authority
         self._reviewer = reviewer
@@ -79,8 +84,10 @@ class IdentityService:
         self._failed = failed
         self._catch_up = catch_up
         self._started_at = trio.current_time()
+        self._polls_max = polls_max
         self._reviews = trio.CapacityLimiter(_REVIEWS_AT_ONCE)
-        self._in_work = 0
+        self._in_work = Rooms(_SIGNATURES_AT_ONCE, _SIGNATURES_AT_ONCE, _FEW_AT_ONCE)
+        self._pace = Pace(_A_MINUTE, _REMEMBERED_MAX)
         self._polls: dict[str, trio.CancelScope] = {}
         self._remembered: OrderedDict[bytes, tuple[float, Subject]] = OrderedDict()
         self.counters = Counters()
@@ -124,27 +131,39 @@ class IdentityService:
     async def _certify(self, request: Request) -> Response:
         token = _bearer(request)
         body = await _body(request)  # before it counts: whoever sends slowly must not use up what is in work
-        if self._in_work >= _SIGNATURES_AT_ONCE:
-            raise Rejected(503, "too many requests are in work, try again")
-        self._in_work += 1
         try:
-            subject = await self._reviewed(token)
-            try:
-                key, named = read_csr_untrusted(certify_request_untrusted(body).csr.encode())
-            except (WireError, CsrRefused) as error:
-                raise self._told(subject, "InvalidCertificateRequest", 400, str(error)) from None
-            if named != subject.identity:
-                sentence = f"the request is for {named.uri}, the token is of {subject.identity.uri}"
-                raise self._told(subject, "IdentityMismatch", 403, sentence)
-            try:
-                certified = self._authority.certify(key, subject)
-            except IssuerExpired as error:
-                raise self._told(subject, "IssuerExpired", 503, str(error)) from None
-        finally:
-            self._in_work -= 1
+            with self._in_work.one(request.client.host if request.client else ""):
+                return await self._signed(token, body)
+        except Full:
+            pass
+        raise Rejected(503, "too many requests are in work, try again")
+
+    async def _signed(self, token: str, body: bytes) -> Response:
+        _, known = self._remembered.get(_digest(token), (0.0, None))
+        if known is not None:  # before anybody is asked about the token again
+            self._check_pace(known)
+        subject = await self._reviewed(token)
+        self._check_pace(subject)
+        try:
+            key, named = read_csr_untrusted(certify_request_untrusted(body).csr.encode())
+        except (WireError, CsrRefused) as error:
+            raise self._told(subject, "InvalidCertificateRequest", 400, str(error)) from None
+        if named != subject.identity:
+            sentence = f"the request is for {named.uri}, the token is of {subject.identity.uri}"
+            raise self._told(subject, "IdentityMismatch", 403, sentence)
+        try:
+            certified = self._authority.certify(key, subject)
+        except IssuerExpired as error:
+            raise self._told(subject, "IssuerExpired", 503, str(error)) from None
+        self._pace.had_one(subject.pod_uid, trio.current_time())
         self.counters.certified += 1
         log.info("certified", identity=named.uri, pod=subject.pod, issuer=certified.issuer, not_after=certified.not_after)
         return _json(200, certified)
+
+    def _check_pace(self, subject: Subject) -> None:
+        wait_s = self._pace.wait_s(subject.pod_uid, trio.current_time())
+        if wait_s:
+            raise Rejected(429, f"pod {subject.pod} had {_A_MINUTE} certificates within a minute, try again in {wait_s:.0f} s")
 
     async def _bundle(self, request: Request) -> Response:
         generation, issuer = _reported(request)
@@ -182,7 +201,7 @@ class IdentityService:
         earlier = self._polls.pop(instance, None)
         if earlier is not None:
             earlier.cancel()
-        if self.draining or len(self._polls) >= _POLLS_MAX:
+        if self.draining or len(self._polls) >= self._polls_max:
             raise Rejected(503, "the service is draining" if self.draining else "too many workloads wait here, try again")
         scope = self._polls[instance] = trio.CancelScope(deadline=trio.current_time() + POLL_S)
         try:
@@ -201,16 +220,20 @@ class IdentityService:
         except ReviewUnavailable as error:
             log.warning("review unavailable", reason=str(error))
             raise Rejected(503, "the token cannot be checked now, try again") from None
-        self._remembered[hashlib.sha256(token.encode()).digest()] = (trio.current_time() + _REMEMBER_REVIEW_S, subject)
+        self._remembered[_digest(token)] = (trio.current_time() + _REMEMBER_REVIEW_S, subject)
         while len(self._remembered) > _REMEMBERED_MAX:
             self._remembered.popitem(last=False)
         return subject
 
     async def _remembered_review(self, token: str) -> Subject:
-        until, subject = self._remembered.get(hashlib.sha256(token.encode()).digest(), (0.0, None))
+        until, subject = self._remembered.get(_digest(token), (0.0, None))
         if subject is not None and trio.current_time() < until:
             return subject
         return await self._reviewed(token)
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
 
 
 def _json(status: int, content: msgspec.Struct) -> Response:

@@ -50,7 +50,7 @@ class Identity(_Values, frozen=True):
     """The identity service."""
 
     replicas: Replicas = 1
-    resources: Resources = msgspec.field(default_factory=lambda: _resources("20m", "80Mi", "256Mi"))
+    resources: Resources = msgspec.field(default_factory=lambda: _resources("20m", "80Mi", "512Mi"))
     leaf_lifetime_seconds: Annotated[int, msgspec.Meta(ge=600, le=7 * 86400)] = 86400
     issuer: Issuer = Issuer()
 

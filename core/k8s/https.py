@@ -110,13 +110,14 @@ async def serve_https(
     config: Config | None = None,
     connections_max: int = _CONNECTIONS_MAX,
     of_one_client_max: int = _CONNECTIONS_MAX,
+    few_of_one_client: int = 0,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve on listening sockets until ``shutdown`` returns, then finish what is in work within two seconds.
 
-    config: hypercorn's settings, if not those of a webhook.
+    config: hypercorn's settings, if not those of a webhook. connections_max and the next two: see core.runtime.rooms.
     """
-    config, worker, rooms = config or _Config(), WorkerContext(None), Rooms(connections_max, of_one_client_max)
+    config, worker, rooms = config or _Config(), WorkerContext(None), Rooms(connections_max, of_one_client_max, few_of_one_client)
     throttle = Throttle(time.monotonic)
     app: Any = wrap_app(application, config.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
 

@@ -27,7 +27,7 @@ from identity.cluster.shared import Shared, Superseded
 from identity.config import SERVICE_ACCOUNT, Config
 from identity.issuer import IssuerExpired
 from identity.metrics import cluster_exposition, exposition
-from identity.serve import ServingCertificate, serve_https
+from identity.serve import Capacity, ServingCertificate, serve_https
 from identity.service import IdentityService
 from identity.tokens import KubernetesReviewer, Subject
 from identity.wire import Known
@@ -97,11 +97,16 @@ class Replica:
         config = self.config
         authority = await self.shared.authority.wait_for(lambda value: value is not None)
         assert authority is not None
-        sock = listen(config.listen)
+        sock, capacity = listen(config.listen), Capacity.of_process()
         try:
             self.serving = await self.first_certificate(authority)
             self.service = IdentityService(
-                authority, self.reviewer, peer=config.identity, failed=self.failed, catch_up=self.shared.catch_up
+                authority,
+                self.reviewer,
+                peer=config.identity,
+                failed=self.failed,
+                catch_up=self.shared.catch_up,
+                polls_max=capacity.polls,
             )
             self.drain.subscribe(self.service.drain)
             self.nursery.start_soon(self.serving.keep)
@@ -110,7 +115,7 @@ class Replica:
             log.info(
                 "serving", listen=str(config.listen), identity=config.identity.uri, generation=trust.generation, issuer=trust.issuer.id
             )
-            await serve_https(self.service.application(), self.serving.context, [sock], self.drain.wait_started)
+            await serve_https(self.service.application(), self.serving.context, [sock], self.drain.wait_started, capacity)
         finally:
             self.served.set()
             sock.close()

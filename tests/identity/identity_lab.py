@@ -17,7 +17,7 @@ from core.runtime.watch import Cell
 from identity.authority import Authority
 from identity.client import IdentitySettings, keep_certified
 from identity.local_tokens import LocalReviewer, LocalSigner
-from identity.serve import ServingCertificate, serve_https
+from identity.serve import Capacity, ServingCertificate, serve_https
 from identity.service import IdentityService
 from tests.ports import unused_port
 
@@ -78,7 +78,7 @@ class Lab:
         sockets = [listen(ListenAddr(Addr("127.0.0.1", self.port)))]
         stop = trio.Event()
         async with trio.open_nursery() as nursery:
-            await nursery.start(serve_https, service.application(), certificate.context, sockets, stop.wait)
+            await nursery.start(serve_https, service.application(), certificate.context, sockets, stop.wait, Capacity(100))
             nursery.start_soon(certificate.keep)
             try:
                 yield service

@@ -26,8 +26,9 @@ from identity.bundle import Step
 from identity.csr import make_csr
 from identity.exchange import exchange
 from identity.metrics import exposition
-from identity.serve import ServingCertificate
+from identity.serve import Capacity, ServingCertificate
 from identity.store import Store
+from identity.tokens import Subject
 from tests.identity.identity_lab import SERVICE, TRUST_DOMAIN, Lab, Workload, kept_certified, wait_until
 
 
@@ -80,10 +81,11 @@ async def test_a_rotation_reaches_running_workloads_step_by_step(tmp_path: Path)
 
 
 async def ask(
-    lab: Lab, method: str, target: str, token: str | None, body: bytes = b"", *more: tuple[str, str]
+    lab: Lab, method: str, target: str, token: str | None, body: bytes = b"", *more: tuple[str, str], ip: str = "127.0.0.1"
 ) -> tuple[int, dict[str, object]]:
     context = client_context(None, lab.authority.trust.value.bundle_pem, (b"http/1.1",))
-    stream = TlsStream.client(await trio.open_tcp_stream("127.0.0.1", lab.port), context, SERVICE.server_name, SERVICE)
+    transport = await trio.open_tcp_stream("127.0.0.1", lab.port, local_address=ip)
+    stream = TlsStream.client(transport, context, SERVICE.server_name, SERVICE)
     headers = [("host", "identity"), ("content-length", str(len(body))), *more]
     if token is not None:
         headers.append(("authorization", f"Bearer {token}"))
@@ -190,6 +192,76 @@ async def test_bodies_that_do_not_come_keep_nobody_from_a_certificate(tmp_path: 
         assert (await stranger.receive_some()).startswith(b"HTTP/1.1 100")  # it is being read
         assert (await ask(lab, "POST", "/v1/certify", lab.token("cart", "cart-0"), CART))[0] == 200
         await trio.aclose_forcefully(stranger)
+
+
+class Slow:
+    """A reviewer that gets no answer about some tokens, and counts what it is asked."""
+
+    def __init__(self, lab: Lab, *unanswered: str) -> None:
+        assert lab.service is not None
+        self._real = lab.service._reviewer
+        self._unanswered = unanswered
+        self.asked = 0
+        lab.service._reviewer = self
+
+    async def review(self, token: str) -> Subject:
+        self.asked += 1
+        if token in self._unanswered:
+            await trio.sleep_forever()
+        return await self._real.review(token)
+
+
+async def test_who_has_most_requests_in_work_loses_its_oldest_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("identity.service._SIGNATURES_AT_ONCE", 2)
+    monkeypatch.setattr("identity.service._FEW_AT_ONCE", 1)
+    lab, told = new_lab(tmp_path), list[int]()
+    async with lab.serving(), trio.open_nursery() as nursery:
+        stuck = lab.token("web", "web-0")
+        slow = Slow(lab, stuck)
+
+        async def ask_in_vain() -> None:
+            told.append((await ask(lab, "POST", "/v1/certify", stuck, request_for("web"), ip="127.0.0.2"))[0])
+
+        nursery.start_soon(ask_in_vain)
+        nursery.start_soon(ask_in_vain)
+        await wait_until(lambda: slow.asked == 2)
+        assert (await ask(lab, "POST", "/v1/certify", lab.token("cart", "cart-0"), CART))[0] == 200
+        await wait_until(lambda: told == [503])
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_pod_gets_so_many_certificates_in_a_minute_and_nobody_is_asked_about_it_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("identity.service._A_MINUTE", 2)
+    lab = new_lab(tmp_path)
+    async with lab.serving() as service:
+        reviewer, token = Slow(lab), lab.token("cart", "cart-0")
+        assert [(await ask(lab, "POST", "/v1/certify", token, CART))[0] for _ in range(4)] == [200, 200, 429, 429]
+        assert reviewer.asked == 2
+        _, answer = await ask(lab, "POST", "/v1/certify", token, CART)
+        assert str(answer["error"]).startswith("pod shop/cart-0 had 2 certificates within a minute, try again in ")
+        assert (await ask(lab, "POST", "/v1/certify", lab.token("cart", "cart-1"), CART))[0] == 200
+    assert service.counters.certified == 3
+
+
+async def test_who_finds_no_room_to_wait_for_news_is_told_to_come_back(tmp_path: Path) -> None:
+    lab = new_lab(tmp_path)
+    target = f"/v1/bundle?generation=1&issuer={lab.authority.issuer.ref.id}"
+    async with lab.serving() as service, trio.open_nursery() as nursery:
+        service._polls_max = 1
+        nursery.start_soon(ask, lab, "GET", target, lab.token("cart", "cart-0"))
+        await wait_until(lambda: len(service._polls) == 1)
+        assert (await ask(lab, "GET", target, lab.token("cart", "cart-1")))[0] == 503
+        nursery.cancel_scope.cancel()
+
+
+def test_as_many_may_connect_as_memory_and_descriptors_are_there_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("identity.serve.most_memory", lambda: 256 << 20)
+    monkeypatch.setattr("identity.serve.most_files", lambda: 1 << 20)
+    assert (Capacity.of_process().connections, Capacity.of_process().polls) == (1536, 1228)
+    monkeypatch.setattr("identity.serve.most_files", lambda: 1024)
+    assert Capacity.of_process().connections == 768
 
 
 async def test_strangers_cannot_write_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
