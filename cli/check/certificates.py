@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from cli.check.cluster import NAMESPACE, Cluster, Object, some
-from cli.check.installation import mesh_settings
+from cli.check.installation import UPGRADE, mesh_settings
 from cli.check.model import Category, Check, Failed, Skipped
 from core.k8s.errors import ApiError, Forbidden, Invalid
 from core.k8s.fields import Raw
@@ -48,7 +48,7 @@ def _day(at: float) -> str:
 async def _authority(cluster: Cluster) -> dict[str, bytes]:
     secret = await cluster.find("", "v1", "secrets", "pillion-issuer", NAMESPACE)
     if secret is None:
-        raise Failed(f"Secret {NAMESPACE}/pillion-issuer is not there", "pillion install | kubectl apply -f -")
+        raise Failed(f"Secret {NAMESPACE}/pillion-issuer is not there", UPGRADE)
     files = decoded(secret)
     missing = [name for name in ("tls.crt", "tls.key", "ca.crt") if not files.get(name)]
     if missing:
@@ -121,7 +121,7 @@ async def _hook(cluster: Cluster, component: str) -> Object:
     plural, name = _HOOKS[component]
     found = await cluster.find("admissionregistration.k8s.io", "v1", plural, name)
     if found is None:
-        raise Failed(f"{plural} {name} is not there", "pillion install | kubectl apply -f -")
+        raise Failed(f"{plural} {name} is not there", UPGRADE)
     return found
 
 

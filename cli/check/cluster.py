@@ -74,12 +74,14 @@ class Cluster:
         return found
 
     async def pods(self) -> list[Object]:
-        """Pods of workloads: everywhere or in the namespace asked for, without ours, and without those that have ended."""
+        """Pods of workloads: everywhere or in the namespace asked for, without ours, and without those that have ended or are about to."""
         found = await self.objects("", "v1", "pods", self.only)
         return [
             pod
             for pod in found
-            if pod["metadata"].get("namespace") != NAMESPACE and (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed")
+            if pod["metadata"].get("namespace") != NAMESPACE
+            and not pod["metadata"].get("deletionTimestamp")
+            and (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed")
         ]
 
     async def ours(self, plural: str, group: str = "apps") -> dict[str, Object]:

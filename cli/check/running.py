@@ -99,9 +99,24 @@ async def agents_ready(cluster: Cluster) -> str:
     return f"{ready} nodes"
 
 
+async def agents_everywhere(cluster: Cluster) -> None:
+    """The DaemonSet's own count knows only the nodes that it is let onto."""
+    if not await agent_installed(cluster):
+        raise Skipped("no agent is installed: pods capture by an init container")
+    having = {pod["spec"].get("nodeName") for pod in await _agents(cluster)}
+    left_out = [name for name in await _linux_nodes(cluster) if name not in having]
+    if left_out:
+        raise Failed(f"{some(left_out)}: its selector, affinity or tolerations keep the agent away, and a meshed pod there does not start")
+
+
 async def _nodes_without_agent(cluster: Cluster) -> list[str]:
     having = {pod["spec"].get("nodeName") for pod in await _agents(cluster) if condition(pod, "Ready")}
-    return sorted(node["metadata"]["name"] for node in await cluster.objects("", "v1", "nodes") if node["metadata"]["name"] not in having)
+    return [name for name in await _linux_nodes(cluster) if name not in having]
+
+
+async def _linux_nodes(cluster: Cluster) -> list[str]:
+    metas = [node["metadata"] for node in await cluster.objects("", "v1", "nodes")]
+    return sorted(meta["name"] for meta in metas if (meta.get("labels") or {}).get("kubernetes.io/os", "linux") == "linux")
 
 
 async def _agents(cluster: Cluster) -> list[Object]:
@@ -155,6 +170,13 @@ CAPTURE = Category(
     (
         Check(
             "agent-ready", "an agent is ready on every node", "error", agents_ready, f"kubectl describe pods -n {NAMESPACE}", settles=True
+        ),
+        Check(
+            "agent-everywhere",
+            "no node is left out",
+            "warning",
+            agents_everywhere,
+            f"kubectl get daemonset -n {NAMESPACE} pillion-agent -o yaml",
         ),
         Check("capture-level", "every node captures and shortens with eBPF", "warning", capture_level),
     ),

@@ -104,7 +104,7 @@ def other_version(api: FakeApi) -> None:
 
 def single_replicas(api: FakeApi) -> None:
     for name in ("node2", "node3"):
-        api.put({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})
+        api.put({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"kubernetes.io/os": "windows"}}})
     api.find("DaemonSet", "pillion-agent")["status"]["desiredNumberScheduled"] = 1
 
 
@@ -134,6 +134,10 @@ def validates_not(api: FakeApi) -> None:
 def agent_away(api: FakeApi) -> None:
     api.find("DaemonSet", "pillion-agent")["status"]["numberReady"] = 0
     api.find("Pod", "agent-1")["status"]["conditions"][0]["status"] = "False"
+
+
+def node_left_out(api: FakeApi) -> None:
+    api.put({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node2"}})
 
 
 def low_level(api: FakeApi) -> None:
@@ -247,6 +251,7 @@ FAULTS = [
     (injects_not, "injector-answers", "is created without one"),
     (validates_not, "policy-answers", "does not reach the policy controller"),
     (agent_away, "agent-ready", "0 of 1 agents are ready; not on: node1"),
+    (node_left_out, "agent-everywhere", "node2: its selector, affinity or tolerations keep the agent away"),
     (low_level, "capture-level", "node node1 (kernel 5.4): nftables. connect: no getsockopt hook"),
     (refused_policy, "policy-understood", "MeshTLSAuthentication shop/odd: "),
     (idle_policy, "policy-effective", "does not exist, so the policy has no effect"),
