@@ -11,6 +11,7 @@ from core.addrs import parse_addr
 from core.runtime import logs
 from policy import wire
 from policy.index import Index
+from policy.match import PATTERNS_MAX, too_many_patterns
 
 _log = logs.logger("policy")
 
@@ -27,19 +28,27 @@ def encoded_policy(port: int, policy: wire.InboundPolicy) -> bytes:
 def encoded_destination(addr: str, destination: wire.Destination) -> bytes:
     """The line for an address, with as many of the endpoints as a sidecar reads: half of a very large Service still serves.
 
-    Routes cannot be shortened without changing them. If they are too long by themselves, nothing is sent to the address.
+    Routes cannot be shortened without changing them. If they are too long by themselves, or have more regular expressions than a sidecar
+    takes, nothing is sent to the address.
     """
+    if too_many_patterns(rule for route in destination.routes for rule in route.rules):
+        _log.error("too many regular expressions, nothing is sent there", service=str(destination.ref), limit=PATTERNS_MAX)
+        return _refusal(addr, destination)
     line = wire.encode(wire.DestinationState(addr, destination))
     while len(line) > wire.MAX_LINE_BYTES:
         shorter = _with_half_of_the_endpoints(destination)
         service, before, kept = str(destination.ref), _count(destination), _count(shorter)
         if kept == before:
             _log.error("routes too large, nothing is sent there", service=service, size_bytes=len(line), limit=wire.MAX_LINE_BYTES)
-            return wire.encode(wire.DestinationState(addr, wire.Destination(destination.kind, destination.ref, destination.protocol)))
+            return _refusal(addr, destination)
         _log.warning("too many endpoints, some are left out", service=service, kept=kept, of=before)
         destination = shorter
         line = wire.encode(wire.DestinationState(addr, destination))
     return line
+
+
+def _refusal(addr: str, destination: wire.Destination) -> bytes:
+    return wire.encode(wire.DestinationState(addr, wire.Destination(destination.kind, destination.ref, destination.protocol)))
 
 
 def _with_half_of_the_endpoints(destination: wire.Destination) -> wire.Destination:

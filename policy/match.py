@@ -24,12 +24,13 @@ Called by policy.authorize. Must not decide who may do what, nor whether a path 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Final, NamedTuple, TypeVar
 
 from policy.paths import fold
-from policy.patterns import Pattern, compile_pattern
-from policy.wire import GrpcMatch, HttpMatch, Route, ValueMatch
+from policy.patterns import InvalidPattern, Pattern, compile_pattern
+from policy.wire import GrpcMatch, HttpMatch, Route, Rule, ValueMatch
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -37,6 +38,11 @@ Headers = Sequence[bytes | None]
 Query = Mapping[str, str]
 
 _MAX_HOST_CHARS = 253  # longer ones are no DNS names and match no hostname
+PATTERNS_MAX: Final = 1000
+"""Different regular expressions of one port or Service. Each takes up to 1 ms to compile and 60 KiB, and the sidecar of whoever calls a
+Service pays for what that Service's owner wrote."""
+
+_compiled = lru_cache(maxsize=PATTERNS_MAX)(compile_pattern)  # a Service's endpoints change more often than its routes
 
 
 class MixedKinds(ValueError):
@@ -74,9 +80,9 @@ class _Candidate:
         self.size = (-len(headers), -len(query))
         named = [(names.setdefault(one.name.encode(), len(names)), one) for one in headers]
         self.exact_headers = tuple(sorted((at, one.value.encode()) for at, one in named if one.type == "Exact"))
-        self.pattern_headers = tuple((at, compile_pattern(one.value)) for at, one in named if one.type != "Exact")
+        self.pattern_headers = tuple((at, _compiled(one.value)) for at, one in named if one.type != "Exact")
         self.exact_query = tuple(sorted((one.name, one.value) for one in query if one.type == "Exact"))
-        self.pattern_query = tuple((one.name, compile_pattern(one.value)) for one in query if one.type != "Exact")
+        self.pattern_query = tuple((one.name, _compiled(one.value)) for one in query if one.type != "Exact")
 
     def patterns_hold(self, headers: Headers, query: Query) -> bool:
         for at, pattern in self.pattern_headers:
@@ -170,7 +176,7 @@ class _HttpLevel:
         regex.sort(key=lambda pair: (pair[0].method is None, pair[0].size, pair[0].order))
         self._exact = {path: _ByMethod(some) for path, some in _grouped(exact, lambda one: one.path).items()}
         self._prefix = {path: _ByMethod(some) for path, some in _grouped(prefix, lambda one: one.path.rstrip("/")).items()}
-        self._regex = [(compile_pattern(match.path.value), one) for one, match in regex]
+        self._regex = [(_compiled(match.path.value), one) for one, match in regex]
         self._longest = max(map(len, self._prefix), default=0)
 
     def find(self, method: str, path: str, headers: Headers, query: Query) -> _Candidate | None:
@@ -230,8 +236,32 @@ class _GrpcLevel:
         return None
 
 
+def too_many_patterns(rules: Iterable[Rule]) -> bool:
+    """Whether these rules have more different regular expressions than `PATTERNS_MAX`."""
+    found: set[str] = set()
+    for rule in rules:
+        for match in rule.matches:
+            found.update(_patterns_of(match))
+        if len(found) > PATTERNS_MAX:
+            return True
+    return False
+
+
+def _patterns_of(match: HttpMatch | GrpcMatch) -> Iterator[str]:
+    values: tuple[ValueMatch, ...] = match.headers
+    if isinstance(match, HttpMatch):
+        values += match.query
+        if match.path.type == "RegularExpression":
+            yield match.path.value
+    elif match.type == "RegularExpression":
+        yield from (name for name in (match.service, match.method) if name is not None)
+    for one in values:
+        if one.type == "RegularExpression":
+            yield one.value
+
+
 class RouteTable:
-    """The routes of a port, compiled. Immutable. Raises InvalidPattern or MixedKinds, which mean: do not let anything pass.
+    """The routes of a port, compiled. Immutable. Raises InvalidPattern (or too many of them) or MixedKinds: do not let anything pass.
 
     header_names: what `find` wants the values of, lower case. query_names: the parameters that some rule looks at. methods: those that
     some rule names. reads_host, reads_method, reads_query: whether some rule looks at those; what is not looked at may be passed empty.
@@ -243,6 +273,8 @@ class RouteTable:
         kinds = {route.kind for route in routes} | {"grpc" if isinstance(match, GrpcMatch) else "http" for match in matches}
         if len(kinds) > 1:
             raise MixedKinds("HTTP and gRPC routes on one port")
+        if too_many_patterns(rule for route in routes for rule in route.rules):
+            raise InvalidPattern(f"more than {PATTERNS_MAX} regular expressions")
         names: dict[bytes, int] = {}
         levels: dict[str, list[tuple[_Candidate, HttpMatch | GrpcMatch]]] = {}
         order = 0
@@ -317,7 +349,7 @@ def _level(candidates: list[tuple[_Candidate, HttpMatch | GrpcMatch]]) -> _HttpL
 
 
 def _grpc_patterns(candidate: _Candidate, match: GrpcMatch) -> tuple[Pattern, Pattern, _Candidate]:
-    service, method = (compile_pattern(text) if text is not None else _anything for text in (match.service, match.method))
+    service, method = (_compiled(text) if text is not None else _anything for text in (match.service, match.method))
     return service, method, candidate
 
 

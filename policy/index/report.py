@@ -20,9 +20,13 @@ from policy.gateway import InboundRoute
 from policy.index import inbound, options, routing
 from policy.index.inbound import EVERYWHERE, Granted
 from policy.index.index import Index
+from policy.match import PATTERNS_MAX
 from policy.model import AuthorizationPolicy, Server
 
-_TOO_LARGE = f"its routes and policies are longer than the {wire.MAX_LINE_BYTES >> 20} MiB that a sidecar reads, so everything is denied"
+_TOO_LARGE = (
+    f"its routes and policies are longer than the {wire.MAX_LINE_BYTES >> 20} MiB that a sidecar reads, or have more than {PATTERNS_MAX} "
+    "regular expressions, so everything is denied"
+)
 
 
 class Problem(msgspec.Struct, frozen=True, order=True):

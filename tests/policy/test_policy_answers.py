@@ -7,6 +7,7 @@ import pytest
 from core.refs import Ref
 from policy import wire
 from policy.answers import encoded_destination
+from policy.match import PATTERNS_MAX
 
 SERVICE = Ref("", "Service", "shop", "cart")
 
@@ -52,3 +53,13 @@ def test_of_too_many_endpoints_every_list_keeps_some(found: wire.Destination) ->
 def test_nothing_is_sent_where_routes_are_too_long_to_be_told(behind: tuple[wire.Endpoint, ...]) -> None:
     told = said(wire.Destination("service", SERVICE, "http1", behind, routes(5000), backends(2, len(behind))))
     assert told == wire.Destination("service", SERVICE, "http1")
+
+
+def test_nothing_is_sent_where_routes_have_more_regular_expressions_than_a_sidecar_takes() -> None:
+    matches = [wire.HttpMatch(wire.PathMatch("RegularExpression", f"/{at}.*")) for at in range(PATTERNS_MAX + 1)]
+    few, many = (
+        wire.Destination("service", SERVICE, "http1", endpoints(1), (wire.ServiceRoute(SERVICE, "http", (), (rule,), (wire.Action(),)),))
+        for rule in (wire.Rule(tuple(matches[:-1])), wire.Rule(tuple(matches)))
+    )
+    assert said(few) == few
+    assert said(many) == wire.Destination("service", SERVICE, "http1")

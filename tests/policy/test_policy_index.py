@@ -332,6 +332,18 @@ def test_small_objects_that_make_a_huge_policy_deny_everything_before_it_is_made
     assert "too-large" not in [reason for _, reason in reasons(index)]
 
 
+def test_a_server_with_more_regular_expressions_than_a_sidecar_takes_denies_everything_and_is_reported() -> None:
+    def written(count: int) -> dict[str, Any]:
+        return {"matches": [{"path": {"type": "RegularExpression", "value": f"/{count}/{at}.*"}} for at in range(50)]}
+
+    index = indexed(lab.pod(), lab.server(accessPolicy="all-unauthenticated"), *(lab.route(f"web{at}", **written(at)) for at in range(21)))
+    assert policy_of(index) == wire.InboundPolicy(Ref(lab.POLICY, "Server", "shop", "cart"), "detect", ())
+    assert reasons(index) == [("cart", "too-large")]
+    index.apply(parsed(lab.route("web20")))
+    assert len(policy_of(index).routes) == 21
+    assert reasons(index) == []
+
+
 # --- destinations ------------------------------------------------------------------------------------------------------
 
 ENDPOINT = wire.Endpoint("10.0.0.5:8080", lab.CART.uri, Ref("", "Pod", "shop", "cart-0"))

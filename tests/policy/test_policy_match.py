@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.refs import Ref
-from policy.match import Found, MixedKinds, RouteTable, host_untrusted
+from policy.match import PATTERNS_MAX, Found, MixedKinds, RouteTable, host_untrusted
 from policy.patterns import InvalidPattern, compile_pattern
 from policy.wire import GrpcMatch, HttpMatch, PathMatch, Route, Rule, ValueMatch
 
@@ -501,6 +501,31 @@ def test_a_pattern_reads_utf_8() -> None:
     accented = "\N{LATIN SMALL LETTER E WITH ACUTE}"
     assert compile_pattern("caf.")(f"caf{accented}".encode())
     assert not compile_pattern("caf.")(b"caf\xff")
+
+
+_SAME = (ValueMatch("RegularExpression", "x", "same.*"),)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda text: HttpMatch(PathMatch("RegularExpression", text), headers=_SAME),
+        lambda text: HttpMatch(headers=(ValueMatch("RegularExpression", "x", text),), query=_SAME),
+        lambda text: HttpMatch(headers=_SAME, query=(ValueMatch("RegularExpression", "x", text),)),
+        lambda text: GrpcMatch("RegularExpression", method=text, headers=_SAME),
+        lambda text: GrpcMatch("RegularExpression", service=text, headers=_SAME),
+    ],
+    ids=["path", "header", "parameter", "method", "service"],
+)
+def test_a_table_takes_a_thousand_different_patterns_and_no_more(made: Callable[[str], HttpMatch | GrpcMatch]) -> None:
+    def table(count: int) -> RouteTable:
+        matches = tuple(made(f"/{at}.*") for at in range(count))
+        kind = "grpc" if isinstance(matches[0], GrpcMatch) else "http"
+        return RouteTable([Route(Ref("", kind, "shop", str(number)), kind, (), (Rule(matches),), ()) for number in range(2)])  # type: ignore[arg-type]
+
+    table(PATTERNS_MAX - 1)  # and `_SAME`
+    with pytest.raises(InvalidPattern, match="more than 1000 regular expressions"):
+        table(PATTERNS_MAX)
 
 
 def test_a_broken_pattern_breaks_the_table_instead_of_never_matching() -> None:
