@@ -25,6 +25,7 @@ _COMMANDS = {
     "inject": ("cli.inject:inject", "Put the workloads of a manifest into the mesh."),
     "install": ("cli.install:install", "Print the manifests of an installation on Kubernetes."),
     "local": ("local.commands:local", "Run a mesh on this machine, without Kubernetes."),
+    "stat": ("cli.stat:stat", "Show success, rate and latency of workloads, without Prometheus."),
     "uninstall": ("cli.uninstall:uninstall", "Print what to delete of an installation on Kubernetes."),
     "upgrade": ("cli.upgrade:upgrade", "Print the manifests of this version for an installation that is there."),
     "uninject": ("cli.inject:uninject", "Take the workloads of a manifest out of the mesh."),
@@ -61,6 +62,7 @@ class _LateGroup(click.Group):
 
 
 @click.group(cls=_LateGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="pillion", message="%(prog)s %(version)s")
 def cli() -> None:
     """Pillion: a service mesh in Python."""
 

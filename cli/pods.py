@@ -90,6 +90,17 @@ class ClusterMesh:
             raise CommandFailed(f"{workload} in namespace {namespace} is not meshed", "pillion check --proxy")
         return meshed
 
+    def workloads(self, namespace: str) -> dict[str, list[FoundPod]]:
+        """``deployment/cart`` and the like -> the meshed pods that run, of a namespace; never empty."""
+        found: dict[str, list[FoundPod]] = {}
+        for pod in self._call(self._core.list_namespaced_pod, namespace).items:
+            if _sidecar(pod) and pod.status.phase == "Running" and not pod.metadata.deletion_timestamp:
+                found.setdefault("/".join(_owner(pod)), []).append(FoundPod(namespace, pod.metadata.name))
+        if not found:
+            next_step = f"kubectl get pods -n {namespace}, or pillion check --proxy"
+            raise CommandFailed(f"nothing in namespace {namespace} is meshed and runs", next_step)
+        return found
+
     def service_ips(self, namespace: str, name: str) -> tuple[str, ...]:
         """A Service's own addresses, none of a headless one; raises CommandFailed when there is no such Service."""
         found = self._call(self._core.list_namespaced_service, namespace, field_selector=f"metadata.name={name}").items
@@ -183,6 +194,16 @@ def _means(pod: Any, kind: str, name: str) -> bool:
     if owned_by == "replicaset" and kind in ("", "deployment") and owner_name.rpartition("-")[0] == name:
         return True  # a Deployment's ReplicaSet is named after it and a hash of the template
     return owner_name == name and kind in ("", owned_by)
+
+
+def _owner(pod: Any) -> tuple[str, str]:
+    """Kind and name of what a person would call the pod's workload: the pod itself when nothing controls it."""
+    owner = next((owner for owner in pod.metadata.owner_references or () if owner.controller), None)
+    if owner is None:
+        return "pod", pod.metadata.name
+    if owner.kind == "ReplicaSet" and "pod-template-hash" in (pod.metadata.labels or {}):
+        return "deployment", owner.name.rpartition("-")[0]  # a Deployment's ReplicaSet is named after it and a hash of the template
+    return owner.kind.lower(), owner.name
 
 
 def _sidecar(pod: Any) -> bool:

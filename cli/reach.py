@@ -78,6 +78,20 @@ class LocalMesh:
             raise CommandFailed(f"{workload} in namespace {namespace} is not meshed: {why}", hint)
         return kept
 
+    def workloads(self, namespace: str) -> dict[str, list[protocol.PodStatus]]:
+        """``deployment/cart`` and the like -> the meshed pods that run, of a namespace; never empty."""
+        status = self.ask(protocol.Status())
+        assert isinstance(status, protocol.MeshStatus)
+        found: dict[str, list[protocol.PodStatus]] = {}
+        for pod in status.pods:
+            if pod.namespace == namespace and pod.meshed and pod.phase == "Running":
+                kind, _, name = pod.owner.partition("/")
+                found.setdefault(f"{kind.lower()}/{name}", []).append(pod)
+        if not found:
+            others = sorted({pod.namespace for pod in status.pods if pod.meshed})
+            raise CommandFailed(f"nothing in namespace {namespace} is meshed and runs", f"-n with one of: {', '.join(others) or 'none'}")
+        return found
+
     def service_ips(self, namespace: str, name: str) -> tuple[str, ...]:
         """A Service's own addresses; raises CommandFailed when there is no such Service."""
         status = self.ask(protocol.Status())

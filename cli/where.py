@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from local import protocol
 from local.state import BadName, state_folder
 
 F = TypeVar("F", bound=Callable[..., Any])
+FoundPods = Sequence[protocol.PodStatus | FoundPod]
 _DEFAULT = "default"
 
 
@@ -71,9 +72,13 @@ class Asked:
     def __init__(self, where: Where) -> None:
         self._mesh = where.mesh_asked()
 
-    def pods(self, namespace: str, workload: str) -> Sequence[protocol.PodStatus | FoundPod]:
+    def pods(self, namespace: str, workload: str) -> FoundPods:
         """The meshed pods of a name; never empty."""
         return self._mesh.pods(namespace, workload)
+
+    def workloads(self, namespace: str) -> Mapping[str, FoundPods]:
+        """``kind/name`` of everything meshed that runs in a namespace -> its pods; never empty."""
+        return self._mesh.workloads(namespace)
 
     def service_addresses(self, namespace: str, name: str, port: int) -> list[str]:
         """What an app that dials a Service reaches first, as IP:PORT; never empty."""

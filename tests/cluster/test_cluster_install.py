@@ -235,6 +235,7 @@ def test_authz_and_diagnostics_answer_about_pods_of_the_cluster(kube: Kube, mesh
     assert asked(kube, "diagnostics", "endpoints", address, *where)[address]["ref"]["name"] == "client"
     config = asked(kube, "diagnostics", "config", "client", *where)
     assert "cluster.local" in json.dumps(config)
+    assert "pod/client" in [row["workload"] for row in asked(kube, "stat", "--window", "1", *where)]
     done = pillion(kube, "diagnostics", "policy", "client", "-p", "1", *where, "-o", "json")
     assert done.returncode == 0
     gone = pillion(kube, "authz", "nobody", *where)
