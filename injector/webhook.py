@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from core.k8s import review
-from core.k8s.https import BadBody, read_body
+from core.k8s.https import BadBody, Bodies
 from core.runtime import logs
 from injector.decide import Decision, Inject, Refuse, Skip, wants
 from injector.mesh import Mesh
@@ -74,7 +74,7 @@ class Webhook:
         self._teller = teller
         self._metrics = metrics
         self._work = trio.CapacityLimiter(_AT_ONCE)
-        self._large = trio.CapacityLimiter(1)
+        self._bodies = Bodies(_ORDINARY_BYTES, review.BODY_MAX_BYTES)
 
     def application(self) -> Starlette:
         """For `core.k8s.https`."""
@@ -84,7 +84,7 @@ class Webhook:
         started = time.perf_counter()
         try:
             with trio.fail_after(_TURN_S):
-                answer = await self._turn(request)
+                answer = await self._bodies.work(request, self._reviewed)
         except trio.TooSlowError:
             self._metrics.failed("busy")
             return Response("too many reviews are in work, try again\n", 503)
@@ -104,13 +104,6 @@ class Webhook:
             return Response("the injector failed on this request, see its log\n", 500)
         self._metrics.took(time.perf_counter() - started)
         return Response(answer, media_type="application/json", headers={"connection": "close"} if self.closing else None)
-
-    async def _turn(self, request: Request) -> bytes:
-        length = request.headers.get("content-length", "")
-        if length.isascii() and length.isdigit() and int(length[:12]) <= _ORDINARY_BYTES:
-            return await self._reviewed(await read_body(request, _ORDINARY_BYTES))
-        async with self._large:
-            return await self._reviewed(await read_body(request, review.BODY_MAX_BYTES))
 
     async def _reviewed(self, body: bytes) -> bytes:
         async with self._work:

@@ -7,19 +7,21 @@ Called by policy.cluster.
 
 from __future__ import annotations
 
+import trio
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from core.k8s import review
-from core.k8s.https import BadBody, read_body
+from core.k8s.https import BadBody, Bodies
 from core.runtime import logs
 from policy.admission import admit
 
 _log = logs.logger("webhook")
 
-_IN_WORK_MAX = 32  # a review of 4 MiB is some 20 MiB of objects
+_ORDINARY_BYTES = 256 << 10  # of a review; our kinds stay far below it
+_TURN_S = 8.0  # the API server waits 10 s for us
 
 
 class Webhook:
@@ -29,19 +31,19 @@ class Webhook:
         self.allowed = 0
         self.refused = 0
         self.failed = 0
-        self._in_work = 0
+        self._bodies = Bodies(_ORDINARY_BYTES, review.BODY_MAX_BYTES)
 
     def application(self) -> Starlette:
         """For `core.k8s.https`."""
         return Starlette(routes=[Route("/validate", self._validate, methods=["POST"])])
 
     async def _validate(self, request: Request) -> Response:
-        if self._in_work >= _IN_WORK_MAX:
+        try:
+            with trio.fail_after(_TURN_S):
+                answer = await self._bodies.work(request, self._answer)
+        except trio.TooSlowError:
             self.failed += 1
             return Response("too many reviews are in work, try again\n", 503)
-        self._in_work += 1
-        try:
-            answer = self.answer(review.read_review_untrusted(await read_body(request, review.BODY_MAX_BYTES)))
         except BadBody as error:
             self.failed += 1
             return Response(f"{error}\n", error.status)
@@ -52,9 +54,10 @@ class Webhook:
             self.failed += 1
             _log.error("review failed", exc_info=error)
             return Response("the policy controller failed on this request, see its log\n", 500)
-        finally:
-            self._in_work -= 1
         return Response(answer, media_type="application/json")
+
+    async def _answer(self, body: bytes) -> bytes:
+        return self.answer(review.read_review_untrusted(body))
 
     def answer(self, asked: review.Request) -> bytes:
         """The verdict on a request."""

@@ -73,6 +73,24 @@ async def read_body(request: Request, most_bytes: int) -> bytes:
     return bytes(body)
 
 
+class Bodies:
+    """Bodies of which strangers cannot make us hold much: ordinary ones, bounded by the number of connections, and larger ones one at a
+    time, until their work is done."""
+
+    def __init__(self, ordinary_bytes: int, most_bytes: int) -> None:
+        self._ordinary_bytes = ordinary_bytes
+        self._most_bytes = most_bytes
+        self._large = trio.CapacityLimiter(1)
+
+    async def work(self, request: Request, answer: Callable[[bytes], Awaitable[bytes]]) -> bytes:
+        """What ``answer`` makes of the body; raises BadBody, and what it raises."""
+        length = request.headers.get("content-length", "")
+        if length.isascii() and length.isdigit() and int(length[:12]) <= self._ordinary_bytes:
+            return await answer(await read_body(request, self._ordinary_bytes))
+        async with self._large:
+            return await answer(await read_body(request, self._most_bytes))
+
+
 class _Config(Config):
     """Hypercorn's settings."""
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import policy_lab as lab
 import pytest
+import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,3 +69,70 @@ def test_deletions_and_kinds_of_others_are_no_business_of_ours() -> None:
 def test_any_object_gets_an_answer(value: Any) -> None:
     raw = {"apiVersion": "policy.pillion.dev/v1alpha1", "kind": "Server", "metadata": {"name": "a"}, "spec": value}
     assert answered(asked(raw))["allowed"] in (True, False)
+
+
+# --- over HTTP -------------------------------------------------------------------------------------------------------
+
+
+class Posts:
+    """Requests to one webhook, at the application's door."""
+
+    def __init__(self) -> None:
+        self.webhook = Webhook()
+        self._application = self.webhook.application()
+
+    async def post(self, receive: Callable[[], Awaitable[dict[str, Any]]], length: int) -> int:
+        """The status of the answer."""
+        status: list[int] = []
+
+        async def send(message: Any) -> None:
+            status.extend([message["status"]] if message["type"] == "http.response.start" else [])
+
+        headers = [(b"content-length", str(length).encode())]
+        scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": "/validate", "headers": headers, "query_string": b""}
+        await self._application(scope, receive, send)  # type: ignore[arg-type]
+        return status[0]
+
+    async def review(self, length: int = 0) -> int:
+        """Of a good Server, as long as asked."""
+        body = {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": {"uid": "1", "object": lab.server()}}
+        data = json.dumps(body).encode().ljust(length)
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": data}
+
+        return await self.post(receive, len(data))
+
+
+async def test_reviews_that_do_not_come_keep_no_other_from_its_answer() -> None:
+    posts = Posts()
+    async with trio.open_nursery() as nursery:
+        for _ in range(100):
+            nursery.start_soon(posts.post, trio.sleep_forever, 1000)
+        await trio.testing.wait_all_tasks_blocked()
+        assert await posts.review() == 200
+        nursery.cancel_scope.cancel()
+
+
+async def test_of_large_reviews_one_is_held_at_a_time_and_its_end_is_not_waited_for(autojump_clock: trio.testing.MockClock) -> None:
+    posts, begun = Posts(), 0
+
+    async def never() -> dict[str, Any]:
+        nonlocal begun
+        begun += 1
+        await trio.sleep_forever()
+        raise AssertionError
+
+    found: list[int] = []
+
+    async def post() -> None:
+        found.append(await posts.post(never, 3 << 20))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(post)
+        await trio.testing.wait_all_tasks_blocked()
+        assert begun == 1
+    assert sorted(found) == [408, 503, 503]
+    assert await posts.review(1 << 20) == 200
+    assert posts.webhook.failed == 3
