@@ -1,4 +1,4 @@
-"""What sidecar and capture agree on: how the sidecar names a connection's real caller, asks how far it is ahead, and proves capture. Pure.
+"""What sidecar and capture agree on: how the sidecar names the real caller, asks how much its app has not read, and proves capture. Pure.
 
 Caller: the sidecar sets a private socket option before it dials the app. Where the node's eBPF programs serve the pod they take it (from
 the sidecar's uid only), and the app's ``accept()`` and ``getpeername()`` answer with that address. Everywhere else no kernel knows such an

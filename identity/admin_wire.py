@@ -1,4 +1,4 @@
-"""What is said over the operator's socket, for both ends (`admin`, `admin_client`): one JSON value a line each way. Pure."""
+"""What is said over the operator's socket, for both ends (`admin`, `admin_client`): one JSON value per line each way. Pure."""
 
 from __future__ import annotations
 

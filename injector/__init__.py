@@ -1,1 +1,1 @@
-"""Puts the sidecar into pods: decides whether, builds what is added, says it as a JSON patch."""
+"""Puts the sidecar into pods: decides whether, builds what is added, returns it as a JSON patch."""

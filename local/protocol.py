@@ -1,4 +1,4 @@
-"""What commands and the runner say to each other over the control socket: one JSON object a line, file descriptors beside an exec. Pure."""
+"""What commands and the runner say over the control socket: one JSON object per line, and file descriptors with an exec. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The API between the policy controller and a sidecar: one JSON object a line over mutual TLS, in both directions.
+"""The API between the policy controller and a sidecar: one JSON object per line over mutual TLS, in both directions.
 
 The sidecar says which of its own ports and which dialled addresses it is interested in; the controller answers with full state for each
 and again with full state for whatever changes. There are no deltas: a message replaces what was known of its subject, so that a

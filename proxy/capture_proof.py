@@ -1,11 +1,11 @@
-"""Proves from inside the sidecar that what the pod's containers call is led to the sidecar. Called by proxy.app.
+"""Proves from inside the sidecar that the connections its pod makes are led to it. Called by proxy.app.
 
 The sidecar dials an address that belongs to nobody, at its own outbound port, and waits for its own connection to arrive at its own
-listener. Capture lets the sidecar's connections pass, but for this one (ebpf/bpf/connect.bpf.c, ebpf.redirect), which it leads like an
-app's. Nobody else can bring that about: what arrives must carry a word made up for this attempt, come from the very socket that dialled
-(its address and port), and be meant for the address that was dialled, by the kernel's word. A network that answers for the address, or
-refuses it, proves nothing. Inbound is proven with it: whoever captures puts inbound in place before outbound (ebpf.plan, or one
-transaction of nftables).
+listener. Capture lets the sidecar's own connections pass, except this one (ebpf/bpf/connect.bpf.c, ebpf.redirect), which it treats like an
+app's. Nobody else can bring that about: what arrives must carry a token made for this attempt, come from the very socket that dialled (its
+address and port), and be meant for the address that was dialled, according to the kernel. A network that answers for the address, or
+refuses it, proves nothing. This proves inbound too: capture puts inbound in place before outbound (ebpf.plan, or one transaction of
+nftables).
 
 ebpf.validator proves the same from a container of its own, where there is one.
 """

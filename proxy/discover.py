@@ -1,4 +1,4 @@
-"""What the policy controller told us, compiled for use and kept current: the policy of our ports, what stands behind dialled addresses.
+"""What the policy controller told us, compiled and kept current: the policy of our ports, and what stands behind dialled addresses.
 
 States are shared: every connection to one port or address holds the same object and sees its replacement as soon as it arrives.
 Losing the controller changes nothing here: the last known state keeps serving. What was never known is waited for, bounded, and then

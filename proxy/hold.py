@@ -1,8 +1,8 @@
 """Lets the pod's other containers start: tells the sidecar's postStart hook (injector.hold) that it is ready. Called by proxy.app.
 
-The kubelet starts the next container once the hook has ended well. A startup probe says the same, a second later: the kubelet looks at
-containers once a second, and needs two more looks for a probe's result. But a kubelet that is restarted forgets its hooks, and takes a
-sidecar that runs for one that started. So as long as capture is not proven, the sidecar does not outlive its hook: whoever starts the
+The kubelet starts the next container once the hook has succeeded. A startup probe would say the same a second later: the kubelet looks at
+containers once a second, and needs two more looks for a probe's result. But a kubelet that restarts forgets its hooks, and takes a
+running sidecar for one that has started. So while capture is not proven, the sidecar does not outlive its hook: whoever starts the
 container again has to run the hook again.
 
 The hook comes through a Unix socket (proxy.hook), so that the kernel says who calls and when the caller is gone. Only our own user is

@@ -1,4 +1,4 @@
-"""Where the sidecar's postStart hook (injector.hold) comes: an abstract Unix socket, listened at before anything else is loaded.
+"""The abstract Unix socket that the sidecar's postStart hook (injector.hold) connects to; it listens before anything else is loaded.
 
 From then on no hook is missed: one that came and went early still waits in the socket's queue when proxy.hold accepts. Imports little,
 because proxy.__main__ calls it first of all. An abstract name belongs to the network namespace, so it is the pod's own.

@@ -1,6 +1,6 @@
 """The connections that are open now, so that drain can end them in order and shutdown can wait for the last one.
 
-One that was accepted counts from then on: what it says first, its handshake and its policy may still be on their way.
+A connection counts from accept on, while its first bytes, its handshake and its policy may still be on their way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each component may ask of the API server: one row a grant, with its reason. Pure.
+"""What each component may ask of the API server: one row per grant, with its reason. Pure.
 
 The chart's roles are this table, which a test compares; `pillion check` asks the API server whether they still are; and a cluster test
 proves from the audit log that every row is used and that nothing else was asked.

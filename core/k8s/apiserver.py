@@ -1,4 +1,4 @@
-"""The API server as a source of API objects: one list and watch a kind, for ever, whatever ends them.
+"""The API server as a source of API objects: one list and watch per kind, begun again whenever they end.
 
 Decides which version of an object is in force; what an object means is for whoever parses. Says the same three things as the folder
 source (core.k8s.source). Used by the policy controller; other components follow single kinds with `Follower`.

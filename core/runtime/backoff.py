@@ -1,4 +1,4 @@
-"""Pauses between attempts at something that must not be given up: following the API server, the policy controller, a status to write."""
+"""Pauses between attempts at what must not be given up: following the API server, the policy controller, a status to write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Libraries that trio loads and a sidecar never uses: they wait until something does use them, which saves it 1.6 MB.
+"""Puts off loading the libraries that trio imports and a sidecar never uses, which saves it 1.6 MB.
 
 trio loads `ssl` for TLS streams and `idna` for names that are not ASCII. With `ssl` and `hashlib` comes a whole OpenSSL, the system's,
 beside the one that `cryptography` brings and that all TLS of ours runs on.

@@ -1,4 +1,4 @@
-"""A bounded number of connections, of which no client can take all: for a newcomer, the client that holds most loses its oldest."""
+"""Slots for connections, shared fairly: when all are taken, the client that holds most loses its oldest connection to a newcomer."""
 
 from __future__ import annotations
 

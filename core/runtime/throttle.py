@@ -1,4 +1,4 @@
-"""How many lines of one kind a log takes in a second: what strangers can cause must not become a flood of writes. No clock of its own."""
+"""Limits the log lines of one kind in a second: what strangers can cause must not become a flood of writes. No clock of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deadlines of requests: calls that are due at a time, and are nearly always dropped before, because the request has ended.
+"""Deadlines of requests: calls that are due at a time, and nearly always dropped before then, because the request has ended.
 
 Theory of operation. Few durations are in use, one or two for each rule that has a timeout, and deadlines of one duration come due in the
 order in which they were set. So there is a queue for each duration, and setting and dropping a deadline are one dictionary operation

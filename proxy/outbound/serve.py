@@ -98,8 +98,8 @@ class Outbound:
         """Our own ports are never a destination: a connection made to them directly would be forwarded to ourselves for ever.
 
         They are reached by every address of the pod, not only by those that Kubernetes lists: all of 127.0.0.0/8, a second interface's.
-        Nor is the caller a destination. While one way of capture follows another, conntrack meets connections in their middle, may take the
-        answer for the question, and then names the caller itself as the original destination.
+        Nor is the caller a destination. While one way of capture replaces another, conntrack first sees some connections when they are
+        already open, may take the answering packet for the opening one, and then names the caller itself as the original destination.
         """
         if tuple(accepted.dst) == tuple(accepted.client):
             raise Failure(Cause.LOOP, f"{accepted.dst} is the caller itself, which it did not dial")

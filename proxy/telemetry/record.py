@@ -1,4 +1,4 @@
-"""What becomes of a connection and its requests, told to the metrics, the log and the access log: one record object a connection.
+"""What becomes of a connection and its requests, told to the metrics, the log and the access log: one record object per connection.
 
 Gates and serve call these at the moments their names say; no other code of the two paths counts or logs. What costs per request is a
 dictionary look-up by decision and three increments; labels are put together once for each decision a connection meets. Pure: clock, log

@@ -1,4 +1,4 @@
-"""A listening socket under the relay's care: what it accepts is handed on within the relay's pass, and no task has to wake up for it."""
+"""A listening socket that the relay carries: what it accepts is handed on within the relay's pass, so that no task has to wake up."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How far the sidecar may be ahead of its app where eBPF takes their hop past TCP: no further than what still goes past TCP.
+"""Limits how far the sidecar may run ahead of its app where eBPF carries their hop past TCP, so that nothing has to fall back to TCP.
 
-There, what the app has not read lies in a queue that nothing bounds but the programs, which send by TCP what is too much. An app that
-waits edge-triggered may then miss the rest: it reads the queue's bytes, sees or is told (FIONREAD) that nothing is left, and the edge for
-those in TCP has passed. So the sidecar asks, once in so many bytes, how much is unread, and waits below the programs' limit. Where no
+There, what the app has not read lies in a queue that only the programs bound: beyond their limit they send by TCP. An app that waits
+edge-triggered may then miss the rest: it reads the queue's bytes, is told (FIONREAD) or finds that nothing is left, and the edge for the
+bytes in TCP has passed. So the sidecar asks, once in so many bytes, how much is unread, and waits before the limit is reached. Where no
 program answers, TCP's window does this, and asking costs one system call in 16 MiB. Called by `Link`; the other half is `pace` in
 ebpf/bpf/mesh.h.
 """
