@@ -135,20 +135,3 @@ def _uid_problem(pod: Mapping[str, Any]) -> str:
             name = container.get("name")
             return f"container {name} runs as uid {SIDECAR_UID}: that uid is the sidecar's and passes capture; expected another one"
     return ""
-
-
-__all__ = [
-    "INJECT",
-    "INJECTED",
-    "SIDECAR_NAME",
-    "SIDECAR_UID",
-    "STATUS",
-    "Decision",
-    "Inject",
-    "Refuse",
-    "Skip",
-    "containers",
-    "decide",
-    "declared_ports",
-    "wants",
-]

@@ -1,6 +1,6 @@
 """Annotations that are meant for us and that nobody reads: ``pillion.dev/injct`` leaves a namespace out of the mesh without a word.
 
-Pure. They are told and not refused: an older injector must start pods that have an annotation which only a newer one knows. Called by
+Pure. They are reported, not refused: an older injector must start pods that have an annotation which only a newer one knows. Called by
 local.hints and cli.check.workloads.
 """
 

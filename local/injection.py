@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from injector.decide import INJECTED, STATUS, Inject, Refuse, containers
-from injector.fixed import INJECT, SIDECAR_NAME
+from injector.decide import Inject, Refuse, containers
+from injector.fixed import INJECT, INJECTED, SIDECAR_NAME, STATUS
 from injector.mesh import Mesh
 from injector.options import PREFIX
 from injector.patch import apply_patch, review

@@ -19,7 +19,7 @@ from core.k8s.fields import InvalidObject
 from core.k8s.objects import Service, read_core_object
 from core.refs import Ref
 from ebpf import redirect
-from injector.decide import STATUS
+from injector.fixed import STATUS
 from injector.mesh import LOCAL_MESH
 from injector.sidecar import BUNDLE_CONFIG_MAP, BUNDLE_KEY
 from local import rules, services, volumes, workloads

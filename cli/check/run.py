@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import trio
 
 from cli.check.cluster import Cluster
-from cli.check.model import Category, Check, Failed, Result, Skipped
+from cli.check.model import Category, Check, Failed, Outcome, Result, Skipped
 from core.k8s.errors import ApiError
 
 _AGAIN_S = 1.0
@@ -46,16 +46,16 @@ async def _settled(category: Category, check: Check, cluster: Cluster, deadline:
 
 
 async def _asked(category: Category, check: Check, cluster: Cluster) -> Result:
-    failed = "warning" if check.severity == "warning" else "error"
+    failed: Outcome = "warning" if check.severity == "warning" else "error"
     try:
         with trio.fail_after(_LOOK_S):
             remark = await check.look(cluster)
     except Skipped as why:
         return Result(category, check, "skipped", str(why))
     except Failed as error:
-        return Result(category, check, failed, error.text, error.hint or check.where, error.final)  # type: ignore[arg-type]
+        return Result(category, check, failed, error.text, error.hint or check.where, error.final)
     except ApiError as error:
-        return Result(category, check, failed, error.message, check.where)  # type: ignore[arg-type]
+        return Result(category, check, failed, error.message, check.where)
     except trio.TooSlowError:
-        return Result(category, check, failed, f"no answer within {_LOOK_S:g} s", check.where)  # type: ignore[arg-type]
+        return Result(category, check, failed, f"no answer within {_LOOK_S:g} s", check.where)
     return Result(category, check, "success", remark or "")

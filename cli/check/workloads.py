@@ -13,7 +13,8 @@ from cli.check.installation import mesh_settings
 from cli.check.model import Category, Check, Failed, Skipped
 from core.k8s.errors import ApiError
 from core.k8s.fields import InvalidObject
-from injector.decide import SIDECAR_NAME, Inject, Refuse, Skip, decide, wants
+from injector.decide import Inject, Refuse, Skip, decide, wants
+from injector.fixed import SIDECAR_NAME
 from injector.misspelt import misplaced, misspelt
 from policy.admission import parse_object
 from policy.index import Index, IndexSettings
