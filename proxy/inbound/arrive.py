@@ -15,7 +15,7 @@ import trio
 
 from core.runtime.tls import Handshake, HandshakeFailed
 from proxy.discover import PortState
-from proxy.inbound.serve import Authenticated, Inbound
+from proxy.inbound.serve import Inbound, Peer
 from proxy.protocol.detect import HTTP
 from proxy.rescue import Failure
 from proxy.transport.accept import Accepted
@@ -143,7 +143,7 @@ class Arrival:
             self.link.expire_after(inbound.config.handshake_timeout_s)
             self._shake(self._handshake, data)
         else:
-            self._serve(inbound.unauthenticated(sniffed, self._port))
+            self._serve(inbound.peer_without_identity(sniffed, self._port))
 
     def _shake(self, handshake: Handshake, data: bytes) -> None:
         if flight := handshake.step(data):
@@ -152,9 +152,9 @@ class Arrival:
             return
         if self.link.blocked:
             raise HandshakeFailed("protocol", "the peer finished a handshake of which it did not read our part")
-        self._serve(self._arrivals.inbound.authenticated(handshake))
+        self._serve(self._arrivals.inbound.peer_of_handshake(handshake))
 
-    def _serve(self, peer: Authenticated) -> None:
+    def _serve(self, peer: Peer) -> None:
         inbound, port = self._arrivals.inbound, self._port
         if peer.protocol not in HTTP:
             self._start_task(partial(inbound.serve_opaque, peer=peer, port=port))

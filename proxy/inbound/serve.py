@@ -56,8 +56,8 @@ class Heard(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Authenticated:
-    """Who the client is and what it speaks.
+class Peer:
+    """Who the client is, as far as it has proven that, and what it speaks.
 
     reason: why there is no identity, "" with one. data: plaintext that was received already. records: None without our TLS.
     """
@@ -113,7 +113,7 @@ class Inbound:
         self._refuse_loops(accepted)
         return self.discovery.known_port(accepted.dst.port)
 
-    def _session(self, accepted: Accepted, peer: Authenticated, port: PortState) -> Session:
+    def _session(self, accepted: Accepted, peer: Peer, port: PortState) -> Session:
         client = Client(accepted.client.ip, peer.identity.uri if peer.identity else None, peer.reason)
         record = self.recorder.inbound(accepted.client, accepted.dst, client)
         return Session(client.identity, ConnectionAuthorizer(port, client), self._forwarder(accepted), record)
@@ -184,11 +184,11 @@ class Inbound:
             engines = self.engines.with_idle_timeout(config.detect_timeout_s)
             engines.start(link, gate, peer.protocol, peer.data, lambda: None)
 
-    async def _authenticate(self, accepted: Accepted, sniffed: Sniffed, declared: Detected | None) -> Authenticated:
+    async def _authenticate(self, accepted: Accepted, sniffed: Sniffed, declared: Detected | None) -> Peer:
         if self.addressed_to_us(sniffed):
             secured = await self.security.accept(accepted.stream, sniffed.data)
-            return Authenticated(secured.peer, "", _INSIDE[secured.alpn], b"", secured.records)
-        return _unauthenticated(sniffed, declared)
+            return Peer(secured.peer, "", _INSIDE[secured.alpn], b"", secured.records)
+        return _peer_without_identity(sniffed, declared)
 
     def addressed_to_us(self, sniffed: Sniffed) -> bool:
         """TLS is ours to terminate when it names this workload and offers what only sidecars speak; any other is the app's own."""
@@ -197,15 +197,15 @@ class Inbound:
             return False
         return not _BETWEEN_SIDECARS.isdisjoint(hello.alpn)
 
-    def authenticated(self, handshake: Handshake) -> Authenticated:
+    def peer_of_handshake(self, handshake: Handshake) -> Peer:
         """The peer of a handshake that is done."""
-        return Authenticated(handshake.peer, "", _INSIDE[handshake.alpn], b"", records(handshake.connection))
+        return Peer(handshake.peer, "", _INSIDE[handshake.alpn], b"", records(handshake.connection))
 
-    def unauthenticated(self, sniffed: Sniffed, port: PortState) -> Authenticated:
+    def peer_without_identity(self, sniffed: Sniffed, port: PortState) -> Peer:
         """A client whose bytes are not addressed to us as TLS."""
-        return _unauthenticated(sniffed, _declared(port))
+        return _peer_without_identity(sniffed, _declared(port))
 
-    def serve_http(self, accepted: Accepted, link: Link, peer: Authenticated, port: PortState) -> None:
+    def serve_http(self, accepted: Accepted, link: Link, peer: Peer, port: PortState) -> None:
         """Requests of this connection are decided on one by one from now on; the link carries it already."""
         session = self._session(accepted, peer, port)
         record = session.record
@@ -218,7 +218,7 @@ class Inbound:
 
         self.engines.start(link, gate, peer.protocol, peer.data, closed)
 
-    async def serve_opaque(self, accepted: Accepted, peer: Authenticated, port: PortState, to_app: Dialled | None = None) -> None:
+    async def serve_opaque(self, accepted: Accepted, peer: Peer, port: PortState, to_app: Dialled | None = None) -> None:
         """Join the connection with the app; cut it when a later policy takes the permit back."""
         session = self._session(accepted, peer, port)
         authorizer, record = session.authorizer, session.record
@@ -267,10 +267,10 @@ class Inbound:
         raise Failure(Cause.DENIED, decision.reason)
 
 
-def _unauthenticated(sniffed: Sniffed, declared: Detected | None) -> Authenticated:
+def _peer_without_identity(sniffed: Sniffed, declared: Detected | None) -> Peer:
     if sniffed.hello is not None:
-        return Authenticated(None, "tls-not-addressed-to-us", Detected.OPAQUE, sniffed.data, None)
-    return Authenticated(None, "plaintext", _plain_protocol(sniffed, declared), sniffed.data, None)
+        return Peer(None, "tls-not-addressed-to-us", Detected.OPAQUE, sniffed.data, None)
+    return Peer(None, "plaintext", _plain_protocol(sniffed, declared), sniffed.data, None)
 
 
 async def _send_close_notify(accepted: Accepted, records: Records | None) -> None:
