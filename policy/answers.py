@@ -11,7 +11,7 @@ from core.addrs import parse_addr
 from core.runtime import logs
 from policy import wire
 from policy.index import Index
-from policy.match import PATTERNS_MAX, too_many_patterns
+from policy.match import excess
 
 _log = logs.logger("policy")
 
@@ -28,11 +28,11 @@ def encoded_policy(port: int, policy: wire.InboundPolicy) -> bytes:
 def encoded_destination(addr: str, destination: wire.Destination) -> bytes:
     """The line for an address, with as many of the endpoints as a sidecar reads: half of a very large Service still serves.
 
-    Routes cannot be shortened without changing them. If they are too long by themselves, or have more regular expressions than a sidecar
-    takes, nothing is sent to the address.
+    Routes cannot be shortened without changing them. If they are too long by themselves, or cost each request too much, nothing is sent to the
+    address.
     """
-    if too_many_patterns(rule for route in destination.routes for rule in route.rules):
-        _log.error("too many regular expressions, nothing is sent there", service=str(destination.ref), limit=PATTERNS_MAX)
+    if much := excess(rule for route in destination.routes for rule in route.rules):
+        _log.error("too costly routes, nothing is sent there", service=str(destination.ref), reason=much)
         return _refusal(addr, destination)
     line = wire.encode(wire.DestinationState(addr, destination))
     while len(line) > wire.MAX_LINE_BYTES:

@@ -38,9 +38,10 @@ Headers = Sequence[bytes | None]
 Query = Mapping[str, str]
 
 _MAX_HOST_CHARS = 253  # longer ones are no DNS names and match no hostname
-PATTERNS_MAX: Final = 1000
-"""Different regular expressions of one port or Service. Each takes up to 1 ms to compile and 60 KiB, and the sidecar of whoever calls a
-Service pays for what that Service's owner wrote."""
+# Of one port or Service: the sidecar of whoever calls a Service pays for what that Service's owner wrote.
+PATTERNS_MAX: Final = 1000  # different regular expressions: up to 1 ms and 60 KiB each, once
+HEADER_NAMES_MAX: Final = 100  # different ones: for each, a request head of up to 64 KiB is searched
+NAME_SETS_MAX: Final = 1000  # different sets of header and parameter names: 1 us each, for each request
 
 _compiled = lru_cache(maxsize=PATTERNS_MAX)(compile_pattern)  # a Service's endpoints change more often than its routes
 
@@ -236,15 +237,26 @@ class _GrpcLevel:
         return None
 
 
-def too_many_patterns(rules: Iterable[Rule]) -> bool:
-    """Whether these rules have more different regular expressions than `PATTERNS_MAX`."""
-    found: set[str] = set()
+def excess(rules: Iterable[Rule]) -> str:
+    """What these rules have too much of for the sidecars that would have to look at it with each request; "" when they are fine."""
+    patterns: set[str] = set()
+    names: set[str] = set()
+    sets: set[tuple[frozenset[str], frozenset[str]]] = set()
     for rule in rules:
         for match in rule.matches:
-            found.update(_patterns_of(match))
-        if len(found) > PATTERNS_MAX:
-            return True
-    return False
+            patterns.update(_patterns_of(match))
+            query = match.query if isinstance(match, HttpMatch) else ()
+            if match.headers or query:
+                looked_at = frozenset([one.name for one in match.headers])
+                names |= looked_at
+                sets.add((looked_at, frozenset([one.name for one in query])))
+        if len(patterns) > PATTERNS_MAX:
+            return f"more than {PATTERNS_MAX} regular expressions"
+        if len(names) > HEADER_NAMES_MAX:
+            return f"conditions on more than {HEADER_NAMES_MAX} header names"
+        if len(sets) > NAME_SETS_MAX:
+            return f"conditions on more than {NAME_SETS_MAX} sets of names"
+    return ""
 
 
 def _patterns_of(match: HttpMatch | GrpcMatch) -> Iterator[str]:
@@ -261,7 +273,7 @@ def _patterns_of(match: HttpMatch | GrpcMatch) -> Iterator[str]:
 
 
 class RouteTable:
-    """The routes of a port, compiled. Immutable. Raises InvalidPattern (or too many of them) or MixedKinds: do not let anything pass.
+    """The routes of a port, compiled. Immutable. Raises InvalidPattern (also by `excess`) or MixedKinds: do not let anything pass.
 
     header_names: what `find` wants the values of, lower case. query_names: the parameters that some rule looks at. methods: those that
     some rule names. reads_host, reads_method, reads_query: whether some rule looks at those; what is not looked at may be passed empty.
@@ -273,8 +285,8 @@ class RouteTable:
         kinds = {route.kind for route in routes} | {"grpc" if isinstance(match, GrpcMatch) else "http" for match in matches}
         if len(kinds) > 1:
             raise MixedKinds("HTTP and gRPC routes on one port")
-        if too_many_patterns(rule for route in routes for rule in route.rules):
-            raise InvalidPattern(f"more than {PATTERNS_MAX} regular expressions")
+        if much := excess(rule for route in routes for rule in route.rules):
+            raise InvalidPattern(much)
         names: dict[bytes, int] = {}
         levels: dict[str, list[tuple[_Candidate, HttpMatch | GrpcMatch]]] = {}
         order = 0

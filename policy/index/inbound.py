@@ -20,7 +20,7 @@ from policy.gateway import InboundRoute
 from policy.index import options
 from policy.index.settings import ALL_NETWORKS, IndexSettings
 from policy.index.store import Store
-from policy.match import too_many_patterns
+from policy.match import excess
 from policy.model import ACCESS_POLICIES, AuthorizationPolicy, MeshTLSAuthentication, NetworkAuthentication, Server
 
 EVERYWHERE = tuple(wire.Network(cidr) for cidr in ALL_NETWORKS)
@@ -210,7 +210,7 @@ def route_grants(store: Store, server: Server, settings: IndexSettings) -> list[
 
 
 def server_policy(store: Store, server: Server, settings: IndexSettings) -> wire.InboundPolicy | None:
-    """The policy of every port that a Server takes over; None when it is longer than any sidecar reads, or has too many patterns."""
+    """The policy of every port that a Server takes over; None when it is longer than any sidecar reads, or costs each request too much."""
     grants = server_grants(store, server, settings)
     of_server = grants.authorizations
     measure = _Measure(of_server)
@@ -222,7 +222,7 @@ def server_policy(store: Store, server: Server, settings: IndexSettings) -> wire
             routes.append(wire.Route(found.route.ref, found.route.kind, found.route.hostnames, found.route.rules, of_route))
         if measure.left < 0:
             return None
-    if too_many_patterns(rule for route in routes for rule in route.rules):
+    if excess(rule for route in routes for rule in route.rules):
         return None
     return wire.InboundPolicy(server.ref, server.protocol, of_server, tuple(routes))
 

@@ -20,12 +20,12 @@ from policy.gateway import InboundRoute
 from policy.index import inbound, options, routing
 from policy.index.inbound import EVERYWHERE, Granted
 from policy.index.index import Index
-from policy.match import PATTERNS_MAX
+from policy.match import HEADER_NAMES_MAX, NAME_SETS_MAX, PATTERNS_MAX
 from policy.model import AuthorizationPolicy, Server
 
 _TOO_LARGE = (
-    f"its routes and policies are longer than the {wire.MAX_LINE_BYTES >> 20} MiB that a sidecar reads, or have more than {PATTERNS_MAX} "
-    "regular expressions, so everything is denied"
+    f"its routes and policies are longer than the {wire.MAX_LINE_BYTES >> 20} MiB that a sidecar reads, or its routes have more than "
+    f"{PATTERNS_MAX} regular expressions, {HEADER_NAMES_MAX} header names or {NAME_SETS_MAX} sets of names, so everything is denied"
 )
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.refs import Ref
-from policy.match import PATTERNS_MAX, Found, MixedKinds, RouteTable, host_untrusted
+from policy.match import HEADER_NAMES_MAX, NAME_SETS_MAX, PATTERNS_MAX, Found, MixedKinds, RouteTable, host_untrusted
 from policy.patterns import InvalidPattern, compile_pattern
 from policy.wire import GrpcMatch, HttpMatch, PathMatch, Route, Rule, ValueMatch
 
@@ -526,6 +526,26 @@ def test_a_table_takes_a_thousand_different_patterns_and_no_more(made: Callable[
     table(PATTERNS_MAX - 1)  # and `_SAME`
     with pytest.raises(InvalidPattern, match="more than 1000 regular expressions"):
         table(PATTERNS_MAX)
+
+
+def test_a_table_takes_a_hundred_different_header_names_and_no_more() -> None:
+    def table(count: int) -> RouteTable:
+        names = [f"x-{at}" for at in range(count)]
+        matches = [HttpMatch(headers=tuple(ValueMatch("Exact", name, "1") for name in names[at : at + 10])) for at in range(0, count, 10)]
+        return RouteTable([http("r", (*matches, *matches))])
+
+    assert len(table(HEADER_NAMES_MAX).header_names) == HEADER_NAMES_MAX
+    with pytest.raises(InvalidPattern, match="more than 100 header names"):
+        table(HEADER_NAMES_MAX + 10)
+
+
+def test_a_table_takes_a_thousand_different_sets_of_names_and_no_more() -> None:
+    def table(count: int) -> RouteTable:
+        return RouteTable([http("r", tuple(HttpMatch(query=(ValueMatch("Exact", f"q{at}", "1"),)) for at in range(count)))])
+
+    table(NAME_SETS_MAX)
+    with pytest.raises(InvalidPattern, match="more than 1000 sets of names"):
+        table(NAME_SETS_MAX + 1)
 
 
 def test_a_broken_pattern_breaks_the_table_instead_of_never_matching() -> None:
