@@ -104,8 +104,8 @@ class _Grant:
         return identity is not None and (identity in self._identities or identity.startswith(self._prefixes))
 
 
-class _Answers:
-    """What clients with the same bits are told: the memo, and one decision object for each route."""
+class _Decisions:
+    """Those about clients with the same bits: the memo, and one decision object for each route."""
 
     __slots__ = ("bits", "by_route", "memo", "memo_bytes")
 
@@ -152,7 +152,7 @@ class PortAuthorizer:
         self._trust_domain = trust_domain
         self.of_server = self._compiled(policy.authorizations)
         self.of_routes = [self._compiled(route.authorizations) for route in policy.routes]
-        self._answers: dict[int, _Answers] = {}
+        self._decisions: dict[int, _Decisions] = {}
         self._clients: dict[Client, ClientAuthorizer] = {}
         self._authorizers: dict[tuple[int, str | None, str], ClientAuthorizer] = {}
 
@@ -163,8 +163,8 @@ class PortAuthorizer:
             bits = self._bits(client)
             known = self._authorizers.get((bits, client.identity, client.reason))
             if known is None:
-                answers = _bounded(self._answers).setdefault(bits, _Answers(bits))
-                known = ClientAuthorizer(self, answers, client.identity, client.reason)
+                decisions = _bounded(self._decisions).setdefault(bits, _Decisions(bits))
+                known = ClientAuthorizer(self, decisions, client.identity, client.reason)
                 _bounded(self._authorizers)[bits, client.identity, client.reason] = known
             _bounded(self._clients)[client] = known
         return known
@@ -203,7 +203,7 @@ class PortAuthorizer:
         """Whether rules look at the method, the query, the host: what they do not look at is no part of a memo's key."""
         return self._table.reads_method, self._table.reads_query, self._table.reads_host
 
-    def decide(self, answers: _Answers, method: bytes, target: bytes, authority: bytes, headers: Sequence[bytes | None]) -> Decision:
+    def decide(self, decisions: _Decisions, method: bytes, target: bytes, authority: bytes, headers: Sequence[bytes | None]) -> Decision:
         """Decide about a request on a port with routes, without a memo."""
         if self.policy.check_paths:
             if any(value is not None and SEVERAL in value for value in headers):
@@ -218,10 +218,10 @@ class PortAuthorizer:
             return BadTarget(self.policy.server, reason=f"the request target has two readings: {error.reason}")
         if found is None:
             return NoRoute(self.policy.server, reason=f"no rule of the routes of {_name(self.policy.server)} matches the request")
-        known = answers.by_route.get(found.route_index)
+        known = decisions.by_route.get(found.route_index)
         if known is None:
-            known = self.admit(answers.bits, self.of_routes[found.route_index], found.route.ref)
-            answers.by_route[found.route_index] = known
+            known = self.admit(decisions.bits, self.of_routes[found.route_index], found.route.ref)
+            decisions.by_route[found.route_index] = known
         return known
 
     def _find(self, method: bytes, target: bytes, authority: bytes, headers: Sequence[bytes | None]) -> Found | None:
@@ -271,56 +271,56 @@ class ClientAuthorizer:
     """
 
     __slots__ = (
-        "_absence", "_answers", "_constant", "_explained", "_host", "_identity", "_memo", "_method", "_port", "_query", "_server",
-        "respelled",
+        "_absence", "_decisions", "_explained", "_identity", "_memo", "_of_all_requests", "_of_connection", "_port", "_reads_host",
+        "_reads_method", "_reads_query", "respelled",
     )  # fmt: skip
 
-    def __init__(self, port: PortAuthorizer, answers: _Answers, identity: str | None, absence: str) -> None:
+    def __init__(self, port: PortAuthorizer, decisions: _Decisions, identity: str | None, absence: str) -> None:
         self._port = port
         self.respelled = port.respelled
-        self._answers = answers
-        self._memo = answers.memo
+        self._decisions = decisions
+        self._memo = decisions.memo
         self._identity = identity
         self._absence = absence
         self._explained: dict[Denied, Denied] = {}
-        self._method, self._query, self._host = port.shape()
+        self._reads_method, self._reads_query, self._reads_host = port.shape()
         server = port.policy.server
         routes = bool(port.policy.routes)
-        self._constant: Permit | Denied | None = None
+        self._of_all_requests: Permit | Denied | None = None  # None: each is decided on by the routes
         if port.broken:
-            self._constant = Denied(server, reason=_cut(f"the routes of {_name(server)} cannot be evaluated: {port.broken}"))
+            self._of_all_requests = Denied(server, reason=_cut(f"the routes of {_name(server)} cannot be evaluated: {port.broken}"))
         elif not routes:
-            self._constant = self._own(port.admit(answers.bits, port.of_server, None))
-        self._server = self._constant or Denied(
+            self._of_all_requests = self._with_reason(port.admit(decisions.bits, port.of_server, None))
+        self._of_connection = self._of_all_requests or Denied(
             server, reason=f"{_name(server)} has routes, which a connection that is not read as HTTP would bypass"
         )
 
     def connection(self) -> Permit | Denied:
         """May the connection be used as opaque bytes? Never on a port with routes: what is in the bytes could be what routes deny."""
-        return self._server
+        return self._of_connection
 
     def some_request(self) -> bool:
         """May there be a request that passes?"""
-        if self._constant is not None:
-            return isinstance(self._constant, Permit)
-        bits = self._answers.bits
+        if self._of_all_requests is not None:
+            return isinstance(self._of_all_requests, Permit)
+        bits = self._decisions.bits
         return any(bits >> at & 1 for grants in self._port.of_routes for at in grants)
 
     def request(self, method: bytes, target: bytes, authority: bytes, headers: tuple[bytes | None, ...]) -> Decision:
         """May this request pass? target: origin-form as received. headers: of `PortAuthorizer.header_names`, see `joined`."""
-        if self._constant is not None:
-            return self._constant
-        if not self._query and _QUESTION_MARK in target:
+        if self._of_all_requests is not None:
+            return self._of_all_requests
+        if not self._reads_query and _QUESTION_MARK in target:
             target = target[: target.index(b"?")]
-        key = (method if self._method else b"", target, authority if self._host else b"", headers)
+        key = (method if self._reads_method else b"", target, authority if self._reads_host else b"", headers)
         known = self._memo.get(key)
         if known is None:
-            known = self._port.decide(self._answers, method, target, authority, headers)
+            known = self._port.decide(self._decisions, method, target, authority, headers)
             size = len(key[0]) + len(target) + len(key[2]) + sum(len(value) for value in headers if value)
-            self._answers.remember(key, size, known)
-        return self._own(known) if known.__class__ is Denied else known
+            self._decisions.remember(key, size, known)
+        return self._with_reason(known) if known.__class__ is Denied else known
 
-    def _own(self, shared: Permit | Denied) -> Permit | Denied:
+    def _with_reason(self, shared: Permit | Denied) -> Permit | Denied:
         """The decision with its reason. Denials are shared by clients without one, because the reason names the client."""
         if not isinstance(shared, Denied):
             return shared

@@ -531,7 +531,7 @@ def test_the_number_of_remembered_clients_is_bounded() -> None:
     kept = of.for_client(client(EVE))
     for index in range(2500):
         of.for_client(client(f"{CART}{index}", f"10.0.{index % 256}.{index // 256}"))
-    assert max(len(of._clients), len(of._authorizers), len(of._answers)) <= 1024
+    assert max(len(of._clients), len(of._authorizers), len(of._decisions)) <= 1024
     assert isinstance(kept.request(b"GET", b"/admin", b"", ()), Permit)  # a connection keeps what it holds
 
 
