@@ -28,8 +28,8 @@ def encoded_policy(port: int, policy: wire.InboundPolicy) -> bytes:
 def encoded_destination(addr: str, destination: wire.Destination) -> bytes:
     """The line for an address, with as many of the endpoints as a sidecar reads: half of a very large Service still serves.
 
-    Routes cannot be shortened without changing them. If they are too long by themselves, or cost each request too much, nothing is sent to the
-    address.
+    Routes cannot be shortened without changing them. If they are too long by themselves, or cost each request too much, nothing is sent to
+    the address.
     """
     if much := excess(rule for route in destination.routes for rule in route.rules):
         _log.error("too costly routes, nothing is sent there", service=str(destination.ref), reason=much)
