@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lab import PATIENCE_S, Lab, LabPod
+from lab import ACCELERATED, PATIENCE_S, Lab, LabPod
 from second_kernel import PROGRAMS, Guest
 
 from ebpf import probe
+from ebpf.layout import PodFlag
 
 ROOT = Path(__file__).parents[2]
 _AGENT = [
@@ -68,6 +69,12 @@ def guest(pytestconfig: pytest.Config) -> Guest:
 def findings() -> probe.Findings:
     """What the agent would find out about this kernel."""
     return probe.find(seconds=4 * PATIENCE_S)
+
+
+@pytest.fixture(scope="session")
+def accelerated(findings: probe.Findings) -> PodFlag:
+    """What the agent would give a pod on this kernel."""
+    return ACCELERATED | (PodFlag.ONE_WAY if findings.to_app else PodFlag(0))
 
 
 @pytest.fixture(scope="session")

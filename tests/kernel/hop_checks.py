@@ -1,8 +1,8 @@
 """What two ends of one connection must see, whatever carries their bytes: each check is run by plain TCP and by the accelerated hop.
 
 A check runs inside a pod, as the app: ``Hop.pair`` connects to an address that nobody has and accepts at the sidecar's port, so that the
-first socket is captured. Blocking reads retry on BlockingIOError: a FIN's acknowledgement, room for a writer or a reset wakes a reader of an
-accelerated socket for nothing (docs/ebpf.md). Checks raise AssertionError.
+first socket is captured. Blocking reads retry on BlockingIOError: a FIN's acknowledgement, room for a writer or a reset may wake a reader
+of an accelerated socket for nothing (docs/ebpf.md). Checks raise AssertionError.
 """
 
 from __future__ import annotations

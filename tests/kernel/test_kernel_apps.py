@@ -22,7 +22,6 @@ from lab import ACCELERATED, CAPTURED, PATIENCE_S, SCALE, SIDECAR_UID, TARGET, F
 from relay_sidecar import relay
 
 from ebpf.layout import Counter, PodFlag, PortKind
-from ebpf.probe import Findings
 
 pytestmark = pytest.mark.kernel
 
@@ -35,9 +34,9 @@ LEVELS = [
 
 
 @pytest.fixture(params=LEVELS)
-def meshed(pod: LabPod, request: pytest.FixtureRequest) -> Iterator[LabPod]:
+def meshed(pod: LabPod, request: pytest.FixtureRequest, accelerated: PodFlag) -> Iterator[LabPod]:
     """A pod with a sidecar; at the end, what it moved past TCP is what the level says."""
-    pod.attach(request.param)
+    pod.attach(request.param | accelerated if request.param & PodFlag.ACCELERATE else request.param)
     pod.start(relay, uid=SIDECAR_UID).result()
     yield pod
     counts = pod.counts()
@@ -104,9 +103,9 @@ def _put(name: str, body: bytes, tell: Callable[..., None]) -> None:
 
 @pytest.mark.needs("nginx")
 @pytest.mark.parametrize("listen", ["", "deferred"])
-def test_nginx_takes_a_body_that_waits_for_it(pod: LabPod, site: Path, findings: Findings, listen: str) -> None:
+def test_nginx_takes_a_body_that_waits_for_it(pod: LabPod, site: Path, accelerated: PodFlag, listen: str) -> None:
     """It believes FIONREAD after each full buffer, and no edge comes for what was there before. deferred: the first bytes go by TCP."""
-    pod.attach(ACCELERATED | (PodFlag.ONE_WAY if findings.to_app else PodFlag(0)))
+    pod.attach(accelerated)
     site.chmod(0o777)
     server = _nginx(pod, site, listen)
     os.kill(server.pid, signal.SIGSTOP)
@@ -119,7 +118,7 @@ def test_nginx_takes_a_body_that_waits_for_it(pod: LabPod, site: Path, findings:
     assert (site / pod.name).read_bytes() == body
     counts = pod.counts()
     assert counts[Counter.PAIRED] == 1, counts
-    assert counts[Counter.ACCELERATED] == (0 if listen and not findings.to_app else 1), counts
+    assert counts[Counter.ACCELERATED] == (0 if listen and not accelerated & PodFlag.ONE_WAY else 1), counts
 
 
 @pytest.mark.needs("haproxy", "nginx", "curl")

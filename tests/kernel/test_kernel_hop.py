@@ -11,7 +11,6 @@ import pytest
 from lab import ACCELERATED, CAPTURED, Failed, Lab, LabPod, rounds, sysctl
 
 from ebpf.layout import Counter, PodFlag
-from ebpf.probe import Findings
 from proxy.transport.pace import unread_by_app
 
 pytestmark = pytest.mark.kernel
@@ -64,14 +63,13 @@ def test_what_the_app_reads_by_tcp_and_what_it_sends_past_it(pod: LabPod, name: 
     assert (counts[Counter.MESSAGES] > 0) == (name != "unread_receiver_to_app"), counts
 
 
-def test_who_believes_fionread_gets_all_on_the_way_that_the_probe_chose(lab: Lab, findings: Findings) -> None:
+def test_who_believes_fionread_gets_all_on_the_way_that_the_probe_chose(lab: Lab, accelerated: PodFlag) -> None:
     """It tells of TCP's bytes alone or of the redirected alone, as old as the kernel is, and so there is one right way for each."""
     chosen, other = lab.pod(), lab.pod()
-    both, one = ACCELERATED, ACCELERATED | PodFlag.ONE_WAY
-    _hop(chosen, NEEDS_FIONREAD, one if findings.to_app else both)
+    _hop(chosen, NEEDS_FIONREAD, accelerated)
     assert chosen.counts()[Counter.ACCELERATED] > 0
     with pytest.raises(Failed, match="no event for the last"):
-        _hop(other, NEEDS_FIONREAD, both if findings.to_app else one)
+        _hop(other, NEEDS_FIONREAD, accelerated ^ PodFlag.ONE_WAY)
 
 
 def _each_way() -> None:
