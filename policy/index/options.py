@@ -19,6 +19,9 @@ STATUS = "pillion.dev/status"
 INJECTED = "injected"
 
 _ENTRIES_MAX = 1000
+_CHARS_MAX = 16 * 1024  # so many entries, each a range of five digits
+_USUAL_CHARS = 256
+_WRONG_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,18 @@ class PortList:
         return name in self.names or any(entry.container_port == port and entry.name in self.names for entry in declared)
 
 
-@lru_cache(maxsize=4096)
 def read_port_list(text: str) -> PortList:
-    """Numbers, ranges and port names separated by commas; spaces do not matter."""
+    """Numbers, ranges and port names separated by commas; spaces do not matter. A text beyond all reason is wrong as a whole.
+
+    Remembered, because it is asked for with each endpoint. Somebody may write a quarter of a megabyte, and another one every second, so it
+    is few long texts that are.
+    """
+    if len(text) <= _USUAL_CHARS:
+        return _usual(text)
+    return _long(text) if len(text) <= _CHARS_MAX else PortList(wrong=(text[:80],))
+
+
+def _read(text: str) -> PortList:
     ranges: list[tuple[int, int]] = []
     names: set[str] = set()
     wrong: list[str] = []
@@ -52,9 +64,13 @@ def read_port_list(text: str) -> PortList:
             ranges.append((int(first), int(last or first)))
         elif len(entry) <= 63 and entry.replace("-", "").isalnum() and entry.isascii() and not entry.replace("-", "").isdigit():
             names.add(entry)
-        else:
+        elif len(wrong) < _WRONG_SHOWN:
             wrong.append(entry[:80])
     return PortList(tuple(ranges), frozenset(names), tuple(wrong))
+
+
+_usual = lru_cache(maxsize=4096)(_read)
+_long = lru_cache(maxsize=64)(_read)
 
 
 def _is_port(text: str) -> bool:

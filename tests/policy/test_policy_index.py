@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import policy_lab as lab
@@ -9,6 +11,7 @@ from policy_lab import CART_IP, CART_POD, CART_VIP, indexed, parsed
 from core.refs import Ref, default_ref
 from policy import wire
 from policy.index import Index, IndexSettings, IpKey, Key, PodKey
+from policy.index.options import read_port_list
 from policy.index.report import authz, explain, problems
 
 EVERYWHERE = (wire.Network("0.0.0.0/0"), wire.Network("::/0"))
@@ -342,6 +345,19 @@ def test_a_server_with_more_regular_expressions_than_a_sidecar_takes_denies_ever
     index.apply(parsed(lab.route("web20")))
     assert len(policy_of(index).routes) == 21
     assert reasons(index) == []
+
+
+def test_a_port_list_beyond_all_reason_is_wrong_as_a_whole() -> None:
+    listed = ",".join(["8080"] * 5000)
+    assert policy_of(indexed(lab.pod(opaque_ports=listed))).protocol == "detect"
+    assert reasons(indexed(lab.pod(opaque_ports=listed))) == [("cart-0", "invalid-annotation")]
+    assert read_port_list(",".join(["60000-60010"] * 1000)).holds(60005), "as many as are read are not too long"
+
+
+def test_annotations_that_change_all_the_time_are_not_remembered_for_ever() -> None:
+    lists = [weakref.ref(read_port_list(f"{number}," + "x" * 10_000)) for number in range(500)]
+    gc.collect()
+    assert sum(found() is not None for found in lists) <= 64
 
 
 # --- destinations ------------------------------------------------------------------------------------------------------
