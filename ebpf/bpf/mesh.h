@@ -33,9 +33,9 @@
  *            TCP, and one that is faster than its reader never lets 4 MB of send buffer drain: one message past the limit, and all that
  *            follow go by TCP. With a small one the writer is stopped, and started again by a reader that is nearly through. Not the receive
  *            buffer: with room for one or two segments of loopback (64 KB each) some are dropped, and come again after up to 200 ms.
- *   one:     what an app reads comes all by the queue or all by TCP. An app that waits for edges may take a short read, or what FIONREAD says,
- *            for the end of what is there; FIONREAD tells of one of the two alone, and bytes in the other would wait for an edge that has
- *            passed. The sidecar reads until there is nothing, so this is kept towards the app only, in three places:
+ *   one:     what an app reads comes all by the queue or all by TCP. An app that waits for edges may take a short read, or what FIONREAD
+ *            says, for the end of what is there; FIONREAD tells of one of the two alone, and bytes in the other would wait for an edge that
+ *            has passed. The sidecar reads until there is nothing, so this is kept towards the app only, in three places:
  *     pace:    nothing follows the queue by TCP. The sidecar asks how much is unread (sockopt.bpf.c) and stays below QUEUE_LIMIT by itself
  *              (proxy/transport/pace.py); the limit is for relays that do not ask.
  *     front:   nothing goes before it. When the sidecar wrote before the app's socket was made (TCP_DEFER_ACCEPT, a full backlog, data in

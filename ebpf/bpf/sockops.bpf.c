@@ -76,8 +76,10 @@ static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *
   flow->settled = me.isns.server;
   flow->peer_socket = pair->sockets[0];
   /* what the accepting end sends goes the other way: to the app when the app connected */
-  flow->flags = FLOW_ACCEPTED | (pair->flags & FLOW_TO_APP ? FLOW_RESUME : FLOW_TO_APP | (pair->flags & FLOW_BACK_RESUME ? FLOW_RESUME : 0));
-  if (!(pair->flags & FLOW_ACCELERATE) || (SHORTENED(pair->flags) && pair->flags & FLOW_TO_APP && has_begun(pair->sockets[0], me.isns.client))) {
+  int by_app = pair->flags & FLOW_TO_APP;
+  flow->flags = FLOW_ACCEPTED | (by_app ? FLOW_RESUME : FLOW_TO_APP | (pair->flags & FLOW_BACK_RESUME ? FLOW_RESUME : 0));
+  int in_front = by_app && SHORTENED(pair->flags) && has_begun(pair->sockets[0], me.isns.client);
+  if (!(pair->flags & FLOW_ACCELERATE) || in_front) {
     pairs.delete(&me.isns); /* the other end finds no peer, and stays on TCP */
     return;
   }
