@@ -109,7 +109,7 @@ class Sidecar:
         toolkit = Toolkit(dialer, self.relay, nursery, self.http1_pool, self.http2_pool, deadlines, clock)
         self.outbound = Outbound(config, self.discovery, toolkit, self.live, self.recorder, engines)
         self.proof = CaptureProof(config.outbound_listen.port)
-        self.intake = Intake(config, self.inbound, self.outbound, self.proof, self.recorder, most_files(), _report_crash)
+        self.intake = Intake(self.inbound, self.outbound, self.proof, most_files(), _report_crash)
         self.metrics.add_source(self._samples)
 
     def _samples(self) -> Iterator[Sample]:

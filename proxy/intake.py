@@ -13,16 +13,12 @@ import trio
 
 from core.runtime.tls import HandshakeFailed
 from proxy.capture_proof import CaptureProof
-from proxy.config import Config
 from proxy.inbound.arrive import Arrivals
 from proxy.inbound.serve import Inbound
-from proxy.live import Live
 from proxy.outbound.serve import Outbound
 from proxy.rescue import Cause, Failure, effect
 from proxy.telemetry.metrics import Direction
-from proxy.telemetry.record import Recorder
 from proxy.transport.accept import Accepted
-from proxy.transport.relay import Relay
 
 _OWN_FILES = 256  # descriptors kept free of connections: without one for the admin port, probes fail and the pod is taken for dead
 
@@ -34,26 +30,19 @@ class Intake:
     """
 
     def __init__(
-        self,
-        config: Config,
-        inbound: Inbound,
-        outbound: Outbound,
-        proof: CaptureProof,
-        recorder: Recorder,
-        files: int,
-        crashed: Callable[[BaseException], None],
+        self, inbound: Inbound, outbound: Outbound, proof: CaptureProof, files: int, crashed: Callable[[BaseException], None]
     ) -> None:
-        self._config = config
         self._inbound = inbound
         self._outbound = outbound
         self._proof = proof
-        self._recorder = recorder
         self._crashed = crashed
-        self._relay: Relay = inbound.relay
-        self._live: Live = inbound.live
-        self._nursery: trio.Nursery = inbound.nursery
+        self._config = inbound.config
+        self._live = inbound.live
+        self._nursery = inbound.nursery
+        self._recorder = inbound.recorder
+        self._relay = inbound.relay
         self.arrivals = Arrivals(inbound, partial(self._start_task, "inbound"), partial(self._settle, "inbound"))
-        self._most_sockets = min(2 * config.max_connections, max(files - _OWN_FILES, files // 2))
+        self._most_sockets = min(2 * inbound.config.max_connections, max(files - _OWN_FILES, files // 2))
 
     def admit_outbound(self) -> bool:
         """Whether one more connection of the app may be accepted."""
