@@ -34,7 +34,7 @@ def encoded_destination(addr: str, destination: wire.Destination) -> bytes:
     if much := excess(rule for route in destination.routes for rule in route.rules):
         _log.error("too costly routes, nothing is sent there", service=str(destination.ref), reason=much)
         return _refusal(addr, destination)
-    line = wire.encode(wire.DestinationState(addr, destination))
+    line = wire.encode(wire.AddressDestination(addr, destination))
     while len(line) > wire.MAX_LINE_BYTES:
         shorter = _with_half_of_the_endpoints(destination)
         service, before, kept = str(destination.ref), _count(destination), _count(shorter)
@@ -43,12 +43,12 @@ def encoded_destination(addr: str, destination: wire.Destination) -> bytes:
             return _refusal(addr, destination)
         _log.warning("too many endpoints, some are left out", service=service, kept=kept, of=before)
         destination = shorter
-        line = wire.encode(wire.DestinationState(addr, destination))
+        line = wire.encode(wire.AddressDestination(addr, destination))
     return line
 
 
 def _refusal(addr: str, destination: wire.Destination) -> bytes:
-    return wire.encode(wire.DestinationState(addr, wire.Destination(destination.kind, destination.ref, destination.protocol)))
+    return wire.encode(wire.AddressDestination(addr, wire.Destination(destination.kind, destination.ref, destination.protocol)))
 
 
 def _with_half_of_the_endpoints(destination: wire.Destination) -> wire.Destination:

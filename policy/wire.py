@@ -285,7 +285,7 @@ class PortPolicy(msgspec.Struct, frozen=True, tag="port-policy"):
     policy: InboundPolicy
 
 
-class DestinationState(msgspec.Struct, frozen=True, tag="destination"):
+class AddressDestination(msgspec.Struct, frozen=True, tag="destination"):
     """What stands behind a watched address, whole."""
 
     addr: str
@@ -298,7 +298,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     reason: str
 
 
-ToSidecar = PortPolicy | DestinationState | Refused
+ToSidecar = PortPolicy | AddressDestination | Refused
 
 MAX_LINE_BYTES = 4 << 20  # a destination with some 10,000 endpoints is about 1.5 MiB
 

@@ -29,7 +29,7 @@ def said(destination: wire.Destination) -> wire.Destination:
     line = encoded_destination("10.96.0.1:80", destination)
     assert len(line) <= wire.MAX_LINE_BYTES
     found = wire.decode_to_sidecar_untrusted(line)
-    assert isinstance(found, wire.DestinationState)
+    assert isinstance(found, wire.AddressDestination)
     return found.destination
 
 

@@ -109,7 +109,7 @@ async def test_later_wishes_are_said_and_a_forgotten_cell_changes_no_more() -> N
         assert await far.hear() == wire.ForgetDestination(ADDR)
         new = client.watch_destination(ADDR)
         assert await far.hear() == wire.WatchDestination(ADDR)
-        await far.say(wire.DestinationState(ADDR, wire.Destination("external", None, "detect")))
+        await far.say(wire.AddressDestination(ADDR, wire.Destination("external", None, "detect")))
         assert (await new.wait_for(bool), old.value) == (wire.Destination("external", None, "detect"), None)
 
 
@@ -191,7 +191,7 @@ async def test_a_message_that_its_reader_cannot_use_ends_nothing() -> None:
         destination, port = client.watch_destination(ADDR), client.watch_port(80)
         destination.subscribe(lambda value: value and value.routes[0])  # there is none
         far = await controllers.accept()
-        await far.say(wire.DestinationState(ADDR, wire.Destination("external", None, "detect")))
+        await far.say(wire.AddressDestination(ADDR, wire.Destination("external", None, "detect")))
         await far.say(wire.PortPolicy(80, policy("a")))
         assert await port.wait_for(bool) == policy("a")
         assert len(controllers.dialled) == 1

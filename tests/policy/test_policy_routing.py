@@ -62,7 +62,7 @@ def test_rules_lead_to_backends_with_weights_and_identities() -> None:
     assert found.backends[0].endpoints[0].identity == "spiffe://cluster.local/ns/shop/sa/cart"
     ((action,),) = [one.actions for one in found.routes]
     assert [(share.backend, share.weight) for share in action.shares] == [(0, 70), (1, 30)]
-    assert wire.decode_to_sidecar_untrusted(wire.encode(wire.DestinationState(ADDR, found))) == wire.DestinationState(ADDR, found)
+    assert wire.decode_to_sidecar_untrusted(wire.encode(wire.AddressDestination(ADDR, found))) == wire.AddressDestination(ADDR, found)
 
 
 def test_a_backend_that_does_not_exist_keeps_its_share_and_one_of_weight_0_does_no_harm() -> None:

@@ -84,11 +84,11 @@ async def test_a_watched_port_and_destination_are_answered_whole_and_again_when_
         peer = connect()
         await peer.say(HELLO, wire.WatchPort(8080), wire.WatchDestination("10.96.0.1:80"))
         assert await peer.hear() == wire.PortPolicy(8080, index.inbound_policy("shop", "cart-0", 8080))
-        assert await peer.hear() == wire.DestinationState("10.96.0.1:80", index.destination("10.96.0.1:80"))
+        assert await peer.hear() == wire.AddressDestination("10.96.0.1:80", index.destination("10.96.0.1:80"))
         server.changed(index.apply(parsed(lab.server())))
         assert await peer.hear() == wire.PortPolicy(8080, index.inbound_policy("shop", "cart-0", 8080))
         server.changed(index.apply(parsed(lab.endpoints())))
-        assert await peer.hear() == wire.DestinationState("10.96.0.1:80", index.destination("10.96.0.1:80"))
+        assert await peer.hear() == wire.AddressDestination("10.96.0.1:80", index.destination("10.96.0.1:80"))
         assert await peer.is_quiet()
 
 
@@ -114,9 +114,9 @@ async def test_forgetting_ends_a_subscription_and_watching_again_answers_again()
         server.changed(index.apply(parsed(lab.endpoints())))
         assert await peer.is_quiet()
         await peer.say(wire.WatchDestination(addr))
-        assert await peer.hear() == wire.DestinationState(addr, index.destination(addr))
+        assert await peer.hear() == wire.AddressDestination(addr, index.destination(addr))
         await peer.say(wire.WatchDestination(addr))
-        assert await peer.hear() == wire.DestinationState(addr, index.destination(addr))
+        assert await peer.hear() == wire.AddressDestination(addr, index.destination(addr))
 
 
 @pytest.mark.parametrize(
@@ -267,8 +267,8 @@ async def test_a_slow_reader_costs_one_entry_per_subscription_and_then_sees_the_
         (subscriber,) = next(iter(server._subscriptions._by_pod.values()))
         assert list(subscriber.due) == ["10.96.0.1:80"]
         gate.set()
-        assert isinstance(await peer.hear(), wire.DestinationState)
-        assert await peer.hear() == wire.DestinationState("10.96.0.1:80", index.destination("10.96.0.1:80"))
+        assert isinstance(await peer.hear(), wire.AddressDestination)
+        assert await peer.hear() == wire.AddressDestination("10.96.0.1:80", index.destination("10.96.0.1:80"))
         assert await peer.is_quiet()
         nursery.cancel_scope.cancel()
 
@@ -373,7 +373,7 @@ def test_what_no_sidecar_would_read_is_shortened_or_denied(monkeypatch: pytest.M
     assert wire.decode_to_sidecar_untrusted(encoded_policy(8080, policy)) == wire.PortPolicy(8080, policy)
     monkeypatch.setattr(wire, "MAX_LINE_BYTES", 1000)
     short = wire.decode_to_sidecar_untrusted(encoded_destination("10.96.0.1:80", destination))
-    assert isinstance(short, wire.DestinationState) and 0 < len(short.destination.endpoints) < 64
+    assert isinstance(short, wire.AddressDestination) and 0 < len(short.destination.endpoints) < 64
     monkeypatch.setattr(wire, "MAX_LINE_BYTES", 300)
     denied = wire.decode_to_sidecar_untrusted(encoded_policy(8080, policy))
     assert isinstance(denied, wire.PortPolicy) and (denied.policy.server, denied.policy.authorizations) == (policy.server, ())
