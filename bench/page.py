@@ -108,7 +108,7 @@ def _where(facts: Facts) -> str:
     quick = " **A quick run: the figures mean little.**" if facts.quick else ""
     return (
         f"Commit {facts.commit}, {day}, {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
-        f"Linux {machine['kernel']}, "
+        f"Linux {machine['kernel']}, TCP {machine['congestion_control']}, "
         f"Python {machine['python']} ({machine['python_build']}); {versions}. {facts.rounds} interleaved rounds of {facts.seconds:g} s, "
         f"{facts.took_s / 60:.0f} minutes in all; {facts.pinning}.{quick}"
     )

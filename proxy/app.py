@@ -22,6 +22,7 @@ from core.runtime.drain import Drain, drain_on_signals
 from core.runtime.listen import listen, trio_listener
 from core.runtime.process import most_files, read_process
 from core.runtime.secrecy import keep_memory_private
+from core.runtime.sockets import tune_within_pod
 from core.runtime.watch import Cell
 from identity.client import IdentitySettings, keep_certified
 from policy.client import PolicyClient
@@ -177,6 +178,7 @@ def accept_both(sidecar: Sidecar) -> tuple[Listener, Listener]:
     """Accept on both ports from now on, until both listeners are aborted; raises CannotListen."""
     config = sidecar.config
     inbound, outbound = listen(config.inbound_listen), listen(config.outbound_listen)
+    tune_within_pod(outbound)
     listeners = (
         accepting(sidecar.relay, inbound, sidecar.intake.take_inbound, sidecar.intake.admit_inbound),
         accepting(sidecar.relay, outbound, sidecar.intake.take_outbound, sidecar.intake.admit_outbound),

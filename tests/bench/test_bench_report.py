@@ -16,7 +16,15 @@ from bench.page import TITLES, performance_page
 from bench.targets import TARGETS, Target, judge
 
 FACTS = Facts(
-    machine={"cpu": "a <fast> cpu", "cores": "2", "memory_gib": "4", "kernel": "6.1", "python": "3.11.2", "python_build": "PGO+LTO"},
+    machine={
+        "cpu": "a <fast> cpu",
+        "cores": "2",
+        "memory_gib": "4",
+        "kernel": "6.1",
+        "congestion_control": "cubic",
+        "python": "3.11.2",
+        "python_build": "PGO+LTO",
+    },
     versions={"envoy": "1.40.0", "haproxy": "2.6.12"},
     commit="abc",
     pinning="nothing is pinned",

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from core.addrs import Addr
-from core.runtime.sockets import Connecting, tune
+from core.runtime.sockets import Connecting, tune, tune_within_pod
 from tests.ports import unused_port
 
 
@@ -68,3 +68,9 @@ async def test_an_accepted_connection_has_the_listeners_options(listener):
             3,
         )
         assert option(accepted, socket.TCP_USER_TIMEOUT) == 30_000
+
+
+async def test_a_connection_within_the_pod_is_not_paced_whatever_the_node_uses(listener):
+    tune_within_pod(listener)
+    with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import NamedTuple
@@ -52,6 +53,18 @@ async def accepting(sidecar: Sidecar) -> AsyncIterator[Ending]:
         nursery.start_soon(ending.run, sidecar, accept_both(sidecar))
         yield ending
         nursery.cancel_scope.cancel()
+
+
+def congestion_control(sock: socket.socket) -> bytes:
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+
+
+async def test_only_what_stays_in_the_pod_is_sent_without_the_nodes_congestion_control():
+    with socket.socket() as made_by_nobody:
+        of_the_node = congestion_control(made_by_nobody)
+    async with mesh(H11App(Slow()), **_free_ports()) as made:
+        inbound, outbound = accept_both(made.client)
+        assert (congestion_control(inbound.sock), congestion_control(outbound.sock)) == (of_the_node, b"reno")
 
 
 class Slow:
