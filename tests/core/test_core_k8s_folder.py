@@ -95,7 +95,8 @@ def test_a_refused_version_leaves_the_last_good_one_in_force_and_says_where(tmp_
     _write(tmp_path, "a.yaml", broken, _account("b", y="2"))
     assert _told(source.look()) == ["+b2"]
     assert [str(found) for found in source.refusals] == [
-        'a.yaml (serviceaccount default/a): metadata.labels[...]: expected str in quotes, found {"x": 1}; the last good version stays in force'
+        'a.yaml (serviceaccount default/a): metadata.labels[...]: expected str in quotes, found {"x": 1};'
+        " the last good version stays in force"
     ]
     assert source.look() == []
     _write(tmp_path, "a.yaml", _account("a", x="3"), _account("b", y="2"))
