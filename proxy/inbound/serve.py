@@ -94,7 +94,9 @@ class Inbound:
         except Failure as failure:
             await self._refuse(accepted, failure.cause)
             raise
-        heard = (None if silent else await self._sniff(accepted, received)) or await self._break_silence(accepted, port)
+        heard = None if silent else await self._sniff(accepted, received)
+        if heard is None:
+            heard = await self._break_silence(accepted, port)
         try:
             peer = await self._authenticate(accepted, heard.sniffed, _declared(port))
         except BaseException:
@@ -163,6 +165,7 @@ class Inbound:
         return Forwarder(self.relay, self.dialer, accepted.dst, accepted.client, self.engines.http2)
 
     async def _wait_for_client(self, accepted: Accepted, patience_s: float, otherwise: Sniffed | None = None) -> Sniffed:
+        """The first bytes of a client that was silent so far; ``otherwise``, or Failure(HEAD_TIMEOUT) without it, when it stays silent."""
         with trio.move_on_after(patience_s) as scope, self.live.silent():
             await trio.lowlevel.wait_readable(accepted.stream.sock)
         if not scope.cancelled_caught:
