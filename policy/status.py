@@ -17,7 +17,7 @@ from policy.forwarding import Forwarding, ServiceParent
 from policy.gateway import InboundRoute
 from policy.index import Index, inbound
 from policy.index.report import Problem
-from policy.index.routing import means, rivals, unresolved
+from policy.index.routing import displacing, means, unresolved
 from policy.model import GATEWAY_GROUP, GROUP, AuthorizationPolicy
 
 CONTROLLER = "pillion.dev/policy-controller"
@@ -114,13 +114,14 @@ def _server_parent(index: Index, ref: Ref, parent: Raw, refused: str) -> list[Ve
         return [Verdict("Accepted", False, "NoMatchingParent", f"there is no Server {name} in namespace {namespace}")]
     if refused:
         return [Verdict("Accepted", False, "UnsupportedValue", refused)]
-    found = next((found for found in inbound.route_grants(index.store, server, index.settings) if found.route.ref == ref), None)
-    if found is None:
+    route = index.store.routes.get(namespace, {}).get(ref)
+    if route is None or name not in route.servers:
         return [Verdict("Accepted", False, "Pending", "not read yet")]
-    if found.conflict:
-        return [Verdict("Accepted", False, "Conflicted", found.conflict)]
-    if found.route.unsupported:
-        return [Verdict("Accepted", False, "UnsupportedValue", f"{found.route.unsupported}; the route lets nobody in")]
+    conflict = inbound.conflict(index.store, server, route)
+    if conflict:
+        return [Verdict("Accepted", False, "Conflicted", conflict)]
+    if route.unsupported:
+        return [Verdict("Accepted", False, "UnsupportedValue", f"{route.unsupported}; the route lets nobody in")]
     return [Verdict("Accepted", True, "Accepted"), Verdict("ResolvedRefs", True, "ResolvedRefs")]
 
 
@@ -142,9 +143,9 @@ def _service_parent(index: Index, ref: Ref, parent: Raw, refused: str) -> list[V
         return [Verdict("Accepted", False, "Pending", "not read yet")]
     if route.forwarding.unsupported:
         return [Verdict("Accepted", False, "UnsupportedValue", f"{route.forwarding.unsupported}; the route is not applied")]
-    winners = [winner for port in ports for winner in rivals(index.store, service, port, ref.namespace) if winner.kind == "grpc"]
-    if route.kind == "http" and winners:
-        message = f"{winners[0].ref} has the same parent, and a GRPCRoute takes precedence"
+    winner = displacing(index.store, service, ports, ref.namespace) if route.kind == "http" else None
+    if winner is not None:
+        message = f"{winner.ref} has the same parent, and a GRPCRoute takes precedence"
         return [Verdict("Accepted", False, "Conflicted", message)]
     return [Verdict("Accepted", True, "Accepted"), _resolved(index, route.forwarding)]
 

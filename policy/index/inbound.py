@@ -192,20 +192,32 @@ class RouteGrants(NamedTuple):
         return effective(self.own) + (() if self.narrowed else of_server)
 
 
+def conflict(store: Store, server: Server, route: InboundRoute) -> str:
+    """Why a route that names the Server as parent is not attached, "" when it is: beside a GRPCRoute no HTTPRoute is (Gateway API)."""
+    if route.kind == "grpc":
+        return ""
+    routes = store.routes.get(server.metadata.namespace, {}).values()
+    rivals = [rival for rival in routes if rival.kind == "grpc" and server.metadata.name in rival.servers]
+    if not rivals:
+        return ""
+    oldest = min(rivals, key=lambda rival: rival.metadata.age_key)
+    return f"{oldest.ref} has the same parent, and a GRPCRoute takes precedence"
+
+
 def route_grants(store: Store, server: Server, settings: IndexSettings) -> list[RouteGrants]:
-    """Routes that name the Server as parent, oldest first; beside a GRPCRoute no HTTPRoute is attached (Gateway API's precedence)."""
+    """Routes that name the Server as parent, oldest first."""
     namespace = server.metadata.namespace
     routes = [route for route in store.routes.get(namespace, {}).values() if server.metadata.name in route.servers]
     routes.sort(key=lambda route: route.metadata.age_key)
-    grpc = next((route.ref for route in routes if route.kind == "grpc"), None)
     policies: dict[Ref, list[AuthorizationPolicy]] = {}
     for policy in store.policies.get(namespace, {}).values():
         policies.setdefault(policy.target, []).append(policy)
+    of_http = next((conflict(store, server, route) for route in routes if route.kind == "http"), "")  # the same for all of them
     found = []
     for route in routes:
         own = _granted(store, policies.get(route.ref, ()), settings)
-        conflict = f"{grpc} has the same parent, and a GRPCRoute takes precedence" if grpc and route.kind == "http" else ""
-        found.append(RouteGrants(route, own, any(not granted.policy.inherit for granted in own), conflict))
+        narrowed = any(not granted.policy.inherit for granted in own)
+        found.append(RouteGrants(route, own, narrowed, of_http if route.kind == "http" else ""))
     return found
 
 

@@ -8,7 +8,7 @@ is answered with an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from core.k8s.objects import Service, ServicePort
 from core.refs import Ref
@@ -35,6 +35,29 @@ def rivals(store: Store, service: Service, port: ServicePort, namespace: str) ->
         if route.metadata.namespace == namespace and _acts(route.forwarding, service, port)
     ]
     return sorted(found, key=lambda route: route.metadata.age_key)
+
+
+def displacing(store: Store, service: Service, ports: Sequence[ServicePort], namespace: str) -> InboundRoute | None:
+    """The oldest GRPCRoute of one namespace that acts on some of these ports, so that HTTPRoutes do not.
+
+    Takes as long as there are routes and ports, not as the product of both: a Service may have thousands.
+    """
+    numbers, names, both = ({port.port for port in ports}, {port.name for port in ports}, {(port.port, port.name) for port in ports})
+
+    def meant(parent: ServiceParent) -> bool:
+        if (parent.namespace, parent.name) != (service.metadata.namespace, service.metadata.name):
+            return False
+        if parent.port is None:
+            return parent.section is None or parent.section in names
+        return parent.port in numbers if parent.section is None else (parent.port, parent.section) in both
+
+    found = (
+        route
+        for route in store.routes_by_service.get((service.metadata.namespace, service.metadata.name), {}).values()
+        if route.kind == "grpc" and route.metadata.namespace == namespace
+        if route.forwarding is not None and not route.forwarding.unsupported and any(map(meant, route.forwarding.parents))
+    )
+    return min(found, key=lambda route: route.metadata.age_key, default=None)
 
 
 def _acts(forwarding: Forwarding | None, service: Service, port: ServicePort) -> bool:

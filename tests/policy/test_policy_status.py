@@ -8,8 +8,11 @@ import policy_lab as lab
 import pytest
 from policy_lab import indexed, parsed
 
+from core.k8s.objects import Service, ServicePort
+from policy.forwarding import ServiceParent
 from policy.index import Index
 from policy.index.report import Problem
+from policy.index.routing import means
 from policy.status import CONTROLLER, read_stored, wanted
 
 NOW = "2026-02-02T02:02:02Z"
@@ -108,6 +111,45 @@ def test_an_http_route_of_a_service_with_a_grpc_route_is_conflicted() -> None:
     index = indexed(lab.service(), route, winner)
     assert spoken(index, route) == [("Accepted", "False", "Conflicted")]
     assert spoken(index, winner)[0] == ("Accepted", "True", "Accepted")
+
+
+@pytest.mark.parametrize(
+    ("of_winner", "conflicted"),
+    [
+        ({}, True),
+        ({"port": 80}, True),
+        ({"sectionName": "web"}, True),
+        ({"port": 80, "sectionName": "web"}, True),
+        ({"port": 81}, False),
+        ({"sectionName": "more"}, False),
+        ({"port": 80, "sectionName": "more"}, False),
+        ({"name": "other"}, False),
+    ],
+)
+def test_only_a_grpc_route_of_the_same_port_displaces_an_http_route(of_winner: dict[str, Any], conflicted: bool) -> None:
+    service = lab.service()
+    service["spec"]["ports"].append({"name": "more", "port": 81})
+    route = lab.route(parent=SERVICE | {"port": 80})
+    winner = lab.route("winner", kind="GRPCRoute", parent=SERVICE | of_winner)
+    reason = ("Accepted", "False", "Conflicted") if conflicted else ("Accepted", "True", "Accepted")
+    assert spoken(indexed(service, route, winner), route)[0] == reason
+
+
+def test_a_verdict_takes_no_look_at_every_route_for_every_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[ServiceParent] = []
+
+    def counted(parent: ServiceParent, service: Service, port: ServicePort) -> bool:
+        asked.append(parent)
+        return means(parent, service, port)
+
+    monkeypatch.setattr("policy.index.routing.means", counted)
+    monkeypatch.setattr("policy.status.means", counted)
+    service = lab.service()
+    service["spec"]["ports"] = [{"name": f"p{number}", "port": number} for number in range(1, 201)]
+    routes = [lab.route(f"web{number}", parent=SERVICE) for number in range(100)]
+    index = indexed(service, *routes)
+    assert spoken(index, routes[0])[0] == ("Accepted", "True", "Accepted")
+    assert len(asked) == 200, "its own parent and each port"
 
 
 def test_a_filter_that_cannot_act_is_an_unsupported_value() -> None:
