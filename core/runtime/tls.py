@@ -332,6 +332,19 @@ class TlsStream(trio.abc.HalfCloseableStream):
             while data := _output(self.connection):  # also what a reader left to us meanwhile
                 await self.transport.send_all(data)
 
+    async def _answer(self) -> None:
+        """Send what reading has TLS say: key updates are answered. Never what our sender has to send, nor after waiting for it, because two
+        ends that both send more than the network holds would then both not read."""
+        try:
+            self._send_lock.acquire_nowait()
+        except trio.WouldBlock:
+            return  # the sender takes it along
+        try:
+            if data := _output(self.connection):
+                await self.transport.send_all(data)
+        finally:
+            self._send_lock.release()
+
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Encrypt and send everything; on cancellation an unknown part was sent and the stream is unusable."""
         await trio.lowlevel.checkpoint()
@@ -360,8 +373,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
             except SSL.Error as error:
                 await self._flush_alert()
                 raise trio.BrokenResourceError(f"TLS: {_failure(self.connection, error)}") from error
-            if not self._send_lock.locked():  # else the sender takes it along. Waiting for him, two ends that both send would never read
-                await self._flush()  # key updates are answered by reading
+            await self._answer()
             data = await self.transport.receive_some(_READ_BYTES)
             if not data:
                 raise trio.BrokenResourceError("the peer closed the connection without close_notify")

@@ -181,22 +181,21 @@ async def _connected() -> tuple[TlsStream, TlsStream]:
     return client, server
 
 
-async def test_both_ends_may_send_more_than_the_network_holds_before_either_has_read(
-    autojump_clock: trio.testing.MockClock,
-):
+async def test_both_ends_may_send_more_than_the_network_holds_before_either_has_read():
     """As a sidecar that comes back with thousands of subscriptions, while it is told about the first of them."""
-    client, server = pair(AUTHORITY.credentials(WEB), AUTHORITY.credentials(CART), transports=trio.testing.lockstep_stream_pair)
-    assert await shake(client, server) == ("ok", "ok")
 
     async def take(stream: TlsStream, left: int) -> None:
         while left:
             left -= len(await stream.receive_some())
 
-    with trio.fail_after(3600):
-        async with trio.open_nursery() as nursery:
-            for stream in (client, server):
-                nursery.start_soon(take, stream, 1 << 20)
-                nursery.start_soon(stream.send_all, bytes(1 << 20))
+    for _ in range(20):  # in whatever order the scheduler has them begin
+        client, server = pair(AUTHORITY.credentials(WEB), AUTHORITY.credentials(CART), transports=trio.testing.lockstep_stream_pair)
+        assert await shake(client, server) == ("ok", "ok")
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for stream in (client, server):
+                    nursery.start_soon(take, stream, 1 << 18)
+                    nursery.start_soon(stream.send_all, bytes(1 << 18))
 
 
 async def test_the_stream_keeps_half_close_and_order():
