@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tools import image
 
 COREDNS_IMAGE = "localhost/coredns:1"
 APP_IMAGE = "localhost/pillion-app:1"
+ETCD_IMAGE = "localhost/etcd:1"
 CERT_MANAGER_IMAGE = f"localhost/cert-manager:v{kit.CERT_MANAGER}"
 APP = Path(__file__).parent / "app"
 
@@ -58,6 +61,14 @@ def app() -> Path:
         settings = {"Entrypoint": ["python3", "/app/app.py"], "Cmd": ["serve"], "User": "1000:1000"}
         image.derive(path, APP_IMAGE, image.layout(False), image.tar_of(Path(scratch)), settings)
     return path
+
+
+def etcd() -> Path:
+    """This machine's etcd with the libraries that it is linked to; nothing else, not even a shell."""
+    program = shutil.which("etcd") or "/usr/bin/etcd"
+    linked = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout  # fails for a static one
+    files = [Path(word) for line in linked.splitlines() for word in line.split() if word.startswith("/")]
+    return _single(ETCD_IMAGE, {Path(program): "usr/bin/etcd", **{file: str(file).lstrip("/") for file in files}}, ["/usr/bin/etcd"])
 
 
 def cert_manager() -> Path:

@@ -2,7 +2,7 @@
 
 app.py serve [--http PORT[,PORT]] [--tcp PORT] [--drain SECONDS]      HTTP/1.1 that answers JSON; TCP that greets, then echoes
 app.py call URL [--method M] [--header 'A: b'] [--timeout S]          one request; its outcome as one line of JSON, exit code 0
-app.py tcp HOST PORT [--say TEXT]                                     one TCP connection: what came until the end of the greeting
+app.py tcp HOST PORT [--say TEXT]                                     one TCP connection: its own address, and the greeting
 app.py load URL [--seconds S] [--workers N] [--fresh]                 requests until the end; totals as one line of JSON
 """
 
@@ -184,6 +184,7 @@ def tcp(options: argparse.Namespace) -> int:
     try:
         with socket.create_connection((options.host, options.port), timeout=options.timeout) as connection:
             reader = connection.makefile("rwb")
+            outcome["own"] = connection.getsockname()[0]
             outcome["greeting"] = reader.readline().decode()
             if options.say:
                 reader.write(options.say.encode() + b"\n")
