@@ -157,7 +157,7 @@ def test_a_quota_is_met_by_what_the_namespace_says_of_its_sidecars(make_space: C
     until("the quota counts", lambda: space.json("get", "resourcequota", "share").get("status", {}).get("used"))
     wanted = {"requests": {"cpu": "100m"}, "limits": {"memory": "64Mi"}}
     tried = json.dumps(pod("tried", pod_spec(container(resources=wanted))))
-    with pytest.raises(Refused, match="must specify limits.memory for: pillion-proxy; requests.cpu for: pillion-proxy"):
+    with pytest.raises(Refused, match=r"must specify limits\.memory for: pillion-proxy; requests\.cpu for: pillion-proxy"):
         space.run("create", "--dry-run=server", "-f", "-", input=tried)
     space.run("annotate", "namespace", space.name, "config.pillion.dev/cpu-request=50m", "config.pillion.dev/memory-limit=256Mi")
     until("the injector has seen it", lambda: _taken(space, tried))
