@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_network
+from itertools import islice
 
 import msgspec
 
@@ -27,6 +28,7 @@ _TOO_LARGE = (
     f"its routes and policies are longer than the {wire.MAX_LINE_BYTES >> 20} MiB that a sidecar reads, or its routes have more than "
     f"{PATTERNS_MAX} regular expressions, {HEADER_NAMES_MAX} header names or {NAME_SETS_MAX} sets of names, so everything is denied"
 )
+_OVERLAPS_SHOWN = 3  # for a Server: whether there are more, nobody needs to know, and finding out takes a look at all Servers for each pod
 
 
 class Problem(msgspec.Struct, frozen=True, order=True):
@@ -230,6 +232,11 @@ def _server_problems(index: Index, server: Server) -> Iterator[Problem]:
         yield Problem(server.ref, "too-large", _TOO_LARGE)
     if not any(_may_overlap(server, other) for other in index.store.servers.get(server.metadata.namespace, {}).values()):
         return
+    yield from islice(_overlaps(index, server), _OVERLAPS_SHOWN)
+
+
+def _overlaps(index: Index, server: Server) -> Iterator[Problem]:
+    """One for each port of each pod that an older Server has taken over."""
     for pod in index.store.pods.get(server.metadata.namespace, {}).values():
         if not server.pod_selector.matches(pod.metadata.labels):
             continue

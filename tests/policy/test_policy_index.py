@@ -360,6 +360,12 @@ def test_annotations_that_change_all_the_time_are_not_remembered_for_ever() -> N
     assert sum(found() is not None for found in lists) <= 64
 
 
+def test_of_a_server_without_effect_on_many_pods_a_few_are_named() -> None:
+    pods = [lab.pod(f"cart-{number}", f"10.1.0.{number}") for number in range(50)]
+    index = indexed(*pods, lab.server("old", created="2026-01-01T00:00:00Z"), lab.server("young", created="2026-01-02T00:00:00Z"))
+    assert reasons(index) == [("young", "overlap")] * 3
+
+
 # --- destinations ------------------------------------------------------------------------------------------------------
 
 ENDPOINT = wire.Endpoint("10.0.0.5:8080", lab.CART.uri, Ref("", "Pod", "shop", "cart-0"))
