@@ -35,7 +35,8 @@ async def kinds_established(cluster: Cluster) -> str:
     if missing and await cluster.find("", "v1", "namespaces", NAMESPACE) is None:
         raise Failed(f"Pillion is not installed on this cluster: it has no namespace {NAMESPACE}", final=True)
     if missing:
-        raise Failed(f"not there, or not served: {', '.join(missing)}")
+        settings_there = await cluster.find("", "v1", "configmaps", "pillion-config", NAMESPACE) is not None
+        raise Failed(f"not there, or not served: {', '.join(missing)}", UPGRADE if settings_there else INSTALL)
     return f"{len(own_kinds())} kinds"
 
 
