@@ -163,6 +163,13 @@ def venv_facts():
     return facts if facts and (VENV / "bin" / "pip").exists() else None
 
 
+def make_venv(interpreter):
+    command = [interpreter, "-m", "venv", "--clear", str(VENV)]
+    done = subprocess.run(command)
+    if done.returncode:
+        stop(f"`{' '.join(command)}` failed with {done.returncode}; see above. Is there room on the disk? If so, remove {VENV} and try again")
+
+
 def pip(*arguments):
     command = [str(VENV / "bin" / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
     done = subprocess.run(command, cwd=str(ROOT))
@@ -202,7 +209,7 @@ def prepare():
     keep = present is not None and present["base"] == best["base"]
     say(f"Python {'.'.join(map(str, best['version']))}, {best['path']}: {reason(best)}")
     if not keep:
-        subprocess.run([best["path"], "-m", "venv", "--clear", str(VENV)], check=True)
+        make_venv(best["path"])
     facts = venv_facts() or stop(f"{best['path']} made a .venv that does not work; remove it and try again")
     wanted, done = fingerprints(facts), recorded() if keep else {}
     if done.get("requirements") != wanted["requirements"]:
@@ -224,8 +231,8 @@ def check_writable():
 
 
 def main():
-    os.umask(0o022)  # under a stricter one the sidecars, which run as other users, could not read .venv
     check_writable()
+    os.umask(0o022)  # under a stricter one the sidecars, which run as other users, could not read .venv
     # two makes at once (demo in one terminal, test in another) must not install into each other's feet
     (ROOT / ".cache").mkdir(exist_ok=True)
     with contextlib.closing(open(str(ROOT / ".cache" / "prepare.lock"), "w")) as lock:

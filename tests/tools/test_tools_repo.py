@@ -74,6 +74,12 @@ def test_a_checkout_that_root_made_things_in_is_named_with_the_ways_out(monkeypa
         prepare.main()
 
 
+def test_a_virtual_environment_that_cannot_be_made_is_told_with_the_next_step() -> None:
+    prepare = tool("prepare")
+    with pytest.raises(SystemExit, match=r"`/bin/false -m venv .*` failed with 1; see above\. .* remove .*\.venv and try again"):
+        prepare.make_venv("/bin/false")
+
+
 def test_an_interpreter_says_what_it_is() -> None:
     facts = tool("prepare").probe(sys.executable)
     assert facts["version"] == list(sys.version_info[:3])
