@@ -167,7 +167,7 @@ def make_venv(interpreter):
     command = [interpreter, "-m", "venv", "--clear", str(VENV)]
     done = subprocess.run(command)
     if done.returncode:
-        stop(f"`{' '.join(command)}` failed with {done.returncode}; see above. Is there room on the disk? If so, remove {VENV} and try again")
+        stop(f"`{' '.join(command)}` failed with {done.returncode}; see above. If the disk is not full, remove {VENV} and try again")
 
 
 def pip(*arguments):
