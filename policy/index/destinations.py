@@ -7,7 +7,7 @@ whose pod is not known (yet) is left out, because nobody can say whether it has 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from core.addrs import Addr, InvalidAddr, canonical_ip, parse_addr
 from core.k8s.objects import EndpointSlice, Pod, Service, ServicePort, SliceEndpoint
@@ -146,12 +146,13 @@ def _service_protocol(
     listed = options.nearest(options.OPAQUE_PORTS, service.metadata.annotations, store.namespace_annotations(service.metadata.namespace))
     if options.read_port_list(settings.opaque_ports if listed is None else listed).holds(port.port, name=port.name):
         return "opaque"
-    return _agreed(inbound.port_protocol(store, pod, addr.port, settings) if pod else "detect" for addr, pod in ready.items())
+    ports = {(pod.ref, addr.port): pod for addr, pod in ready.items() if pod is not None}  # a pod may be named at thousands of addresses
+    said = {inbound.port_protocol(store, pod, number, settings) for (_, number), pod in ports.items()}
+    return _agreed(said | {"detect"} if None in ready.values() else said)
 
 
-def _agreed(protocols: Iterable[wire.Protocol]) -> wire.Protocol:
+def _agreed(said: set[wire.Protocol]) -> wire.Protocol:
     """An endpoint that takes bytes untouched must get them so; else a protocol that all endpoints name; else it is detected."""
-    said = set(protocols)
     if "opaque" in said:
         return "opaque"
     return said.pop() if len(said) == 1 else "detect"

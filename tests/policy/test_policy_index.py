@@ -8,11 +8,13 @@ import policy_lab as lab
 import pytest
 from policy_lab import CART_IP, CART_POD, CART_VIP, indexed, parsed
 
+from core.k8s.objects import Pod
 from core.refs import Ref, default_ref
 from policy import wire
-from policy.index import Index, IndexSettings, IpKey, Key, PodKey
+from policy.index import Index, IndexSettings, IpKey, Key, PodKey, inbound
 from policy.index.options import read_port_list
 from policy.index.report import authz, explain, problems
+from policy.index.store import Store
 
 EVERYWHERE = (wire.Network("0.0.0.0/0"), wire.Network("::/0"))
 FRONT = "spiffe://cluster.local/ns/shop/sa/front"
@@ -445,6 +447,21 @@ def test_an_endpoint_that_names_a_pod_at_an_address_that_is_not_its_own_gets_no_
 def test_an_endpoint_that_names_a_meshed_pod_has_to_be_that_pod_wherever_it_is() -> None:
     index = indexed(lab.service(), lab.pod(), lab.endpoints(cart_0="192.168.7.7"))
     assert [found.identity for found in index.destination("10.96.0.1:80").endpoints] == [lab.CART.uri]
+
+
+def test_what_a_port_of_a_pod_speaks_is_asked_once_however_often_slices_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    port_protocol = inbound.port_protocol
+
+    def counted(store: Store, pod: Pod, port: int, settings: IndexSettings) -> wire.Protocol:
+        asked.append(port)
+        return port_protocol(store, pod, port, settings)
+
+    monkeypatch.setattr("policy.index.inbound.port_protocol", counted)
+    slices = [lab.endpoints(name=f"cart-{number}", cart_0=f"10.0.7.{number}") for number in range(20)]
+    index = indexed(lab.pod(opaque_ports="8080"), lab.service(), *slices)
+    found = index.destination("10.96.0.1:80")
+    assert (len(found.endpoints), found.protocol, asked) == (20, "opaque", [8080])
 
 
 def test_pods_that_ended_or_share_the_nodes_address_own_none() -> None:
