@@ -21,6 +21,7 @@ from core.alpn import POLICY
 from core.credentials import Credentials
 from core.names import WorkloadId
 from core.runtime import logs, sockets
+from core.runtime.arrivals import Turns, serve_arrivals
 from core.runtime.rooms import Full, Rooms
 from core.runtime.throttle import Throttle
 from core.runtime.tls import HandshakeFailed, TlsStream, server_context
@@ -36,6 +37,7 @@ _log = logs.logger("policy")
 _READ_BYTES = 65536
 _SEND_BYTES = 65536  # small answers leave together up to about this many bytes
 _FEW_AT_ONCE = 4  # of one address: who has more is cut when there is no room, and who has not is never cut for somebody else
+_HANDSHAKES_OF_ONE = 8  # address, at a time; the next ones wait
 _LINES_PER_TURN = 100  # after so many requests of one peer the others get their turn
 _ANSWERS_PER_TURN = 100  # looked up, though most may be what the peer has already
 
@@ -49,6 +51,7 @@ class PolicyServer:
         self._limits = limits or Limits()
         self._subscriptions = Subscriptions(index, self._limits, self.counters)
         self._handshakes = Rooms(self._limits.handshakes, self._limits.handshakes, _FEW_AT_ONCE)
+        self._turns = Turns(_HANDSHAKES_OF_ONE)
         self._newcomers = Rooms(self._limits.newcomers, self._limits.newcomers, _FEW_AT_ONCE)
         self._pods_changed = trio.lowlevel.ParkingLot()
         self._throttle = Throttle(time.monotonic)
@@ -67,7 +70,8 @@ class PolicyServer:
         async def handle(stream: trio.SocketStream) -> None:
             await self._handle(stream, context)
 
-        await trio.serve_listeners(handle, listeners)
+        async with trio.open_nursery() as nursery:
+            await serve_arrivals(listeners, handle, nursery)
 
     async def _handle(self, stream: trio.SocketStream, context: Callable[[], tuple[SSL.Context, str]]) -> None:
         """One connection from accept to end; never raises for what a peer does."""
@@ -78,7 +82,8 @@ class PolicyServer:
             peer_ip = from_sockaddr(stream.socket.getpeername()).ip
             sockets.tune(stream.socket)  # type: ignore[arg-type]
             with self._handshakes.one(peer_ip) as scope:
-                tls = await self._handshake(stream, *context())
+                async with self._turns.one(peer_ip):
+                    tls = await self._handshake(stream, *context())
             if scope.cancelled_caught:
                 raise Full
             if tls is not None and tls.peer is not None:

@@ -12,7 +12,6 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 import trio
@@ -25,10 +24,12 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 
 from core.runtime import logs
+from core.runtime.arrivals import Turns, serve_arrivals
 from core.runtime.rooms import Rooms
 from core.runtime.throttle import Throttle
 
 _CONNECTIONS_MAX = 128
+_HANDSHAKES_OF_ONE_CLIENT = 8  # at a time
 _BODY_TIMEOUT_S = 5.0
 _GRACE_S = 2.0
 
@@ -135,25 +136,31 @@ async def serve_https(
 
     config: hypercorn's settings, if not those of a webhook. connections_max and the next two: see core.runtime.rooms.
     """
-    config, worker, rooms = config or _Config(), WorkerContext(None), Rooms(connections_max, of_one_client_max, few_of_one_client)
+    config, worker = config or _Config(), WorkerContext(None)
+    rooms, turns = Rooms(connections_max, of_one_client_max, few_of_one_client), Turns(_HANDSHAKES_OF_ONE_CLIENT)
     throttle = Throttle(time.monotonic)
     app: Any = wrap_app(application, config.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
 
-    async def handle(stream: trio.SSLStream[trio.SocketStream]) -> None:
+    async def handle(transport: trio.SocketStream) -> None:
+        ip = _ip_of(transport)
+        stream = trio.SSLStream(transport, context, server_side=True, https_compatible=True)
         try:
-            with rooms.one(_ip_of(stream)):
+            with rooms.one(ip):
+                async with turns.one(ip):
+                    with trio.fail_after(config.ssl_handshake_timeout):
+                        await stream.do_handshake()
                 await _Http1Server(app, config, worker, ConnectionState({}), stream)
+        except (trio.BrokenResourceError, trio.TooSlowError):
+            pass  # no handshake, which many a probe of the port leaves it at
         except Exception as error:  # what a stranger sends, or does not, must never end the server
             throttle.say(log.warning, "failed", "connection failed", error=repr(error)[:300])
         finally:
             await trio.aclose_forcefully(stream)
 
-    listeners = [
-        trio.SSLListener(trio.SocketListener(trio.socket.from_stdlib_socket(sock)), context, https_compatible=True) for sock in sockets
-    ]
+    listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]
     async with trio.open_nursery() as handlers:
         async with trio.open_nursery() as accepting:
-            accepting.start_soon(partial(trio.serve_listeners, handle, listeners, handler_nursery=handlers))
+            accepting.start_soon(serve_arrivals, listeners, handle, handlers)
             task_status.started()
             await shutdown()
             accepting.cancel_scope.cancel()
@@ -161,8 +168,8 @@ async def serve_https(
         handlers.cancel_scope.deadline = trio.current_time() + _GRACE_S
 
 
-def _ip_of(stream: trio.SSLStream[trio.SocketStream]) -> str:
+def _ip_of(stream: trio.SocketStream) -> str:
     try:
-        return str(stream.transport_stream.socket.getpeername()[0])
+        return str(stream.socket.getpeername()[0])
     except OSError:
         return ""
