@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 import click
 
@@ -227,31 +228,32 @@ def status(output: str, name: str) -> None:
 
 
 def _print_tables(mesh: protocol.MeshStatus) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    # a pipe has no width: names must stay whole for whoever cuts columns out of it
-    console = Console() if sys.stdout.isatty() else Console(width=220)
-    pods = Table("NAMESPACE", "POD", "READY", "STATUS", "MESHED", "CAPTURE", "RESTARTS", "ADDRESS", box=None, pad_edge=False)
+    pods = []
     for pod in mesh.pods:
         running = [container for container in pod.containers if container.kind != "init"]
         ready = f"{sum(container.ready for container in running)}/{len(running)}"
         restarts = str(sum(container.restarts for container in pod.containers))
-        pods.add_row(
-            pod.namespace, pod.name, ready, pod.phase, "yes" if pod.meshed else "no", pod.capture, restarts, ", ".join(pod.addresses)
-        )
-    console.print(pods)
+        meshed = "yes" if pod.meshed else "no"
+        pods.append((pod.namespace, pod.name, ready, pod.phase, meshed, pod.capture, restarts, ", ".join(pod.addresses)))
+    _print_table(("NAMESPACE", "POD", "READY", "STATUS", "MESHED", "CAPTURE", "RESTARTS", "ADDRESS"), pods)
     if mesh.services:
-        services = Table("NAMESPACE", "SERVICE", "ADDRESS", "PORTS", "READY ENDPOINTS", box=None, pad_edge=False)
+        services = []
         for service in mesh.services:
             addresses = ", ".join(service.addresses) or "headless"
-            services.add_row(service.namespace, service.name, addresses, ", ".join(map(str, service.ports)), ", ".join(service.endpoints))
-        console.print()
-        console.print(services)
+            services.append((service.namespace, service.name, addresses, ", ".join(map(str, service.ports)), ", ".join(service.endpoints)))
+        click.echo()
+        _print_table(("NAMESPACE", "SERVICE", "ADDRESS", "PORTS", "READY ENDPOINTS"), services)
     for note in mesh.notes:
         click.echo(f"note: {note}", err=True)
     for reason in mesh.reasons:
         click.echo(f"not ready: {reason}", err=True)
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned, and nothing is cut or folded: a name must be there whole to be copied, in a narrow terminal and in a pipe too."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    for line in (columns, *rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _text(file: str) -> str:

@@ -190,6 +190,21 @@ def test_commands_without_a_mesh_say_what_to_do(command: list[str], monkeypatch:
     )
 
 
+def test_status_cuts_no_name_however_narrow_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "a-workload-with-a-long-name-kq624c2x6g-0"
+    pod = protocol.PodStatus("hello", name, "Deployment/x", "Running", True, True, "", "", ("10.142.0.12", "fd42:142::c"), ())
+    service = protocol.ServiceStatus("hello", "web", (), (80, 443), ("10.142.0.12",))
+    found = protocol.MeshStatus("default", True, True, (), (), (pod,), (service,), {}, 1, "/run")
+    monkeypatch.setattr(client, "ask", lambda *_: found)
+    monkeypatch.setenv("COLUMNS", "40")
+    pods, services = CliRunner().invoke(local, ["status"]).stdout.rstrip("\n").split("\n\n")
+    assert pods.splitlines()[1].split() == ["hello", name, "0/0", "Running", "yes", "0", "10.142.0.12,", "fd42:142::c"]
+    assert [line.split() for line in services.splitlines()] == [
+        ["NAMESPACE", "SERVICE", "ADDRESS", "PORTS", "READY", "ENDPOINTS"],
+        ["hello", "web", "headless", "80,", "443", "10.142.0.12"],
+    ]
+
+
 def test_files_that_are_no_manifest_are_refused_before_a_mesh_is_asked(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"kind: \xff\n")
     for file, said, reason in (
