@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from injector.fixed import CAPTURE_NAME, INJECT, INJECTED, SIDECAR_NAME, SIDECAR_UID, STATUS
+from injector.fixed import ADMIN_PORT, CAPTURE_NAME, INBOUND_PORT, INJECT, INJECTED, OUTBOUND_PORT, SIDECAR_NAME, SIDECAR_UID, STATUS
 from injector.options import PREFIX, InvalidOption, Options, read_options
 
 GRACE_S = 30  # Kubernetes: terminationGracePeriodSeconds of a pod that does not say
 
+_SIDECAR_PORTS = (OUTBOUND_PORT, INBOUND_PORT, ADMIN_PORT)
 _FOREIGN_NAMES = {"linkerd-proxy": "Linkerd", "linkerd-init": "Linkerd", "istio-proxy": "Istio", "istio-init": "Istio"}
 _FOREIGN_IMAGES = {"linkerd/proxy": "Linkerd", "istio-release/proxyv2": "Istio", "istio/proxyv2": "Istio", "envoyproxy/envoy": "Envoy"}
 """By the end of their names: images come through mirrors."""
@@ -69,6 +70,8 @@ def decide(pod: Mapping[str, Any], namespace_annotations: Mapping[str, str], def
             if annotations.get(STATUS) != INJECTED:
                 return Refuse("reserved-name", f"container {container['name']} has a name of the sidecar's: expected another one")
             return Skip("already-injected", f"the pod has a container named {container['name']} already")
+    if problem := _port_problem(pod):
+        return Refuse("reserved-port", problem)
     try:
         options = read_options(annotations, namespace_annotations, declared_ports(pod), defaults)
     except InvalidOption as error:
@@ -124,6 +127,16 @@ def _foreign_mesh(container: Mapping[str, Any]) -> str | None:
     repository, colon, tag = image.rpartition(":")
     bare = repository if colon and "/" not in tag else image
     return _FOREIGN_NAMES.get(str(container.get("name"))) or _FOREIGN_IMAGES.get("/".join(bare.split("/")[-2:]))
+
+
+def _port_problem(pod: Mapping[str, Any]) -> str:
+    """An app that listens where the sidecar does would end again and again, with nothing but its own word for why."""
+    for container in containers(pod):
+        for port in container.get("ports") or []:
+            number = port.get("containerPort")
+            if number in _SIDECAR_PORTS and port.get("protocol", "TCP") == "TCP":
+                return f"container {container.get('name')} declares port {number}, where the sidecar listens: expected another one"
+    return ""
 
 
 def _uid_problem(pod: Mapping[str, Any]) -> str:

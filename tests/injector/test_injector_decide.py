@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from injector.decide import Inject, Refuse, Skip, decide
+from injector.decide import Decision, Inject, Refuse, Skip, decide
 from injector.options import FIXED_ENV, NAMES, InvalidOption, Options, check_defaults, quantity, read_options
 
 INJECTED = {"pillion.dev/status": "injected"}
@@ -72,6 +72,15 @@ def test_a_container_that_took_our_name_keeps_no_pod_out_of_the_mesh(field: str,
     for words in (ENABLED, {**ENABLED, "pillion.dev/status": "no"}):
         assert f"container {name} has a name of the sidecar's" in refused(decide(pod(words, **spec), {}))
     assert skipped(decide(pod({}, **spec), {})) == "not-annotated"
+
+
+@pytest.mark.parametrize("number", [4140, 4143, 4191])
+def test_an_app_does_not_listen_where_the_sidecar_does(number: int) -> None:
+    def decided(protocol: dict[str, str]) -> Decision:
+        return decide(pod(ENABLED, containers=[{"name": "app", "ports": [{"containerPort": number, **protocol}]}]), {})
+
+    assert f"container app declares port {number}, where the sidecar listens" in refused(decided({}))
+    assert isinstance(decided({"protocol": "UDP"}), Inject)
 
 
 @pytest.mark.parametrize(
