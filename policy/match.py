@@ -40,7 +40,7 @@ Query = Mapping[str, str]
 _MAX_HOST_CHARS = 253  # longer ones are no DNS names and match no hostname
 # Of one port or Service: the sidecar of whoever calls a Service pays for what that Service's owner wrote.
 PATTERNS_MAX: Final = 1000  # different regular expressions: up to 1 ms and 60 KiB each, once
-HEADER_NAMES_MAX: Final = 100  # different ones: for each, a request head of up to 64 KiB is searched
+HEADER_NAMES_MAX: Final = 100  # different ones: their values are looked for in each request
 NAME_SETS_MAX: Final = 1000  # different sets of header and parameter names: 1 us each, for each request
 
 _compiled = lru_cache(maxsize=PATTERNS_MAX)(compile_pattern)  # a Service's endpoints change more often than its routes

@@ -240,6 +240,29 @@ def test_several_fields_of_a_name_are_all_given_to_decisions() -> None:
     assert head.values((b"x-role", b"cookie")) == (b"user\nadmin\n", b"a=1; b=2")
 
 
+SAID = [
+    "X-Role: user",
+    "x-role:\tadmin ",
+    "X-ROLE:",
+    "x-roles: no",
+    "Cookie: a=1",
+    "cookie: b=2",
+    "X: x-role: no",
+    "Connection: x-role",
+    "Host: b:80",
+]
+
+
+@given(st.lists(st.sampled_from(SAID), max_size=8), st.booleans())
+@example(["X-Role: user", "Cookie: a=1", "x-role:\tadmin ", "cookie: b=2", "Host: b:80"], True)
+def test_many_names_have_the_values_that_each_has_alone(said: list[str], old: bool) -> None:
+    hosts = [line for line in said if line.startswith("Host")][:1] or ([] if old else ["Host: a"])
+    lines = [line for line in said if not line.startswith("Host")] + hosts
+    head = request(b"GET / HTTP/1.0" if old else b"GET / HTTP/1.1", *(line.encode() for line in lines))
+    names = (b"x-role", b"host", b"cookie", b"x", b"x-roles", b"connection", *(b"x-%d" % number for number in range(9)))
+    assert head.values(names) == tuple(head.values((name,))[0] for name in names)
+
+
 def test_a_connection_field_of_many_options_is_refused_before_any_is_looked_for() -> None:
     assert request(b"GET / HTTP/1.1", b"Host: a", b"Connection: " + b",".join(b"x%d" % n for n in range(64))).keep
     with pytest.raises(HeadError, match="more than 64 options"):

@@ -19,6 +19,8 @@ CHUNKED: Final = -1
 UNTIL_CLOSE: Final = -2
 """Length of a response body that ends with its connection."""
 
+_SEARCHED: Final = 8  # so many names are searched for one by one
+
 TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 FIELD: Final = TOKEN + rb"++:[\t\x20-\x7e\x80-\xff]*+\r\n"
 
@@ -80,11 +82,25 @@ class RequestHead:
 
     def values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
         """See requests.RequestHead. Fields that end at this hop are not seen."""
-        return tuple(map(self._value, names))
+        return tuple(map(self._value, names)) if len(names) <= _SEARCHED else self._values(names)
 
     def respelled(self, names: Spellings) -> bool:
         """See requests.RequestHead."""
         return names.search_head(self.lower) is not None
+
+    def _values(self, names: tuple[bytes, ...]) -> tuple[bytes | None, ...]:
+        """The same for many names, in one pass over the fields: a search through all of the head for each would take milliseconds."""
+        wanted = frozenset(names)
+        found: dict[bytes, bytes] = {}
+        for line in self.wire[self.wire.index(b"\n") + 1 :].split(b"\r\n"):
+            field, _, value = line.partition(b":")
+            name = field.lower()
+            if name in wanted:
+                value = value.strip(b" \t")
+                found[name] = found[name] + (b"; " if name == b"cookie" else b"\n") + value if name in found else value
+        if self.authority:
+            found.setdefault(b"host", self.authority)
+        return tuple([found.get(name) for name in names])
 
     def _value(self, name: bytes) -> bytes | None:
         key = b"\n" + name + b":"
