@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+from local.search import search_path
 from tests import traces
 
 # CI tries the same examples in every run, a laptop others each time; how long one takes says how busy the machine is, so nothing is timed
@@ -98,6 +99,7 @@ _MISSING = {"needs": _missing_programs, "netns": _missing_for_netns, "kernel": _
 
 
 def pytest_configure() -> None:
+    os.environ["PATH"] = search_path()  # a plain user's on Debian is without haproxy, nginx and nghttpd, and their tests would skip
     # a shell without job control starts what runs in its background (``make test &``) deaf to Ctrl-C, and so would our children be
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
