@@ -75,7 +75,10 @@ def test_age_comes_first_then_the_name_and_no_timestamp_is_oldest() -> None:
         ({}, "apiVersion: expected GROUP/VERSION, found nothing"),
         ({"apiVersion": "v1"}, "kind: expected the kind of the object, found nothing"),
         ({"apiVersion": "v1", "kind": "Pod"}, "metadata: expected a value, found nothing"),
-        ({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", "labels": {"x": 1}}}, "metadata.labels[...]: expected str in quotes, found "),
+        (
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", "labels": {"x": 1}}},
+            "metadata.labels[...]: expected str in quotes, found ",
+        ),
         ({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a/b"}}, "metadata.name: expected a DNS name"),
     ],
 )
