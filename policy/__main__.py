@@ -14,6 +14,7 @@ from core.credentials import Credentials
 from core.env import InvalidSettings, describe, load
 from core.k8s.folder import FolderSource
 from core.runtime import logs
+from core.runtime.secrecy import keep_memory_private
 from core.runtime.watch import Cell
 from policy.admission import parse_object
 from policy.config import Config
@@ -37,6 +38,7 @@ def main(arguments: list[str]) -> int:
         print("ok")
         return 0
     logs.configure(config.log_level, config.log_format)
+    keep_memory_private()
     try:
         if config.folder:
             trio.run(run, config, FolderSource(Path(config.folder), parse_object), partial(keep_own_certificate, config))
