@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import isfinite, isnan
 from typing import Literal
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,10 +25,15 @@ _READ = frozenset({_RESPONSES, _LATENCY, _OPEN, *_DENIED})
 
 
 def read(text: str) -> Samples:
-    """What matters here of an answer of ``/metrics``; raises ValueError."""
-    families = text_string_to_metric_families(text)
-    found = (sample for family in families for sample in family.samples if sample.name in _READ)
-    return {(sample.name, frozenset(sample.labels.items())): sample.value for sample in found}
+    """What matters here of an answer of ``/metrics``; raises ValueError for what no sidecar says: whoever broke into a pod may answer."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name in _READ:
+                if not isfinite(sample.value) or (sample.name == _LATENCY and isnan(float(sample.labels.get("le", "")))):
+                    raise ValueError(f"{sample.name} is no number, or without a bound")
+                found[sample.name, frozenset(sample.labels.items())] = sample.value
+    return found
 
 
 @dataclass

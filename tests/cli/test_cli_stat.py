@@ -54,6 +54,16 @@ def test_rates_and_shares_are_of_the_time_between_the_looks() -> None:
     assert (found.rate, found.denied, found.success, found.connections) == (10.0, 2.0, 0.9, 3)
 
 
+@pytest.mark.parametrize(
+    ("said", "instead"),
+    [("} 3", "} NaN"), ("} 3", "} +Inf"), ('le="5"', 'le="NaN"'), ('le="5"', 'le="five"'), ('le="5"', 'at="5"')],
+)
+def test_metrics_that_no_sidecar_has_are_refused_as_a_whole(said: str, instead: str) -> None:
+    assert said in metrics(1)
+    with pytest.raises(ValueError, match=r"no number|convert string to float"):
+        traffic.read(metrics(1).replace(said, instead))
+
+
 def test_a_count_that_began_anew_counts_from_nothing() -> None:
     assert between(metrics(100), metrics(30))[""].rate == 3.0
 
