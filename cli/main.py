@@ -6,7 +6,6 @@ Importing late keeps ``pillion version`` quick, and lets one part be absent with
 from __future__ import annotations
 
 import importlib
-import os
 import platform
 import sys
 from importlib import metadata
@@ -91,7 +90,10 @@ def completion(shell: str) -> None:
 
 
 def main() -> None:
-    """The entry point: runs the command and exits with its code."""
+    """The entry point: runs the command and exits with its code.
+
+    When the reader of its output has left (`pillion ... | head`), click ends it with 1, silently.
+    """
     try:
         code = cli(prog_name="pillion", standalone_mode=False)
     except click.ClickException as error:
@@ -100,9 +102,6 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         code = _INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail to flush it at exit
-        code = 0  # `pillion ... | head` has what it wanted
     sys.exit(code)
 
 
