@@ -229,18 +229,20 @@ def server_policy(store: Store, server: Server, settings: IndexSettings) -> wire
     routes = []
     for found in route_grants(store, server, settings):
         if not found.conflict:
+            route = wire.Route(found.route.ref, found.route.kind, found.route.hostnames, found.route.rules, ())
+            measure.add_once(route)
             of_route = found.authorizations(of_server)
             measure.add(of_route)
-            routes.append(wire.Route(found.route.ref, found.route.kind, found.route.hostnames, found.route.rules, of_route))
+            routes.append(msgspec.structs.replace(route, authorizations=of_route))
         if measure.left < 0:
             return None
-    if excess(rule for route in routes for rule in route.rules):
+    if measure.left < 0 or excess(rule for route in routes for rule in route.rules):
         return None
     return wire.InboundPolicy(server.ref, server.protocol, of_server, tuple(routes))
 
 
 class _Measure:
-    """How much more a line may hold beside authorizations.
+    """How much more a line may hold.
 
     Every route repeats those of the Server and its Namespace. So a few hundred small objects can make gigabytes, which nobody may encode.
     """
@@ -251,9 +253,13 @@ class _Measure:
         self.add(authorizations)
 
     def add(self, authorizations: Iterable[wire.Authorization]) -> None:
-        """These are in the line, too."""
+        """These are in the line, too, maybe not for the first time."""
         for one in authorizations:
             size = self._sizes.get(id(one))
             if size is None:
                 size = self._sizes[id(one)] = len(msgspec.json.encode(one))
             self.left -= size
+
+    def add_once(self, route: wire.Route) -> None:
+        """This is in the line, too."""
+        self.left -= len(msgspec.json.encode(route))

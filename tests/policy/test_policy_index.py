@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import policy_lab as lab
@@ -335,6 +336,24 @@ def test_small_objects_that_make_a_huge_policy_deny_everything_before_it_is_made
     index.delete(Ref(lab.POLICY, "NetworkAuthentication", "shop", "office"))
     assert len(policy_of(index).routes) == 300
     assert "too-large" not in [reason for _, reason in reasons(index)]
+
+
+def many_policies() -> list[dict[str, Any]]:
+    office = lab.networks("office", *(f"10.{at >> 8}.{at & 255}.0/24" for at in range(1000)))
+    to = lab.target("Namespace", "shop")
+    return [office, *(lab.policy(f"allow{at}", lab.ref("NetworkAuthentication", "office"), at=to) for at in range(200))]
+
+
+def many_long_paths() -> list[dict[str, Any]]:
+    matches = [{"path": {"type": "PathPrefix", "value": f"/{at}/{'x' * 900}"}} for at in range(60)]
+    return [lab.route(f"web{at}", matches=matches) for at in range(100)]
+
+
+@pytest.mark.parametrize("make", [many_policies, many_long_paths])
+def test_a_policy_that_is_longer_than_a_sidecar_reads_denies_everything_and_is_reported(make: Callable[[], list[dict[str, Any]]]) -> None:
+    index = indexed(lab.pod(), lab.server(accessPolicy="all-unauthenticated"), *make())
+    assert policy_of(index) == wire.InboundPolicy(Ref(lab.POLICY, "Server", "shop", "cart"), "detect", ())
+    assert ("cart", "too-large") in reasons(index)
 
 
 def test_a_server_with_more_regular_expressions_than_a_sidecar_takes_denies_everything_and_is_reported() -> None:
